@@ -1,0 +1,59 @@
+"""plait: hybrid recurrent-attention sequence models. `import plait` loads neither torch nor transformers."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from plait.design import GELU as GELU
+from plait.design import PRESETS as PRESETS
+from plait.design import Attention as Attention
+from plait.design import Average as Average
+from plait.design import Gated as Gated
+from plait.design import GatedDeltaNet as GatedDeltaNet
+from plait.design import Mamba2 as Mamba2
+from plait.design import MergeAttention as MergeAttention
+from plait.design import ModelConfig as ModelConfig
+from plait.design import PatternError as PatternError
+from plait.design import Projection as Projection
+from plait.design import ReLU2 as ReLU2
+from plait.design import RMSNorm as RMSNorm
+from plait.design import RoPE as RoPE
+from plait.design import Sum as Sum
+from plait.design import SwiGLU as SwiGLU
+from plait.design import load_design as load_design
+from plait.design import parse as parse
+from plait.design import render as render
+
+if TYPE_CHECKING:
+    from plait.data import load_tokenizer as load_tokenizer
+    from plait.engine import generate as generate
+    from plait.model import LanguageModel as LanguageModel
+    from plait.model import build as build
+    from plait.model import load as load
+    from plait.model import save as save
+    from plait.state import ModelState as ModelState
+    from plait.state import StaleState as StaleState
+    from plait.train import train as train
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "LanguageModel": "plait.model",
+    "build": "plait.model",
+    "load": "plait.model",
+    "save": "plait.model",
+    "ModelState": "plait.state",
+    "StaleState": "plait.state",
+    "generate": "plait.engine",
+    "load_tokenizer": "plait.data",
+    "train": "plait.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'plait' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))

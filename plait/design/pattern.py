@@ -1,0 +1,203 @@
+"""The pattern language: the order of a model's layers as one string.
+
+    pattern  = item+                       left to right; spaces are free
+    item     = atom count?                 "M3" = "MMM"
+    atom     = LETTER                      a capital, may go on in lower case: M, A, Aw
+             | "(" pattern ")"             "(MF)3 AF" is MF MF MF AF
+             | "[" pattern ("|" pattern)+ "]" merge?     branches side by side
+    merge    = ":" NAME                    "[M|A]:gated"
+    count    = integer >= 1
+
+A parsed pattern is a plain tuple of slots, groups and counts written out: `parse` and `render` are inverse on it.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from plait.design.spelling import suggest
+
+MERGES = ("average", "gated", "merge_attention", "projection", "sum")
+MAX_SLOTS = 10_000  # a typing slip such as "A99999999" should be an error, not an hour of building
+
+_LETTER = re.compile(r"[A-Z][a-z]*")
+_NAME = re.compile(r"[A-Za-z_]+")
+_COUNT = re.compile(r"\d+")
+
+
+class PatternError(ValueError):
+    """A pattern that cannot be read; `column` counts from 1."""
+
+    def __init__(self, text: str, column: int, reason: str):
+        super().__init__(f"pattern {text!r}, column {column}: {reason}")
+        self.column = column
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """One sublayer, named by its letter."""
+
+    name: str
+    column: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """Branches that read the same normed input; each branch is a chain of slots."""
+
+    branches: tuple["Chain", ...]
+    merge: str | None = None
+    column: int = field(default=0, compare=False)
+
+
+Item = Letter | Parallel
+Chain = tuple[Item, ...]
+
+
+def parse(text: str) -> Chain:
+    """Read a pattern. Raises `PatternError` with the column and what would be right."""
+    if not isinstance(text, str):
+        raise ValueError(f"pattern: expected a string such as '(MF)3 AF', got {text!r}")
+    try:
+        chain, end = _Reader(text).chain(0, closers="")
+    except RecursionError:
+        raise PatternError(text[:40] + "...", 1, "brackets nested too deeply to read") from None
+    assert end == len(text)
+    return chain
+
+
+def letters(chain: Chain) -> Iterator[Letter]:
+    """Every letter, left to right, branches included."""
+    for item in chain:
+        if isinstance(item, Letter):
+            yield item
+        else:
+            for branch in item.branches:
+                yield from letters(branch)
+
+
+class _Reader:
+    """Recursive descent; each method takes a position and gives what it read and the position after it."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def error(self, at: int, reason: str) -> PatternError:
+        return PatternError(self.text, at + 1, reason)
+
+    def skip(self, at: int) -> int:
+        while at < len(self.text) and self.text[at].isspace():
+            at += 1
+        return at
+
+    def peek(self, at: int) -> str:
+        return self.text[at] if at < len(self.text) else ""
+
+    def chain(self, at: int, closers: str) -> tuple[Chain, int]:
+        items: list[Item] = []
+        at = self.skip(at)
+        while at < len(self.text) and self.text[at] not in closers:
+            unit, after = self.atom(at)
+            times, after = self.count(after)
+            if len(items) + len(unit) * times > MAX_SLOTS:
+                raise self.error(at, f"more than {MAX_SLOTS:,} slots; write a smaller count")
+            items.extend(unit * times)
+            at = self.skip(after)
+        if not items:
+            raise self.error(at, "expected a letter such as A or M, '(' or '['")
+        return tuple(items), at
+
+    def atom(self, at: int) -> tuple[Chain, int]:
+        char = self.peek(at)
+        if match := _LETTER.match(self.text, at):
+            return (Letter(match.group(), at + 1),), match.end()
+        if char == "(":
+            chain, end = self.chain(at + 1, closers=")]|")
+            return chain, self.closed(end, ")", at)
+        if char == "[":
+            return self.parallel(at)
+        if char in ")]|":
+            opener = {")": "'('", "]": "'['", "|": "'['"}[char]
+            raise self.error(at, f"{char!r} without {opener} before it")
+        if char.isdigit():
+            raise self.error(at, f"a count must follow a letter or a group, as in 'M{char}'")
+        if char.isalpha() and char.upper() != char and char.isascii():
+            raise self.error(at, f"letters start with a capital: did you mean {char.upper()!r}?")
+        raise self.error(at, f"unexpected {char!r}; expected a letter, '(' or '['")
+
+    def closed(self, at: int, closer: str, opened: int) -> int:
+        if self.peek(at) != closer:
+            found = f"found {self.peek(at)!r}, " if self.peek(at) else ""
+            opener = {")": "(", "]": "["}[closer]
+            raise self.error(at, f"{found}missing {closer!r} for the {opener!r} in column {opened + 1}")
+        return at + 1
+
+    def parallel(self, opened: int) -> tuple[Chain, int]:
+        branches, at = [], opened
+        while True:
+            branch, at = self.chain(at + 1, closers="|])")
+            branches.append(branch)
+            if self.peek(at) != "|":
+                break
+        at = self.closed(at, "]", opened)
+        if len(branches) < 2:
+            raise self.error(at - 1, "one branch alone is not parallel: write '[M|A]', or drop the brackets")
+        merge, at = self.merge(at)
+        return (Parallel(tuple(branches), merge, opened + 1),), at
+
+    def merge(self, at: int) -> tuple[str | None, int]:
+        colon = self.skip(at)
+        if self.peek(colon) != ":":
+            return None, at
+        start = self.skip(colon + 1)
+        match = _NAME.match(self.text, start)
+        if not match:
+            raise self.error(start, f"expected the name of a merge after ':', one of {', '.join(MERGES)}")
+        # "[M|A]:sum AF" and "[M|A]:sumAF" both end the name at the capital
+        name = match.group() if match.group() in MERGES else re.split(r"(?<=[a-z_])(?=[A-Z])", match.group())[0]
+        if name not in MERGES:
+            raise self.error(start, f"unknown merge {name!r}; {suggest(name, MERGES)}")
+        return name, start + len(name)
+
+    def count(self, at: int) -> tuple[int, int]:
+        start = self.skip(at)
+        match = _COUNT.match(self.text, start)
+        if not match:
+            return 1, at
+        if int(match.group()[:9]) == 0:
+            raise self.error(start, "a count is at least 1; leave the letter out instead")
+        return int(match.group()[:9]), match.end()
+
+
+def render(chain: Chain) -> str:
+    """A short spelling of a parsed pattern: runs become counts and repeated stretches become groups."""
+    words: list[str] = []
+    at = 0
+    while at < len(chain):
+        period, times = _best_repeat(chain, at)
+        unit = chain[at : at + period]
+        if period > 1 and times > 1:
+            words.append(f"({render(unit)}){times} ")
+        else:
+            words.append(_render_item(unit[0]) + (f"{times} " if times > 1 else ""))
+        at += period * times
+    return "".join(words).strip()
+
+
+def _render_item(item: Item) -> str:
+    if isinstance(item, Letter):
+        return item.name
+    branches = "|".join(render(branch) for branch in item.branches)
+    return f"[{branches}]" + (f":{item.merge} " if item.merge else "")
+
+
+def _best_repeat(chain: Chain, at: int) -> tuple[int, int]:
+    """(period, times) at `at` that covers the most slots; periods past 256 do not occur in hand-written patterns."""
+    best = (1, 1)
+    for period in range(1, min(256, (len(chain) - at) // 2) + 1):
+        unit, times = chain[at : at + period], 1
+        while chain[at + times * period : at + (times + 1) * period] == unit:
+            times += 1
+        if times > 1 and period * (times - 1) > best[0] * (best[1] - 1):
+            best = (period, times)
+    return best

@@ -1,0 +1,79 @@
+"""Frozen plain data with a `kind` tag; an unknown key is an error that names the nearest known one."""
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from plait.design.spelling import suggest
+
+T = TypeVar("T", bound="Struct")
+
+
+class _Checked(type(msgspec.Struct)):
+    """Constructor calls get the same errors as files: what is wrong, where, and what was probably meant."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        if args:
+            raise TypeError(f"{cls.__name__} takes named values only, as in {cls.__name__}({cls._example()})")
+        return convert(msgspec.to_builtins(fields), cls, cls.__name__)
+
+    def _example(cls) -> str:
+        return ", ".join(f"{name}=..." for name in cls.__struct_fields__[:2])
+
+
+class Struct(msgspec.Struct, metaclass=_Checked, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
+    """Base of every config."""
+
+    def replace(self: T, **changes: Any) -> T:
+        """A copy with some fields changed."""
+        return type(self)(**{**msgspec.structs.asdict(self), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back; values equal to the defaults are left out."""
+        return msgspec.to_builtins(self)
+
+
+def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str) -> None:
+    """Raise ValueError for a key that `cls` does not have."""
+    for key in fields:
+        if key not in cls.__struct_fields__ and key != "kind":
+            raise ValueError(f"{where}: unknown key {key!r}; {suggest(key, cls.__struct_fields__)}")
+
+
+def convert(data: Any, cls: type[T], where: str) -> T:
+    """Plain data -> `cls`, errors prefixed with where in the file it stood."""
+    if isinstance(data, cls):
+        return data
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected a mapping, got {data!r}")
+    check_keys(data, cls, where)
+    try:
+        return msgspec.convert(data, cls)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ValueError):  # ours, raised by a __post_init__: it says where itself
+            raise error.__cause__ from None
+        raise ValueError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def convert_kind(data: Any, kinds: dict[str, type[T]], where: str) -> T:
+    """Plain data with a `kind` (or the kind's bare name) -> the struct that kind names."""
+    if isinstance(data, tuple(kinds.values())):
+        return data
+    if isinstance(data, str):
+        data = {"kind": data}
+    if not isinstance(data, dict) or "kind" not in data:
+        raise ValueError(f"{where}: expected a mapping with a 'kind', one of {', '.join(sorted(kinds))}; got {data!r}")
+    kind = data["kind"]
+    if kind not in kinds:
+        raise ValueError(f"{where}: unknown kind {kind!r}; {suggest(str(kind), kinds)}")
+    return convert(data, kinds[kind], f"{where} ({kind})")
+
+
+def positive(config: msgspec.Struct, *names: str) -> None:
+    """Raise ValueError where a set number is not above zero."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{type(config).__name__}.{name} must be above 0, got {value}")
