@@ -1,0 +1,6 @@
+"""Modules over ops: token mixers, channel mixers, merges, and the stack made of them."""
+
+from plait.layers.context import Context as Context
+from plait.layers.context import context_for as context_for
+from plait.layers.stack import Sublayer as Sublayer
+from plait.layers.stack import build_stack as build_stack

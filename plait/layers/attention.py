@@ -1,0 +1,72 @@
+"""Softmax attention as a layer: full or windowed, grouped heads, rotary positions, query/key norm, output gate."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plait.design.layers import Attention
+from plait.design.model import ModelConfig
+from plait.layers.context import Context
+from plait.layers.norm import Norm
+from plait.layers.rope import turn
+from plait.ops.attention import attention
+from plait.state import KV, Window
+
+
+class AttentionLayer(nn.Module):
+    """`qkv_proj` holds the rows of q, k, v and, with `output_gate`, of the gate, in this order."""
+
+    def __init__(self, config: Attention, design: ModelConfig):
+        super().__init__()
+        self.config = config
+        query, key = config.widths()
+        self.widths = [query, key, key] + [query] * config.output_gate
+        self.qkv_proj = nn.Linear(design.dim, sum(self.widths), bias=config.bias)
+        self.o_proj = nn.Linear(query, design.dim, bias=config.bias)
+        self.q_norm = Norm(config.head_dim, design.norm) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, design.norm) if config.qk_norm else None
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | None
+    ) -> tuple[Float[Tensor, "b t d"], KV | Window | None]:
+        c = self.config
+        q, k, v, *gate = self.qkv_proj(x).split(self.widths, -1)
+        q, k, v = (y.unflatten(-1, (-1, c.head_dim)) for y in (q, k, v))  # (b, t, h, k)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if c.rope is not None:
+            q, k = turn(torch.cat([q, k], 2), c.rope, context).split([c.heads, c.kv_heads], 2)
+        if state is None:
+            o = attention(q, k, v, window=c.window, softcap=c.softcap, packing=context.packing)
+        elif isinstance(state, Window):
+            o, state = self.windowed(q, k, v, context, state)
+        else:
+            o, state = self.cached(q, k, v, context, state)
+        o = o.flatten(2)
+        return self.o_proj(o * torch.sigmoid(gate[0]) if gate else o), state
+
+    def cached(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: KV) -> tuple[Tensor, KV]:
+        """Attend to all keys since the start; in the buffer, key j stands at position j."""
+        if not context.ragged:
+            state, k, v = state.extend(k, v, None, None)
+            return attention(q, k.to(q.dtype), v.to(q.dtype), q_start=context.lengths[0], softcap=self.config.softcap), state
+        state, keys, values = state.extend(k, v, context.rows, context.positions)
+        packing = context.packing
+        rows = q if packing is None else packing.to_rows(q)
+        o = attention(rows, keys.to(q.dtype), values.to(q.dtype), q_start=context.starts, softcap=self.config.softcap)
+        return (o if packing is None else packing.from_rows(o)), state
+
+    def windowed(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: Window) -> tuple[Tensor, Window]:
+        """Attend to the tail that the state keeps and to the new tokens."""
+        packing, tail = context.packing, state.k.shape[1]
+        if packing is not None:
+            q, k, v = (packing.to_rows(x) for x in (q, k, v))
+        keys, values = (torch.cat([old.to(new.dtype), new], 1) for old, new in ((state.k, k), (state.v, v)))
+        start = context.starts if context.ragged else context.lengths[0]
+        window, softcap = self.config.window, self.config.softcap
+        o = attention(q, keys, values, q_start=start, k_start=start - tail, window=window, softcap=softcap)
+        if packing is None:
+            kept = [x[:, x.shape[1] - tail :] for x in (keys, values)]
+        else:
+            o, kept = packing.from_rows(o), [packing.last(x, tail) for x in (keys, values)]
+        return o, Window(*(x.to(state.k.dtype) for x in kept))

@@ -1,0 +1,71 @@
+"""What every layer of one call shares: positions, packing, and a place for numbers worth reporting."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from plait.ops.packing import Packing
+
+
+@dataclass(eq=False)
+class Context:
+    """Built once per call. `lengths` are the tokens each row has seen before it.
+
+    `positions` restart at 0 at each document and go on where a state left off. `stats` is where layers leave numbers
+    about this call; nothing is left on modules.
+    """
+
+    positions: Int[Tensor, "b t"]
+    lengths: tuple[int, ...]
+    packing: Packing | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+    _cache: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows stand at different positions, so that keys must be placed row by row."""
+        return self.packing is not None or any(n != self.lengths[0] for n in self.lengths)
+
+    @cached_property
+    def starts(self) -> Int[Tensor, " b"]:
+        """`lengths` on the device."""
+        return torch.tensor(self.lengths, device=self.positions.device)
+
+    @cached_property
+    def rows(self) -> Int[Tensor, "b t"]:
+        """Each token's row of the state."""
+        if self.packing is not None:
+            return self.packing.documents[None]
+        return torch.arange(len(self.lengths), device=self.positions.device)[:, None].expand_as(self.positions)
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """`compute()` for the first layer that asks for `key`, the same value for the others."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+
+def context_for(
+    tokens: Int[Tensor, "b t"],
+    lengths: tuple[int, ...] | None = None,
+    documents: tuple[int, ...] | None = None,
+    stats: dict[str, Any] | None = None,
+) -> Context:
+    """The context of a call: `lengths` seen before per state row, `documents` the packed lengths (batch 1)."""
+    b, t = tokens.shape
+    packing = Packing(documents, tokens.device) if documents is not None else None
+    before = lengths or (0,) * (b if documents is None else len(documents))
+    if packing is not None:
+        positions = packing.offsets
+        if any(before):
+            positions = positions + torch.tensor(before, device=tokens.device)[packing.documents]
+    elif len(set(before)) == 1:
+        positions = torch.arange(before[0], before[0] + t, device=tokens.device).expand(b, t)
+    else:
+        positions = torch.tensor(before, device=tokens.device)[:, None] + torch.arange(t, device=tokens.device)
+    return Context(positions, before, packing, {} if stats is None else stats)

@@ -1,0 +1,42 @@
+"""Channel mixers: two projections with a nonlinearity between, token by token."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plait.design.layers import GELU, FeedForward, ReLU2, SwiGLU
+from plait.design.model import ModelConfig
+from plait.layers.context import Context
+from plait.state import Nothing
+
+
+def swiglu(hidden: Float[Tensor, "b t 2*h"]) -> Float[Tensor, "b t h"]:
+    gate, up = hidden.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def gelu(hidden: Tensor) -> Tensor:
+    return F.gelu(hidden, approximate="tanh")
+
+
+def relu2(hidden: Tensor) -> Tensor:
+    return torch.relu(hidden).square()
+
+
+ACTIVATIONS = {SwiGLU: swiglu, GELU: gelu, ReLU2: relu2}
+
+
+class FeedForwardLayer(nn.Module):
+    """down(act(up x)); in a SwiGLU `up_proj` holds the rows of gate and up."""
+
+    def __init__(self, config: FeedForward, design: ModelConfig):
+        super().__init__()
+        self.act = ACTIVATIONS[type(config)]
+        self.up_proj = nn.Linear(design.dim, config.inputs() * config.hidden, bias=config.bias)
+        self.down_proj = nn.Linear(config.hidden, design.dim, bias=config.bias)
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], context: Context, state: Nothing | None
+    ) -> tuple[Float[Tensor, "b t d"], Nothing | None]:
+        return self.down_proj(self.act(self.up_proj(x))), state

@@ -1,0 +1,70 @@
+"""The Mamba-2 layer."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plait.design.layers import Mamba2
+from plait.design.model import ModelConfig
+from plait.layers.context import Context
+from plait.layers.norm import Norm
+from plait.ops.conv import causal_conv
+from plait.ops.ssd import ssd
+from plait.state import Recurrent
+
+
+class Mamba2Layer(nn.Module):
+    """arXiv 2405.21060, section 7. `in_proj` holds the rows of z, x, B, C and dt, as in the published checkpoints."""
+
+    def __init__(self, config: Mamba2, design: ModelConfig):
+        super().__init__()
+        self.config = config
+        inner, conv = config.widths()
+        self.widths = [inner, conv, config.heads]
+        self.in_proj = nn.Linear(design.dim, sum(self.widths), bias=False)
+        self.conv1d_weight = nn.Parameter(torch.empty(conv, config.conv_width))
+        self.conv1d_bias = nn.Parameter(torch.empty(conv)) if config.conv_bias else None
+        self.A_log = nn.Parameter(torch.empty(config.heads))
+        self.dt_bias = nn.Parameter(torch.empty(config.heads))
+        self.D = nn.Parameter(torch.empty(config.heads))
+        self.norm = Norm(inner, design.norm.replace(zero_centered=False))
+        self.out_proj = nn.Linear(inner, design.dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A ~ U(1, 16); dt_bias such that softplus gives a step log-uniform in [1e-3, 0.1]; D = 1."""
+        nn.init.uniform_(self.A_log, 1, 16).data.log_()
+        step = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        self.dt_bias.data.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        nn.init.ones_(self.D)
+        reset_conv(self.conv1d_weight, self.conv1d_bias)
+
+    def forward(
+        self, u: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
+    ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
+        c = self.config
+        z, xBC, dt = self.in_proj(u).split(self.widths, -1)
+        xBC, conv = causal_conv(
+            xBC, self.conv1d_weight, self.conv1d_bias, state=state and state.conv, packing=context.packing
+        )
+        keys = c.groups * c.state_dim
+        x, B, C = F.silu(xBC).split([self.widths[0], keys, keys], -1)
+        x = x.unflatten(-1, (-1, c.head_dim))  # (b, t, h, p)
+        B, C = (y.unflatten(-1, (c.groups, -1)) for y in (B, C))  # (b, t, g, n)
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (b, t, h)
+        g = -self.A_log.exp() * dt
+        y, s = ssd(C, B, x * dt[..., None].to(x.dtype), g, state=state and state.s, packing=context.packing)
+        y = torch.addcmul(y, x, self.D[:, None].to(x.dtype)).flatten(2)
+        out = self.out_proj(self.norm(y * F.silu(z)))
+        return out, None if state is None else Recurrent(s, conv)
+
+
+def reset_conv(weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    """Uniform in +-1/sqrt(width), torch's default for a depthwise convolution."""
+    bound = weight.shape[1] ** -0.5
+    nn.init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        nn.init.uniform_(bias, -bound, bound)

@@ -1,0 +1,42 @@
+"""From a design to a model with fresh weights."""
+
+import torch
+from torch import nn
+
+from plait.design.load import load_design
+from plait.design.model import ModelConfig
+from plait.model.language_model import LanguageModel
+
+OUTPUTS = ("o_proj", "out_proj", "down_proj")  # what writes into the residual stream
+WIDE = ("A_log", "dt_bias", "D")  # never below float32: a decay rounded to bfloat16 is another decay
+
+
+def build(
+    design: ModelConfig | str | dict, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """A model with weights that depend on `seed` alone, not on the device or on torch's own random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LanguageModel(load_design(design))
+        init_weights(model)
+    return cast(model, dtype).to(device)
+
+
+def init_weights(model: LanguageModel) -> None:
+    """Linear weights N(0, 1/fan_in), those that write into the residual stream smaller by sqrt(number of slots), so that
+    its variance does not grow with depth; embeddings N(0, 1/dim). All other parameters were set by their own layers."""
+    nn.init.normal_(model.embed.weight, std=model.design.dim**-0.5)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            depth = len(model.slots) if name.rsplit(".", 1)[-1] in OUTPUTS else 1
+            nn.init.normal_(module.weight, std=(module.in_features * depth) ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """All parameters to `dtype`, decay parameters to at least float32."""
+    for name, parameter in model.named_parameters():
+        wide = name.rsplit(".", 1)[-1] in WIDE
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
+    return model

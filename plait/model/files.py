@@ -1,0 +1,105 @@
+"""Models as folders: config.json and model.safetensors, and the tokenizer's files where one is given."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import safetensors.torch
+import torch
+
+from plait.design.load import read_mapping
+from plait.design.model import ModelConfig
+from plait.model.build import cast
+from plait.model.language_model import LanguageModel
+from plait.state.files import write_atomic
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class Saves(Protocol):
+    """Anything that writes itself into a folder, such as a tokenizer."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+def save(model: LanguageModel, folder: str | Path, tokenizer: Saves | None = None) -> None:
+    """Write the model (and tokenizer) so that `plait.load` and transformers can read it. Each file is replaced whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    metadata = {"format": "pt", "design": model.design.hash}
+    write_atomic(folder / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path, metadata))
+    config = {
+        "model_type": "plait",
+        "architectures": ["PlaitForCausalLM"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "vocab_size": model.design.vocab,
+        "design": model.design.to_dict(),
+    }
+    write_atomic(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
+    """Read a saved model, or the newest checkpoint of a training run's folder. Raises ValueError naming what is wrong."""
+    folder = model_folder(folder)
+    config = read_config(folder)
+    design = ModelConfig.from_dict(config["design"])
+    tensors = _read_weights(folder / WEIGHTS, design)
+    with torch.device("meta"):
+        model = LanguageModel(design)
+    model = cast(model, getattr(torch, config["dtype"])).to_empty(device=device)
+    _fill(model, tensors, folder / WEIGHTS)
+    return model if dtype is None else cast(model, dtype)
+
+
+def model_folder(folder: str | Path) -> Path:
+    """The folder that holds config.json: itself, or the newest complete checkpoint of a run."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected a saved model or a training run")
+    if (folder / CONFIG).is_file():
+        return folder
+    found = sorted(p.parent for p in folder.glob(f"checkpoints/step-*/{CONFIG}"))
+    if not found:
+        raise FileNotFoundError(f"{folder}: holds neither {CONFIG} nor checkpoints/step-*; expected a saved model or a run")
+    return found[-1]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, checked to be ours."""
+    config = read_mapping(folder / CONFIG)
+    if config.get("model_type") != "plait":
+        raise ValueError(f"{folder / CONFIG}: model_type is {config.get('model_type')!r}, expected 'plait'")
+    if "design" not in config:
+        raise ValueError(f"{folder / CONFIG}: 'design' is missing")
+    return config
+
+
+def _read_weights(path: Path, design: ModelConfig) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; the folder holds a config without weights")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            written_for = (file.metadata() or {}).get("design", design.hash)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: corrupt or cut short ({error}), {os.path.getsize(path):,} bytes") from None
+    if written_for != design.hash:
+        raise ValueError(f"{path}: weights of design {written_for}, but {CONFIG} beside it describes {design.hash}")
+    return tensors
+
+
+def _fill(model: LanguageModel, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy tensors in; every parameter must be there, every tensor used, every shape equal."""
+    parameters = dict(model.named_parameters())
+    missing, unused = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if missing or unused:
+        raise ValueError(f"{path}: missing tensors {missing[:3]}, unused tensors {unused[:3]} (first three of each)")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
+        parameter.data.copy_(tensors[name])

@@ -1,0 +1,53 @@
+"""Padding and packing as the model receives them. Padding never reaches a layer: padded rows become packed documents."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Which places of padded rows hold tokens, and how many each row has."""
+
+    mask: Bool[Tensor, "b t"]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokens: Int[Tensor, "b t"], attention_mask: Tensor) -> Self | None:
+        """None where nothing is padded."""
+        if attention_mask.shape != tokens.shape:
+            raise ValueError(
+                f"attention_mask must have the tokens' shape {tuple(tokens.shape)}, got {tuple(attention_mask.shape)}"
+            )
+        mask = attention_mask.to(torch.bool)
+        lengths = tuple(mask.sum(1).tolist())
+        if 0 in lengths:
+            raise ValueError(f"row {lengths.index(0)} is all padding: every row needs at least one token")
+        return None if min(lengths) == tokens.shape[1] else cls(mask, lengths)
+
+    def remove(self, tokens: Int[Tensor, "b t"]) -> Int[Tensor, "1 n"]:
+        """The rows' tokens end to end."""
+        return tokens[self.mask][None]
+
+    def restore(self, x: Float[Tensor, "1 n d"]) -> Float[Tensor, "b t d"]:
+        """Back to padded rows, zeros where padding was."""
+        places = self.mask.flatten().nonzero().squeeze(-1)
+        rows = x.new_zeros(self.mask.numel(), x.shape[-1]).index_copy(0, places, x[0])
+        return rows.unflatten(0, self.mask.shape)
+
+
+def packed_lengths(tokens: Int[Tensor, "1 t"], cu_seqlens: Int[Tensor, " n+1"]) -> tuple[int, ...]:
+    """Document lengths from offsets. Raises ValueError for offsets that do not cut the row into documents."""
+    offsets = torch.as_tensor(cu_seqlens).tolist()
+    if tokens.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs documents packed in one row, got a batch of {tokens.shape[0]}")
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens.shape[1]:
+        raise ValueError(f"cu_seqlens must run from 0 to the number of tokens, {tokens.shape[1]}; got {offsets}")
+    lengths = tuple(b - a for a, b in zip(offsets, offsets[1:], strict=False))
+    for document, length in enumerate(lengths):
+        if length <= 0:
+            raise ValueError(f"cu_seqlens: document {document} has {length} tokens; each needs at least one")
+    return lengths

@@ -1,0 +1,34 @@
+"""The gated delta rule (arXiv 2412.06464, equation 10): S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.ops.delta import chunked, reference
+from plait.ops.kernels import Kernel, always, choose, many_tokens, wide
+from plait.ops.packing import Packing
+
+KERNELS = (Kernel("chunked", chunked.run, many_tokens), Kernel("reference", reference.run, always))
+
+
+def gated_delta(
+    q: Float[Tensor, "b t g k"],
+    k: Float[Tensor, "b t g k"],
+    v: Float[Tensor, "b t h v"],
+    g: Float[Tensor, "b t h"],
+    beta: Float[Tensor, "b t h"],
+    *,
+    state: Float[Tensor, "n h v k"] | None = None,
+    packing: Packing | None = None,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v k"] | None]:
+    """Outputs and, where a state was given, the state after the last token.
+
+    g is the log decay, log a <= 0. `g` key heads serve h value heads in order (h a multiple). Computed in float32, or
+    float64 for float64 inputs. n is the batch, or the number of documents with `packing`.
+    """
+    dtype = v.dtype
+    if q.shape[2] != v.shape[2]:
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+    with torch.autocast(q.device.type, enabled=False):
+        o, state = choose(KERNELS, v).run(wide(q), wide(k), wide(v), wide(g), wide(beta), state=state, packing=packing)
+    return o.to(dtype), state

@@ -1,0 +1,86 @@
+"""Which form of an op runs, and why the others do not.
+
+The choice depends on the tensors' device, dtype and shapes alone, never on what can be imported.
+`PLAIT_KERNELS=reference` (or `chunked`) forces one form everywhere; `forced("reference")` does so for a block of code.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.design.spelling import suggest
+
+_forced: str | None = os.environ.get("PLAIT_KERNELS")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a choice may depend on."""
+
+    tokens: int
+    device: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One form of an op. `supports` gives None, or the reason why this form does not fit the call."""
+
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[[Call], str | None]
+
+
+def always(call: Call) -> str | None:
+    return None
+
+
+def many_tokens(call: Call) -> str | None:
+    return None if call.tokens > 1 else "one token: the loop takes one step"
+
+
+def choose(kernels: Sequence[Kernel], x: Tensor) -> Kernel:
+    """The first kernel, in order of preference, that fits `x` (b, t, ...)."""
+    if _forced is not None:
+        for kernel in kernels:
+            if kernel.name == _forced:
+                return kernel
+        raise ValueError(f"PLAIT_KERNELS={_forced}: no such kernel; {suggest(_forced, [k.name for k in kernels])}")
+    call = Call(x.shape[1], x.device.type, x.dtype)
+    for kernel in kernels:
+        if kernel.supports(call) is None:
+            return kernel
+    raise AssertionError("the reference fits every call")
+
+
+def explain(kernels: Sequence[Kernel], call: Call) -> list[tuple[str, str]]:
+    """Each kernel's name with "used", or the reason why not; what `plait doctor` prints."""
+    rows, found = [], False
+    for kernel in kernels:
+        reason = kernel.supports(call)
+        if reason is None:
+            reason = "used" if not found else "fits, but a faster form comes first"
+            found = True
+        rows.append((kernel.name, reason))
+    return rows
+
+
+@contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """Force one form of every op inside the block."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: what recurrences and norms compute in."""
+    return x if x.dtype == torch.float64 else x.float()
