@@ -1,0 +1,178 @@
+"""Packed batches from token shards, to the token: every one once an epoch, and resumed where it stopped.
+
+Documents are cut into pieces of at most `length` tokens. The pieces, in a seeded order, form one endless row of tokens,
+and a batch is the next `batch * length` of it; a piece that a batch's end cuts goes on in the next batch, starting
+fresh. A target is the next token of the document, also across such cuts, so every token but a document's first is a
+target once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from plait.data.errors import DataError, nearest
+from plait.data.shards import Shards
+
+NO_TARGET = -100
+Order = Literal["shuffled", "sequential"]
+ORDERS = ("shuffled", "sequential")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """inputs, targets: int64 (1, n); cu_seqlens: int32 (pieces + 1,), from 0 to n; bytes: UTF-8 bytes of the targets.
+
+    A target of -100 is not scored: the position of an end of text, whose next token is another document's.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    bytes: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        inputs, targets, cu_seqlens = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.inputs, self.targets, self.cu_seqlens)
+        )
+        return Batch(inputs, targets, cu_seqlens, self.bytes)
+
+
+class Loader:
+    """An iterator of `Batch`, endless or for `epochs` epochs; the last batch of the last epoch may be shorter.
+
+    `order="shuffled"` draws the pieces anew each epoch from (seed, epoch); `"sequential"` keeps the corpus's order, for
+    evaluation. Memory: 8 bytes a piece and 24 a document; the tokens stay on disk.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        split: str = "train",
+        *,
+        batch: int,
+        length: int,
+        seed: int = 0,
+        order: Order = "shuffled",
+        epochs: int | None = None,
+    ):
+        for name, value in (("batch", batch), ("length", length)):
+            if value < 1:
+                raise DataError(f"{name}={value}: expected at least 1")
+        if seed < 0:
+            raise DataError(f"seed={seed}: expected at least 0")
+        if batch * length >= 1 << 31:
+            raise DataError(
+                f"batch * length = {batch * length}: expected fewer than 2**31 tokens, for int32 cu_seqlens"
+            )
+        if order not in ORDERS:
+            raise DataError(f"order {order!r}: expected shuffled or sequential{nearest(order, ORDERS)}")
+        if epochs is not None and epochs < 1:
+            raise DataError(f"epochs={epochs}: expected at least 1, or None for no end")
+        self.batch, self.length, self.seed, self.order, self.epochs = batch, length, seed, order, epochs
+        self.shards, self.split = shards, split
+        self._starts, self._ends = shards.documents(split)
+        pieces = (self._ends - self._starts + length - 1) // length
+        self._first_piece = np.concatenate(([0], np.cumsum(pieces)))
+        self._tokens = shards.tokens(scattered=order == "shuffled")
+        self._token_bytes = shards.token_bytes()
+        self._epoch, self._position, self._offset = 0, 0, 0  # the next token: piece in this epoch's order, place in it
+        self._permutation: tuple[int, NDArray[np.int64]] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one epoch, ends of text included."""
+        return int((self._ends - self._starts).sum())
+
+    @property
+    def pieces(self) -> int:
+        return int(self._first_piece[-1])
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        size = self.batch * self.length
+        inputs = np.empty(size, dtype=np.int64)
+        targets = np.empty(size, dtype=np.int64)
+        cuts, filled = [0], 0
+        epoch, position, offset = self._epoch, self._position, self._offset
+        while filled < size:
+            if position == self.pieces:
+                if self.epochs is not None and epoch + 1 >= self.epochs:
+                    break
+                epoch, position = epoch + 1, 0
+            start, end, document_end = self._piece(epoch, position)
+            start += offset
+            taken = min(end - start, size - filled)
+            following = self._tokens[start : start + taken + 1]
+            inputs[filled : filled + taken] = following[:taken]
+            if start + taken < document_end:
+                targets[filled : filled + taken] = following[1:]
+            else:
+                targets[filled : filled + taken - 1] = following[1:taken]
+                targets[filled + taken - 1] = NO_TARGET
+            filled += taken
+            cuts.append(filled)
+            position, offset = (position + 1, 0) if start + taken == end else (position, offset + taken)
+        if not filled:
+            raise StopIteration
+        # Only now, so that an interrupt above leaves the loader where the last whole batch left it.
+        self._epoch, self._position, self._offset = epoch, position, offset
+        scored = targets[:filled][targets[:filled] != NO_TARGET]
+        return Batch(
+            inputs=torch.from_numpy(inputs[None, :filled]),
+            targets=torch.from_numpy(targets[None, :filled]),
+            cu_seqlens=torch.tensor(cuts, dtype=torch.int32),
+            bytes=int(self._token_bytes[scored].sum()),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data: where the next batch begins, and of what. A resumed run may change `batch` and `epochs` only."""
+        return {"epoch": self._epoch, "position": self._position, "offset": self._offset, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; raises DataError if it is another corpus's, split's, length's, seed's or order's."""
+        place = ("epoch", "position", "offset")
+        missing = [name for name in (*place, *self._identity()) if name not in state]
+        if missing:
+            raise DataError(f"loader state without {missing[0]!r}: expected what state_dict() returned")
+        for name, ours in self._identity().items():
+            if state[name] != ours:
+                raise DataError(f"loader state of {name} {state[name]!r}, but this loader's {name} is {ours!r}")
+        epoch, position, offset = (state[name] for name in place)
+        if epoch < 0 or not 0 <= position <= self.pieces or not 0 <= offset < self.length:
+            raise DataError(f"loader state at piece {position}, token {offset}: this corpus has {self.pieces} pieces")
+        self._epoch, self._position, self._offset = epoch, position, offset
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "shards": self.shards.key,
+            "split": self.split,
+            "length": self.length,
+            "seed": self.seed,
+            "order": self.order,
+        }
+
+    def _piece(self, epoch: int, position: int) -> tuple[int, int, int]:
+        """(start, end, end of its document) in tokens of the piece at `position` in the epoch's order."""
+        piece = position if self.order == "sequential" else int(self._order(epoch)[position])
+        document = int(np.searchsorted(self._first_piece, piece, side="right")) - 1
+        document_end = int(self._ends[document])
+        start = int(self._starts[document]) + (piece - int(self._first_piece[document])) * self.length
+        return start, min(start + self.length, document_end), document_end
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if self._permutation is None or self._permutation[0] != epoch:
+            # Sorting a bit generator's raw words: unlike Generator.permutation, numpy promises these never change.
+            words = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64)).random_raw(self.pieces)
+            self._permutation = epoch, np.argsort(words, kind="stable")
+        return self._permutation[1]

@@ -1,0 +1,118 @@
+"""A corpus as token ids on disk, mapped into memory: written once, whole or not at all, found again by its content.
+
+One folder per (source, tokenizer, held-out share, seed), named by the hash of these:
+
+| file | holds |
+|---|---|
+| `tokens.bin` | every document's ids, each followed by the end-of-text id; uint16, or uint32 for a large vocabulary |
+| `offsets.bin` | int64 (documents + 1): where each document starts in `tokens.bin` |
+| `split.bin` | uint8 (documents): 0 train, 1 held out |
+| `token_bytes.bin` | int32 (vocab): bytes of text per id |
+| `meta.json` | the rest; no clock and no machine in it, so equal inputs give equal bytes |
+"""
+
+import json
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plait.data.errors import DataError, NotFound, nearest
+
+FORMAT = 1
+SPLITS = ("train", "heldout")
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What meta.json says. `passed_over` counts files that were not UTF-8 text and documents that were empty."""
+
+    format: int
+    key: str
+    source: str
+    tokenizer: str
+    vocab: int
+    eos: int
+    dtype: str
+    tokens: int
+    documents: int
+    heldout_documents: int
+    bytes: int
+    heldout: float
+    seed: int
+    tail_held_out: bool
+    passed_over: dict[str, int]
+
+
+class Shards:
+    """Token shards on disk, opened. Nothing but the meta and the byte table is read before it is asked for."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.meta = _read_meta(self.folder)
+        for name, expected in self._sizes().items():
+            path = self.folder / name
+            found = path.stat().st_size if path.exists() else 0
+            if found != expected:
+                raise DataError(f"{path}: {found} bytes where {expected} were written; prepare the corpus again")
+
+    def _sizes(self) -> dict[str, int]:
+        meta, width = self.meta, np.dtype(self.meta.dtype).itemsize
+        entries = meta.documents + meta.tail_held_out
+        return {
+            "tokens.bin": meta.tokens * width,
+            "offsets.bin": (entries + 1) * 8,
+            "split.bin": entries,
+            "token_bytes.bin": meta.vocab * 4,
+        }
+
+    @property
+    def key(self) -> str:
+        return self.meta.key
+
+    @property
+    def vocab(self) -> int:
+        return self.meta.vocab
+
+    @property
+    def eos(self) -> int:
+        return self.meta.eos
+
+    def tokens(self, scattered: bool = False) -> NDArray[Any]:
+        """All ids, mapped and read-only: only what is indexed is read. `scattered`: without reading ahead of it."""
+        with (self.folder / "tokens.bin").open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if scattered and hasattr(mmap, "MADV_RANDOM"):
+            # Linux reads megabytes around each page of a map: shuffled pieces would read the corpus many times over.
+            mapped.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(mapped, dtype=self.meta.dtype)
+
+    def documents(self, split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(starts, ends) in `tokens()` of the split's documents, in corpus order; an end is past the end-of-text id."""
+        if split not in SPLITS:
+            raise DataError(f"split {split!r}: expected train or heldout{nearest(split, SPLITS)}")
+        chosen = np.fromfile(self.folder / "split.bin", dtype=np.uint8) == SPLITS.index(split)
+        offsets = np.fromfile(self.folder / "offsets.bin", dtype=np.int64)
+        return offsets[:-1][chosen], offsets[1:][chosen]
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        """(vocab,) bytes of text per id."""
+        return np.fromfile(self.folder / "token_bytes.bin", dtype=np.int32)
+
+
+def _read_meta(folder: Path) -> Meta:
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise NotFound(f"{folder}: no token shards here; expected a folder that plait.data.prepare wrote")
+    try:
+        said = json.loads(path.read_text("utf-8"))
+        meta = Meta(**said)
+    except (ValueError, TypeError):
+        raise DataError(f"{path}: damaged, or written by another version of plait; prepare the corpus again") from None
+    if meta.format != FORMAT:
+        raise DataError(f"{path}: format {meta.format}, expected {FORMAT}; prepare the corpus again")
+    return meta

@@ -1,0 +1,113 @@
+"""Tokenizers found by name or path."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from plait.data.errors import DataError, NotFound, nearest
+from plait.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
+from plait.data.tokenizer_hf import HuggingFaceTokenizer, PythonTokenizer
+
+# Files saved with a tokenizer.json that say what it means in a chat; kept as they are.
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# One of these makes a folder a tokenizer's where there is no tokenizer.json.
+OLDER_FILES = ("tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """`bytes`, or the Hugging Face tokenizer in a folder or a tokenizer.json; a plait run's folder holds one too.
+
+    Nothing is fetched. Raises NotFound or DataError, in one line.
+    """
+    if str(spec) == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    if not path.exists():
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        hint = nearest(str(spec), ["bytes", *map(str, beside)])
+        raise NotFound(f"tokenizer {str(spec)!r}: no such file or folder; expected bytes or a tokenizer's folder{hint}")
+    if path.is_file():
+        return _from_json(path)
+    for folder in (path, path / "tokenizer"):
+        if (folder / "tokenizer.json").is_file():
+            return _from_json(folder / "tokenizer.json")
+        if any((folder / name).is_file() for name in OLDER_FILES):
+            return _from_transformers(folder)
+    raise NotFound(f"tokenizer {str(spec)!r}: no tokenizer in this folder; expected a tokenizer.json")
+
+
+def _from_json(path: Path) -> Tokenizer:
+    companions = _companions(path.parent)
+    config = _json_object(path.parent / "tokenizer_config.json", companions.get("tokenizer_config.json", "{}"))
+    if config.get("plait_tokenizer") == ByteTokenizer.name:
+        return ByteTokenizer()
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"{path}: not a Hugging Face tokenizer.json ({_first_line(error)})") from None
+    name = path.parent.resolve().name if path.name == "tokenizer.json" else path.stem
+    return HuggingFaceTokenizer(inner, _end_of_text(inner, path, config, companions), name, companions)
+
+
+def _from_transformers(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each of the library's formats fails in its own way
+        raise DataError(f"{folder}: transformers cannot load this tokenizer ({_first_line(error)})") from None
+    if loaded.eos_token_id is None:
+        raise _no_end(folder)
+    name = folder.resolve().name
+    if not loaded.is_fast:
+        return PythonTokenizer(loaded, name)
+    return HuggingFaceTokenizer(loaded.backend_tokenizer, loaded.eos_token_id, name, _companions(folder))
+
+
+def _companions(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text("utf-8") for name in COMPANIONS if (folder / name).is_file()}
+
+
+def _end_of_text(inner: tokenizers.Tokenizer, path: Path, config: dict[str, Any], companions: dict[str, str]) -> int:
+    """The id that ends a document, as the files beside tokenizer.json say, or else by its usual names."""
+    special = _json_object(path.parent / "special_tokens_map.json", companions.get("special_tokens_map.json", "{}"))
+    for said in (config.get("eos_token"), special.get("eos_token")):
+        token = said.get("content") if isinstance(said, dict) else said
+        if isinstance(token, str):
+            id = inner.token_to_id(token)
+            if id is None:
+                raise DataError(f"{path}: its eos_token {token!r} is not in its vocabulary")
+            return id
+    for name in ("generation_config.json", "config.json"):
+        beside = path.parent / name
+        if beside.is_file():
+            said = _json_object(beside, beside.read_text("utf-8")).get("eos_token_id")
+            id = said[0] if isinstance(said, list) and said else said
+            if isinstance(id, int):
+                return id
+    for token in USUAL_ENDS:
+        id = inner.token_to_id(token)
+        if id is not None:
+            return id
+    raise _no_end(path)
+
+
+def _json_object(path: Path, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: {type(value).__name__} found; expected a JSON object")
+    return value
+
+
+def _no_end(path: Path) -> DataError:
+    return DataError(f"{path}: no end-of-text token; expected an eos_token in tokenizer_config.json beside it")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

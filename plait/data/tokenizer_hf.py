@@ -1,0 +1,172 @@
+"""Hugging Face tokenizers behind plait's protocol, and a byte-level BPE of one's own."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from plait.data.atomic import write_text
+from plait.data.errors import DataError
+from plait.data.tokenizer import END_OF_TEXT, PiecewiseStream, TextStream, Tokenizer
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizers.Tokenizer`. `companions`: the texts of the files saved beside its tokenizer.json, by name."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, eos: int, name: str, companions: Mapping[str, str]):
+        inner.no_padding()
+        inner.no_truncation()
+        end = inner.get_added_tokens_decoder().get(eos)
+        if end is None or not end.special:
+            inner.add_special_tokens([tokenizers.AddedToken(inner.id_to_token(eos), special=True, normalized=False)])
+        self._special = inner
+        self._json = inner.to_str()
+        self._plain = tokenizers.Tokenizer.from_str(self._json)
+        self._plain.encode_special_tokens = True  # the library's word for: as ordinary text
+        self._companions = companions
+        self._byte_lengths: NDArray[np.int32] | None = None
+        self.name = name
+        self.eos = eos
+        self.vocab = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        self.hash = hashlib.sha256(f"{eos}:{self._json}".encode()).hexdigest()
+
+    @property
+    def byte_lengths(self) -> NDArray[np.int32]:
+        if self._byte_lengths is None:
+            added = self._special.get_added_tokens_decoder()
+            ordinary = {id: token for token, id in self._special.get_vocab(with_added_tokens=False).items()}
+            lengths = np.zeros(self.vocab, dtype=np.int32)
+            if '"ByteLevel"' in json.dumps(json.loads(self._json)["decoder"]):
+                for id, token in ordinary.items():
+                    lengths[id] = len(token)  # one character a byte
+            else:
+                measure_bytes(self, ordinary, lengths)
+            for id, token in added.items():
+                lengths[id] = 0 if token.special else len(token.content.encode())
+            self._byte_lengths = lengths
+        return self._byte_lengths
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        inner = self._special if special else self._plain
+        return inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        done = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in done]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._plain.decode([int(id) for id in ids], skip_special_tokens=True)
+
+    def stream(self) -> TextStream:
+        return PiecewiseStream(self.decode)
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = json.loads(self._companions.get("tokenizer_config.json", "{}"))
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        config.setdefault("clean_up_tokenization_spaces", False)
+        config["eos_token"] = self._special.id_to_token(self.eos)
+        files = {
+            "tokenizer.json": self._special.to_str(pretty=True),
+            **self._companions,
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        }
+        for name, text in files.items():
+            write_text(folder / name, text)
+
+
+class PythonTokenizer:
+    """A transformers tokenizer that is written in Python and has no tokenizer.json: right, and slow."""
+
+    def __init__(self, inner: Any, name: str):
+        self._inner = inner
+        self._byte_lengths: NDArray[np.int32] | None = None
+        self.name = name
+        self.eos: int = inner.eos_token_id
+        self._vocab: dict[str, int] = inner.get_vocab()
+        self.vocab = max(self._vocab.values()) + 1
+        identity = [type(inner).__name__, self.eos, sorted(self._vocab.items())]
+        self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    @property
+    def byte_lengths(self) -> NDArray[np.int32]:
+        if self._byte_lengths is None:
+            self._byte_lengths = np.zeros(self.vocab, dtype=np.int32)
+            special = set(self._inner.all_special_ids)
+            ordinary = {id: token for token, id in self._vocab.items() if id not in special}
+            measure_bytes(self, ordinary, self._byte_lengths)
+        return self._byte_lengths
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self._inner.encode(text, add_special_tokens=False, split_special_tokens=not special)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        whole = [int(id) for id in ids]
+        return self._inner.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def stream(self) -> TextStream:
+        return PiecewiseStream(self.decode)
+
+    def save(self, folder: str | Path) -> None:
+        self._inner.save_pretrained(folder)
+
+
+def measure_bytes(tokenizer: Tokenizer, tokens: Mapping[int, str], lengths: NDArray[np.int32]) -> None:
+    """Set `lengths[id]` to the bytes that each id adds after an ordinary word: also where decoding makes spaces."""
+    before = tokenizer.encode("a")
+    base = len(tokenizer.decode(before).encode())
+    for id, token in tokens.items():
+        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):  # byte fallback
+            lengths[id] = 1
+            continue
+        text = tokenizer.decode([*before, id])
+        # One token that is part of a character decodes to U+FFFD, three bytes, but is a byte itself.
+        lengths[id] = max(1, len(text.replace("\ufffd", "?").encode()) - base)
+
+
+def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab` ids: the end of text, 256 bytes and merges. Equal texts give equal ids.
+
+    `texts` is read once, in a stream; `plait.data.texts(source)` is one. Raises DataError where there is no text.
+    """
+    if vocab < 257:
+        raise DataError(f"a byte-level BPE of {vocab} ids: expected at least 257, for 256 bytes and the end of text")
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    counted = _Counted(texts)
+    inner.train_from_iterator(counted, trainer=trainer)
+    if not counted.characters:
+        raise DataError("no text to train a tokenizer on; expected at least one document")
+    return HuggingFaceTokenizer(inner, inner.get_vocab()[END_OF_TEXT], f"bpe-{inner.get_vocab_size()}", {})
+
+
+class _Counted:
+    """Texts, counting their characters on the way through."""
+
+    def __init__(self, texts: Iterable[str]):
+        self._texts = texts
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.characters += len(text)
+            yield text

@@ -1,0 +1,201 @@
+"""Sources: what they read, in which order, and what they say when they cannot."""
+
+import json
+import os
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plait.data import DataError, NotFound, NotText, open_source, texts
+from plait.data.text import cut_pieces, read_pieces
+
+
+def read(spec):
+    return {document.id: "".join(document.pieces) for document in open_source(spec).documents()}
+
+
+@settings(deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab 漢é\n\r\t👩0,"), max_size=300) | st.text(st.characters(exclude_categories=["Cs"])),
+    size=st.integers(1, 40),
+)
+def test_pieces_are_the_text_and_its_tokens(tmp_path_factory, bpe, text, size):
+    path = tmp_path_factory.mktemp("pieces") / "text"
+    path.write_bytes(text.encode())
+    if "\0" not in text:
+        assert "".join(read_pieces(path, size)) == text
+    pieces = list(cut_pieces(text, size))
+    assert "".join(pieces) == text
+    assert all(pieces)
+    blank_ends = all(piece[0].isspace() for piece in pieces[1:])  # not where a long word had to be cut
+    if blank_ends:
+        assert [id for piece in pieces for id in bpe.encode(piece)] == bpe.encode(text)
+
+
+def test_words_are_not_cut():
+    text = "the quick, brown fox jumps. over\n\nlazy dogs " * 200
+    pieces = list(cut_pieces(text, 500))
+    assert len(pieces) > 15
+    assert all(len(piece) < 600 and piece.startswith(" ") for piece in pieces[1:])
+    assert all(len(piece) <= 8192 for piece in cut_pieces("x" * 50_000, 8192))
+
+
+def test_a_file_is_one_document_to_the_byte(write):
+    text = "\ufeffa\r\nb\n\n\u2028 c\r"
+    assert read(write("a.txt", text)) == {"a.txt": text}
+
+
+def test_a_folder_is_its_text_files_in_order(write, tmp_path):
+    for name in ("b.txt", "a/z.md", "a/b.py", ".git/config", "a/.hidden"):
+        write(name, name)
+    assert read(tmp_path) == {"a/b.py": "a/b.py", "a/z.md": "a/z.md", "b.txt": "b.txt"}
+    assert list(read(tmp_path)) == ["a/b.py", "a/z.md", "b.txt"]
+
+
+def test_a_glob_is_what_matches(write, tmp_path, monkeypatch):
+    for name in ("data/a.md", "data/b.txt", "data/deep/er/c.md"):
+        write(name, name)
+    assert list(read(tmp_path / "data/*.md")) == ["a.md"]
+    assert list(read(tmp_path / "data/**/*.md")) == ["a.md", "deep/er/c.md"]
+    monkeypatch.chdir(tmp_path)
+    assert list(read("data/**/*.md")) == ["a.md", "deep/er/c.md"]
+    write("data/[x].txt", "a path that exists wins over a glob")
+    assert list(read("data/[x].txt")) == ["[x].txt"]
+
+
+def test_jsonl_fields(write, tmp_path):
+    lines = [{"text": "one", "body": "1"}, {"text": "t\u2028wo", "body": "2"}, {"text": None, "body": "3"}]
+    path = write("x.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
+    assert read(path) == {"x.jsonl:1": "one", "x.jsonl:2": "t\u2028wo", "x.jsonl:3": ""}
+    assert list(read(f"{path}:body").values()) == ["1", "2", "3"]
+    assert list(read(f"{tmp_path}/*.jsonl:body").values()) == ["1", "2", "3"]
+    assert list(read(f"{tmp_path}:body").values()) == ["1", "2", "3"]
+    half = write("half.jsonl", '{"text": "a\\ud800b \\ud83d\\ude00"}')
+    assert list(read(half).values()) == ["a\ufffdb 😀"]
+
+
+def test_stdlib_is_source_without_its_tests():
+    source = open_source("stdlib")
+    documents = list(source.documents())
+    names = [document.id for document in documents]
+    assert "json/decoder.py" in names
+    assert names == sorted(names)
+    assert not any("test" in name.split("/")[:-1] or "site-packages" in name for name in names)
+    assert 3e6 < source.total_bytes < 60e6
+    text = next("".join(document.pieces) for document in documents if document.id == "json/decoder.py")
+    with open(json.decoder.__file__, newline="", encoding="utf-8") as file:
+        assert text == file.read()
+    assert source.identity() == open_source("stdlib").identity()
+
+
+def test_identity_changes_with_what_is_read(write, tmp_path):
+    path = write("a.txt", "one")
+    seen = [open_source(tmp_path).identity()]
+
+    def changed():
+        seen.append(open_source(tmp_path).identity())
+        return len(set(seen)) == len(seen)
+
+    assert open_source(tmp_path).identity() == seen[0]
+    os.utime(path, ns=(1, 1))
+    assert changed()
+    write("b.txt", "two")
+    assert changed()
+    path.rename(tmp_path / "c.txt")
+    assert changed()
+    path = write("x.jsonl", '{"text": "a", "b": "c"}')
+    assert open_source(path).identity() != open_source(f"{path}:b").identity()
+
+
+def test_texts_pass_over_what_is_not_text(write, tmp_path):
+    write("a", "good")
+    path = write("b", b"bad \xff")
+    assert list(texts(open_source(tmp_path))) == ["good"]
+    with pytest.raises(NotText):
+        list(texts(open_source(path)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("stdlb", NotFound, "source 'stdlb': no such file or folder; expected stdlib, .*; did you mean 'stdlib'"),
+        ("poem.tx", NotFound, "did you mean 'poem.txt'"),
+        ("poems/*.md", NotFound, "no file matches"),
+        ("rows.josnl:text", NotFound, "did you mean 'rows.jsonl'"),
+        ("rows.jsonl.gz:text", NotFound, "no such file"),
+        ("missing.jsonl:text", NotFound, "source 'missing.jsonl'"),
+        ("poem.txt:text", DataError, "':text' names a field, and only .jsonl, .ndjson and .parquet files have fields"),
+        ("nul", NotText, "nul: a binary file .a zero byte at 1.; expected UTF-8 text"),
+        ("latin", NotText, "latin: byte 2097152 .0xe9. is not UTF-8"),
+        ("short", NotText, "short: byte 1 .0xe6. is not UTF-8"),
+        (
+            "rows.jsonl:txt",
+            DataError,
+            "rows.jsonl, line 2: no field 'txt', its fields are 'text', 'id'; did you mean 'text'",
+        ),
+        ("numbers.jsonl", DataError, "line 1: field 'text' is int; expected a string"),
+        ("list.jsonl", DataError, "line 1: list found; expected a JSON object"),
+        ("broken.jsonl", DataError, "line 1: not JSON"),
+        ("bytes.jsonl", NotText, "line 1: not UTF-8"),
+        ("hf:", DataError, "no dataset named; expected hf:NAME_OR_PATH"),
+        ("/dev/null", DataError, "neither a file nor a folder"),
+    ],
+)
+def test_wrong_sources_say_what_was_expected(write, tmp_path, monkeypatch, spec, error, message):
+    monkeypatch.chdir(tmp_path)
+    write("poem.txt", "a poem")
+    write("rows.jsonl", '\n{"text": "a", "id": "1"}\n')
+    write("numbers.jsonl", '{"text": 3}')
+    write("list.jsonl", "[1]")
+    write("broken.jsonl", '{"text": ')
+    write("bytes.jsonl", b'{"text": "\xff"}')
+    write("nul", b"a\0b")
+    write("latin", b"a" * (2 << 20) + b"\xe9a")
+    write("short", b"a\xe6\xbc")
+    with pytest.raises(error, match=message) as caught:
+        read(spec)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, FileNotFoundError) == (error is NotFound)
+
+
+@pytest.mark.parametrize(("module", "spec"), [("pyarrow.parquet", "x.parquet:text"), ("datasets", "hf:some/set")])
+def test_a_missing_extra_is_named(write, tmp_path, monkeypatch, module, spec):
+    write("x.parquet", b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=rf"needs {module}, which is not installed; pip install 'plait\[datasets\]'"):
+        open_source(spec)
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [f"row {number}" for number in range(600)] + [None]
+    parquet.write_table(pyarrow.table({"text": rows, "id": list(range(601))}), tmp_path / "x.parquet")
+    got = read(tmp_path / "x.parquet")
+    assert list(got.values()) == [*rows[:-1], ""]
+    assert "x.parquet:601" in got
+    with pytest.raises(DataError, match="no field 'texts', its fields are 'text', 'id'; did you mean 'text'"):
+        read(f"{tmp_path}/x.parquet:texts")
+    with pytest.raises(DataError, match="row 1: field 'id' is int"):
+        read(f"{tmp_path}/x.parquet:id")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="not a parquet file"):
+        read(tmp_path / "broken.parquet")
+
+
+@pytest.mark.filterwarnings("ignore:Cannot (locate|pickle)")  # dill's, of a class of pyarrow's
+def test_datasets_by_path(write, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    write("set/train.jsonl", '{"text": "one", "b": "1"}\n{"text": "two", "b": "2"}\n')
+    assert list(read(f"hf:{tmp_path}/set").values()) == ["one", "two"]
+    assert list(read(f"hf:{tmp_path}/set:b").values()) == ["1", "2"]
+    datasets.Dataset.from_dict({"text": ["three"]}).save_to_disk(str(tmp_path / "saved"))
+    assert list(read(f"hf:{tmp_path}/saved").values()) == ["three"]
+    with pytest.raises(DataError, match="row 1: no field 'c'"):
+        read(f"hf:{tmp_path}/set:c")
+    with pytest.raises(DataError, match="hf:.*nowhere"):
+        read(f"hf:{tmp_path}/nowhere")
