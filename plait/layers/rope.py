@@ -11,7 +11,7 @@ from plait.layers.context import Context
 def turn(x: Float[Tensor, "b t h k"], rope: RoPE, context: Context) -> Float[Tensor, "b t h k"]:
     """Rotate channel pairs (i, i + r/2) of the first r channels by position * theta^(-2i/r) (arXiv 2104.09864, eq. 34)."""
     rotated = rope.rotated(x.shape[-1])
-    cos, sin = context.once(("rope", rope, rotated, x.dtype), lambda: _angles(rope, rotated, context, x.dtype))
+    cos, sin = context.once(("rope", rope.theta, rotated, x.dtype), lambda: _angles(rope, rotated, context, x.dtype))
     a, b, rest = x.split([rotated // 2, rotated // 2, x.shape[-1] - rotated], -1)
     return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], -1)
 
