@@ -15,11 +15,14 @@ from plait.model.build import cast
 from plait.model.language_model import LanguageModel
 from plait.state.files import write_atomic
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, ENDS = "config.json", "model.safetensors", "generation_config.json"
 
 
 class Saves(Protocol):
-    """Anything that writes itself into a folder, such as a tokenizer."""
+    """A tokenizer, as far as saving goes: it writes itself into a folder, and `eos` ends a text."""
+
+    @property
+    def eos(self) -> int: ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -38,9 +41,11 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Saves | None = Non
         "vocab_size": model.design.vocab,
         "design": model.design.to_dict(),
     }
-    write_atomic(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n") and None)
+    _write_json(folder / CONFIG, config)
     if tokenizer is not None:
         tokenizer.save(folder)
+        # where transformers' generate reads that a text may end before max_new_tokens
+        _write_json(folder / ENDS, {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos})
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
@@ -77,6 +82,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if "design" not in config:
         raise ValueError(f"{folder / CONFIG}: 'design' is missing")
     return config
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
+
+    write_atomic(path, write)
 
 
 def _read_weights(path: Path, design: ModelConfig) -> dict[str, torch.Tensor]:

@@ -1,0 +1,98 @@
+"""Reading prompts: from rows of token ids to one state and the last position's logits, in bounded memory."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.model.language_model import LanguageModel
+from plait.state import KV, Branches, ModelState, Nothing, SlotState
+
+CHUNK = 2048  # tokens in one call
+
+
+def prefill(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], room: int
+) -> tuple[Float[Tensor, "b d"], ModelState]:
+    """What the model's head reads for the token after each prompt, and the state, with room for `room` more keys a row.
+
+    Short prompts share a call, packed end to end; a long one has calls of its own.
+    """
+    hidden, states = [], []
+    for group in _groups([len(prompt) for prompt in prompts]):
+        rows = [prompts[row] for row in group]
+        state = model.init_state(len(rows), max(map(len, rows)) + room)
+        last, state = _read_one(model, rows[0], state) if len(rows) == 1 else _read_packed(model, rows, state)
+        hidden.append(last)
+        states.append(state)
+    return torch.cat(hidden), join(states)
+
+
+def _groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Consecutive rows of together at most `CHUNK` tokens; longer rows alone."""
+    groups: list[list[int]] = []
+    used = CHUNK
+    for row, length in enumerate(lengths):
+        if used + length > CHUNK:
+            groups.append([])
+            used = 0
+        groups[-1].append(row)
+        used += length
+    return groups
+
+
+def _read_one(model: LanguageModel, prompt: Sequence[int], state: ModelState) -> tuple[Tensor, ModelState]:
+    tokens = torch.tensor([prompt], device=model.device)
+    for chunk in tokens.split(CHUNK, 1):
+        hidden, state = advance(model, chunk, state)
+    return hidden[:, -1], state
+
+
+def _read_packed(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], state: ModelState
+) -> tuple[Tensor, ModelState]:
+    lengths = [len(prompt) for prompt in prompts]
+    if len(set(lengths)) == 1:
+        hidden, state = advance(model, torch.tensor(prompts, device=model.device), state)
+        return hidden[:, -1], state
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=model.device)
+    hidden, state = advance(model, tokens, state, offsets)
+    return hidden[0, (offsets[1:] - 1).to(model.device)], state
+
+
+def advance(
+    model: LanguageModel, tokens: Tensor, state: ModelState, cu_seqlens: Tensor | None = None
+) -> tuple[Float[Tensor, "b t d"], ModelState]:
+    """The model's features, and the state, which is given and so is returned."""
+    hidden, after = model.features(tokens, state, cu_seqlens=cu_seqlens)
+    assert after is not None
+    return hidden, after
+
+
+def join(states: Sequence[ModelState]) -> ModelState:
+    """One state with the rows of all, in order; it shares memory with none of them unless there is only one."""
+    if len(states) == 1:
+        return states[0]
+    lengths = tuple(length for state in states for length in state.lengths)
+    slots = tuple(_join(parts, lengths) for parts in zip(*(state.slots for state in states), strict=True))
+    return ModelState(slots, lengths, states[0].design)
+
+
+def _join(parts: Sequence[SlotState], lengths: tuple[int, ...]) -> SlotState:
+    first = parts[0]
+    if isinstance(first, Nothing):
+        return first
+    if isinstance(first, Branches):
+        return Branches(tuple(_join(inner, lengths) for inner in zip(*(part.parts for part in parts), strict=True)))  # type: ignore[union-attr]  # slots of one design are of one kind
+    tensors = {name: _rows([part.tensors()[name] for part in parts]) for name in first.tensors()}
+    return KV.of(tensors["k"], tensors["v"], lengths) if isinstance(first, KV) else type(first)(**tensors)
+
+
+def _rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenated over rows; key buffers of unequal capacity get zeros behind."""
+    longest = max(x.shape[1] for x in tensors)
+    return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in tensors])

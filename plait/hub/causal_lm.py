@@ -1,0 +1,188 @@
+"""A language model behind transformers' interface."""
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from plait.hub.cache import PlaitCache
+from plait.hub.config import PlaitConfig
+from plait.model.build import WIDE, cast, init_weights
+from plait.model.language_model import LanguageModel
+from plait.model.loss import IGNORE
+
+PREFIX = "model."
+
+
+class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
+    """`model` is the `LanguageModel`, for everything of plait's that takes one."""
+
+    config: PlaitConfig
+    config_class = PlaitConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # num_items_in_batch
+    _keep_in_fp32_modules_strict = list(WIDE)
+    _no_split_modules = ["Sublayer"]
+
+    def __init__(self, config: PlaitConfig):
+        super().__init__(config)
+        self.model = LanguageModel(config.model_config)
+        init_weights(self.model)
+        cast(self.model, torch.get_default_dtype())
+        self.gradient_checkpointing = False
+        self.register_load_state_dict_pre_hook(_own_names)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the constructor has done it, and a checkpoint that lacks a tensor is refused."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the rest of transformers' arguments pass through
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As everywhere in transformers, but missing and unused tensors are errors, as in `plait.load`."""
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or unused:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: missing tensors {missing[:3]}, unused tensors {unused[:3]} "
+                "(first three of each)"
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(  # type: ignore[override]  # the rest of transformers' arguments pass through
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As everywhere in transformers; tensors get the model's own names, so that `plait.load` reads them too."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        named = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items()}
+        super().save_pretrained(save_directory, is_main_process, named, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        past_key_values: PlaitCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Int[Tensor, "b t"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits, and where asked for the cache after these tokens and the loss.
+
+        attention_mask: 1 for tokens, 0 for padding on either side; with a cache it may cover the past too.
+        labels: the input_ids themselves (shifted here) with -100 where nothing is to be learned; what is predicted from
+        padding never counts. The loss is the mean over the scored tokens, or their sum over num_items_in_batch.
+        logits_to_keep: logits of the last so many positions only (0: all), or of these positions.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("a plait model reads input_ids; inputs_embeds is not supported")
+        if output_attentions or output_hidden_states:
+            raise ValueError("output_attentions and output_hidden_states are not supported by plait models")
+        mask = _last_columns(attention_mask, input_ids)
+        cache = self._cache(past_key_values, use_cache)
+        hidden = self._features(input_ids, mask, cache)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is None:
+            loss, logits = None, self.model.head(hidden[:, keep])
+        else:
+            logits = self.model.head(hidden)
+            loss, logits = mean_loss(logits, labels, mask, num_items_in_batch), logits[:, keep]
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]  # their annotation lacks Tensor
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _cache(self, given: PlaitCache | None, use_cache: bool | None) -> PlaitCache | None:
+        if given is not None and not isinstance(given, PlaitCache):
+            raise ValueError(f"past_key_values must be a plait.hub.PlaitCache, got {type(given).__name__}")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return PlaitCache() if given is None and use_cache else given
+
+    def _features(
+        self, tokens: Int[Tensor, "b t"], mask: Tensor | None, cache: PlaitCache | None
+    ) -> Float[Tensor, "b t d"]:
+        if cache is None:
+            return self.model.features(tokens, attention_mask=mask)[0]
+        before = self.model.init_state(len(tokens)) if cache.state is None else cache.state
+        hidden, cache.state = self.model.features(tokens, before, attention_mask=mask)
+        cache.length += tokens.shape[1]
+        return hidden
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.lm_head
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """A vocabulary belongs to the design: only its own size is accepted."""
+        if new_num_tokens not in (None, self.model.design.vocab):
+            raise ValueError(
+                f"this model was designed for a vocabulary of {self.model.design.vocab}, not {new_num_tokens}; "
+                "build one with the vocabulary that is needed"
+            )
+        return self.model.embed
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, *args: Any, every_n_layers: int = 1, **kwargs: Any
+    ) -> None:
+        """Every slot is recomputed, by torch's non-reentrant checkpointing whatever transformers was asked for."""
+        if every_n_layers != 1:
+            raise ValueError(f"plait checkpoints every slot or none; got every_n_layers={every_n_layers}")
+        self.gradient_checkpointing = self.model.activation_checkpointing = enable
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """False: the first call makes the cache."""
+        return False
+
+
+def mean_loss(
+    logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], mask: Tensor | None, count: Tensor | int | None
+) -> Float[Tensor, ""]:
+    """Mean (or sum / count) of -log p over the labels that are not -100, scored by the logits one place before."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(logits.device)
+    if mask is not None:
+        targets = targets.masked_fill(mask == 0, IGNORE)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return total / ((targets != IGNORE).sum() if count is None else count)
+
+
+def _last_columns(attention_mask: Tensor | None, tokens: Int[Tensor, "b t"]) -> Tensor | None:
+    """The part of a mask over past and present that is about these tokens."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask must have shape (batch, time), got {tuple(attention_mask.shape)}")
+    return attention_mask[:, -tokens.shape[1] :]
+
+
+def _own_names(module: PlaitForCausalLM, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Let `load_state_dict` take files that `save_pretrained` or `plait.save` wrote, as Trainer does to resume."""
+    for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(prefix + PREFIX)]:
+        state_dict[prefix + PREFIX + name.removeprefix(prefix)] = state_dict.pop(name)
