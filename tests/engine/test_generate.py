@@ -1,0 +1,215 @@
+"""Generation: what comes out is what the model says, whoever shares the batch, however it is read."""
+
+import itertools
+
+import pytest
+import torch
+
+import plait
+from plait.data import ByteTokenizer, train_bpe
+from plait.engine import Decoding, Sampling, generate_tokens, prefill, stream
+
+PATTERNS = ["AF", "MF", "DF AF", "[M|A]F", "WF"]
+TOKENIZER = ByteTokenizer()
+PROMPTS = ["Once upon a time", "hi", "Ünï " * 9]
+SAMPLED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}
+
+
+def tiny(pattern="DF AF", vocab=257, layers=None):
+    """A random model; float64, so that no two continuations hang on a rounding."""
+    layers = layers or ({"W": plait.Attention(window=5)} if "W" in pattern else {})
+    design = plait.ModelConfig(vocab=vocab, dim=64, pattern=pattern, layers=layers)
+    return plait.build(design, seed=1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_greedy_is_the_likeliest_token_of_the_whole_forward_pass(pattern):
+    model, tokens = tiny(pattern), TOKENIZER.encode("Once")
+    for _ in range(12):
+        logits, _ = model(torch.tensor([tokens]))
+        tokens.append(int(logits[0, -1].argmax()))
+    assert generate_tokens(model, [list(b"Once")], max_tokens=12) == [tokens[4:]]
+    assert plait.generate(model, TOKENIZER, "Once", max_tokens=12) == TOKENIZER.decode(tokens[4:])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_of_a_batch_are_what_they_are_alone(pattern):
+    model = tiny(pattern)
+    assert plait.generate(model, TOKENIZER, PROMPTS, max_tokens=12) == [
+        plait.generate(model, TOKENIZER, prompt, max_tokens=12) for prompt in PROMPTS
+    ]
+    together = plait.generate(model, TOKENIZER, PROMPTS, max_tokens=12, seed=5, **SAMPLED)
+    assert together == [
+        plait.generate(model, TOKENIZER, prompt, max_tokens=12, seed=5 + row, **SAMPLED)
+        for row, prompt in enumerate(PROMPTS)
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["DF AF", "[M|W]F"])
+def test_rows_that_end_early_leave_the_others_as_they_are(pattern):
+    model = tiny(pattern)
+    prompts = [list(prompt.encode()) for prompt in PROMPTS]
+    sampling = Sampling(temperature=2.0, seed=3, repetition_penalty=1.3)
+    free = generate_tokens(model, prompts, max_tokens=30, sampling=sampling)
+    eos = free[1][7]
+    expected = [list(itertools.takewhile(lambda token: token != eos, row)) for row in free]
+    assert len({len(row) for row in expected}) > 1
+    assert generate_tokens(model, prompts, max_tokens=30, sampling=sampling, eos=eos) == expected
+
+
+def test_the_end_of_text_ends_the_text():
+    model = tiny()
+    free = generate_tokens(model, [[1]], max_tokens=8)[0]
+    tokenizer = ByteTokenizer()
+    tokenizer.eos = free[5]
+    cut = free[: free.index(free[5])]
+    assert plait.generate(model, tokenizer, "\x01", max_tokens=8) == ByteTokenizer().decode(cut)
+
+
+def test_samples_depend_on_the_seed_alone():
+    model = tiny()
+    options = {"max_tokens": 12, "temperature": 1.5, "top_k": 40, "min_p": 0.001}
+    first = plait.generate(model, TOKENIZER, "a", seed=1, **options)
+    torch.manual_seed(9)
+    assert plait.generate(model, TOKENIZER, "a", seed=1, **options) == first
+    assert plait.generate(model, TOKENIZER, "a", seed=2, **options) != first
+    assert len(set(plait.generate(model, TOKENIZER, ["a"] * 4, seed=1, **options))) == 4
+    unseeded = []
+    for _ in range(2):
+        torch.manual_seed(9)
+        unseeded += [plait.generate(model, TOKENIZER, "a", **options) for _ in range(2)]
+    assert unseeded[:2] == unseeded[2:]
+    assert unseeded[0] != unseeded[1]
+
+
+@pytest.mark.parametrize("stop", [(), "zzzz", "{mid}", ["zz", "{late}", "{mid}"]])
+@pytest.mark.parametrize(
+    "tokenizer", [TOKENIZER, train_bpe(["äöü once upon a time 日本 " * 20], 300)], ids=["bytes", "bpe"]
+)
+def test_streamed_pieces_are_the_text(tokenizer, stop):
+    model = tiny(vocab=300)
+    options = {"max_tokens": 48, "temperature": 1.0, "seed": 4}
+    whole = plait.generate(model, tokenizer, "Once", **options)
+    marks = {"mid": whole[14:19], "late": whole[17:25]}
+    stops = [text.format(**marks) for text in ([stop] if isinstance(stop, str) else stop)]
+    ends = [(whole.find(text) + len(text), whole.find(text)) for text in stops if text in whole]
+    expected = whole[: min(ends)[1]] if ends else whole
+    pieces = list(stream(model, tokenizer, "Once", stop=stops, **options))
+    assert "".join(pieces) == expected == plait.generate(model, tokenizer, "Once", stop=stops, **options)
+    assert all(pieces)
+    assert len(pieces) > 4
+
+
+def test_a_stop_string_ends_only_its_own_row():
+    model = tiny()
+    free = plait.generate(model, TOKENIZER, PROMPTS, max_tokens=24)
+    stop = next(free[1][i : i + 2] for i in range(24) if all(free[1][i : i + 2] not in free[r] for r in (0, 2)))
+    cut = plait.generate(model, TOKENIZER, PROMPTS, max_tokens=24, stop=stop)
+    assert cut == [free[0], free[1][: free[1].index(stop)], free[2]]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_long_prompts_are_read_in_bounded_calls(pattern, monkeypatch):
+    model = tiny(pattern)
+    prompts = [list(range(n)) for n in (3, 40, 5, 2, 4, 4, 23)]
+    whole = generate_tokens(model, prompts, max_tokens=6)
+    read, features = [], model.features
+    monkeypatch.setattr(prefill, "CHUNK", 8)
+    monkeypatch.setattr(
+        model, "features", lambda tokens, *a, **k: read.append(tokens.numel()) or features(tokens, *a, **k)
+    )
+    assert generate_tokens(model, prompts, max_tokens=6) == whole
+    assert max(read) == 8
+    assert read[:9] == [3, 8, 8, 8, 8, 8, 7, 8, 8]
+
+
+def test_a_recurrent_stack_decodes_in_constant_memory():
+    decoding = Decoding(tiny("DF MF [M|D]F WF"), [[1, 2, 3]], max_tokens=200)
+    sizes = {decoding.step() and decoding.state.nbytes for _ in range(100)}
+    assert len(sizes) == 1
+
+
+def test_memory_shrinks_with_the_batch():
+    decoding = Decoding(tiny("DF AF"), [[1], [2, 3], [4]], max_tokens=8)
+    decoding.step()
+    before = decoding.state.nbytes
+    decoding.leave({0, 2})
+    assert decoding.rows == [1]
+    assert decoding.state.nbytes == before // 3
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny().train()
+    plait.generate(model, TOKENIZER, "a", max_tokens=2)
+    assert model.training
+    assert model.slots[0].training
+    pieces = stream(model, TOKENIZER, "abc", max_tokens=20)
+    next(pieces)
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    pieces.close()
+    assert model.training
+    model.eval()
+    plait.generate(model, TOKENIZER, "a", max_tokens=2)
+    assert not model.training
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_chosen():
+    model = tiny(vocab=4000)
+    assert max(generate_tokens(model, [[1]], max_tokens=20)[0]) > 256
+    assert plait.generate(model, TOKENIZER, "a", max_tokens=20)
+
+
+def test_no_prompts_give_no_texts():
+    assert plait.generate(tiny(), TOKENIZER, []) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ""}, "the prompt is empty: expected at least one token"),
+        ({"prompt": ["a", ""]}, "prompt 1 is empty"),
+        ({"prompt": ["a", 3]}, "prompt 1 is of type int, expected str"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number, 1 or above, got 0"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number"),
+        ({"temperature": -1}, "temperature must be 0 \\(greedy\\) or above, got -1"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": "hot"}, "Expected `float`, got `str`"),
+        ({"temperature": 1, "top_k": 0}, "top_k must be 1 or above, got 0"),
+        ({"temperature": 1, "top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
+        ({"temperature": 1, "min_p": 1.5}, "min_p must be from 0 to 1, got 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"top_p": 0.9}, "top_p=0.9 does nothing at temperature 0; give temperature=1.0 too"),
+        ({"stop": ["a", ""]}, "stop holds ''; expected strings of at least one character"),
+    ],
+)
+def test_wrong_calls_say_what_would_be_right(options, message):
+    model = tiny()
+    with pytest.raises(ValueError, match=message) as error:
+        plait.generate(model, TOKENIZER, **{"prompt": "a", **options})
+    assert "\n" not in str(error.value)
+    if not isinstance(options.get("prompt"), list):
+        with pytest.raises(ValueError, match=message):
+            stream(model, TOKENIZER, **{"prompt": "a", **options})
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="the tokenizer \\(bytes\\) has 257 ids, but the model was built for 61"):
+        plait.generate(tiny(vocab=61), TOKENIZER, "a")
+
+
+def test_texts_end_where_rope_does():
+    model = tiny("AF", layers={"A": plait.Attention(rope=plait.RoPE(max_positions=16))})
+    assert len(generate_tokens(model, [[1] * 10], max_tokens=7)[0]) == 7
+    with pytest.raises(ValueError, match="max_positions 16\\); give max_tokens=7 or fewer"):
+        generate_tokens(model, [[1] * 10], max_tokens=8)
+    with pytest.raises(ValueError, match="the prompt of 20 tokens .* shorten it"):
+        generate_tokens(model, [[1] * 20], max_tokens=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}])
+def test_a_diverged_model_is_told(options):
+    model = tiny()
+    model.slots[0].norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite: its weights have diverged"):
+        plait.generate(model, TOKENIZER, "a", **options)
