@@ -11,12 +11,12 @@ from pathlib import Path
 
 from plait.data.errors import NotText
 
-PIECE = 1 << 20  # bytes read at once; characters in a piece of a long string
+PIECE = 1 << 16  # bytes read at once; characters in a piece of a long string
 SNIFFED = 8192  # a zero byte among the first bytes means binary, git's rule
 WINDOW = 4096  # characters at the end of a piece searched for a place to cut
 
 _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
-_BLANK = re.compile(r"(?<=\S)\s+(?=\S)")
+_BLANK = re.compile(r"(?<=\S)[ \t\r\n]+(?=\S)")
 
 
 def read_pieces(path: Path, piece: int = PIECE) -> Iterator[str]:

@@ -20,7 +20,7 @@ from plait.data.errors import DataError, NotFound, NotText
 from plait.data.shards import FORMAT, Meta, Shards
 from plait.data.tokenizer import Tokenizer
 
-BATCH = 4 << 20  # characters tokenized at once: what bounds the memory
+BATCH = 1 << 20  # characters tokenized at once; Hugging Face tokenizers need some 200 bytes for each
 LINE_SEARCH = 4096  # tokens searched for the end of a line when one document must be cut in two
 
 Progress = Callable[[int, int | None], None]

@@ -100,7 +100,7 @@ def test_binary_and_empty_files_are_taken_back_wherever_they_turn_bad(write, tmp
     write("in/d", "")
     write("in/e", "  \n\n")
     write("in/g", b"\x7fELF\0\0")
-    write("in/h", b"last but cut in a character \xe6\xbc")
+    write("in/h", b"last, but cut in a character " * 5 + b"\xe6\xbc")
     shards = prepare(tmp_path / "in", BYTES, tmp_path / "out", heldout=0.3)
     found = [BYTES.decode(ids) for split in ("train", "heldout") for ids in documents(shards, split)]
     assert sorted(found) == sorted(good.values())
