@@ -44,7 +44,7 @@ from plait.data import ByteTokenizer, open_source
 document = next(open_source(sys.argv[1]).documents())
 before = peak()
 tokenizer = ByteTokenizer()
-read = sum(len(tokenizer.encode_batch([piece])[0]) for piece in itertools.islice(document.pieces, 200))
+read = sum(len(tokenizer.encode_batch([piece])[0]) for piece in itertools.islice(document.pieces, 3200))
 print(json.dumps({"read": read, "grown": peak() - before}))
 """
 
