@@ -213,3 +213,14 @@ def test_a_diverged_model_is_told(options):
     model.slots[0].norm.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite: its weights have diverged"):
         plait.generate(model, TOKENIZER, "a", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_gpu_writes_the_same_text(pattern):
+    model = tiny(pattern)
+    calls = [{"max_tokens": 12}, {"max_tokens": 12, "seed": 5, "min_p": 0.001, **SAMPLED}]
+    texts = [plait.generate(model, TOKENIZER, PROMPTS, **options) for options in calls]
+    model.cuda()
+    assert [plait.generate(model, TOKENIZER, PROMPTS, **options) for options in calls] == texts
