@@ -1,0 +1,82 @@
+"""The designs that the laws are checked on: between them every layer with every option, every merge, every nesting."""
+
+from plait.design import (
+    GELU,
+    Attention,
+    Average,
+    GatedDeltaNet,
+    Mamba2,
+    MergeAttention,
+    ModelConfig,
+    Projection,
+    ReLU2,
+    RMSNorm,
+    RoPE,
+    Sum,
+    SwiGLU,
+)
+from plait.design.layers import Layer
+from plait.design.merges import Merge
+
+# small enough that a law takes moments, and no two sizes alike, so that no axis can be taken for another
+LAYERS: dict[str, Layer] = {
+    "A": Attention(heads=4, head_dim=12),
+    "W": Attention(heads=2, head_dim=20, window=7),
+    "M": Mamba2(heads=6, head_dim=10, state_dim=14),
+    "D": GatedDeltaNet(heads=2, head_dim=18, value_heads=4, value_head_dim=22),
+    "F": SwiGLU(hidden=96),
+    "Grouped": Attention(heads=4, kv_heads=2, head_dim=16, qk_norm=True, output_gate=True, rope=RoPE(fraction=0.25)),
+    "Shared": GatedDeltaNet(heads=2, head_dim=18, shared=True),
+}
+
+
+def small(
+    pattern: str, *, merge: Merge | None = None, tied: bool = True, centred: bool = False, **layers: Layer
+) -> ModelConfig:
+    """A design of width 64 over 61 tokens.
+
+    Norms have 1e-4 where the default is 1e-6: what a delta rule says of a first token is near zero, and normed as it is
+    would blow up float32's rounding until it hides mistakes.
+    """
+    norm = RMSNorm(eps=1e-4, zero_centered=centred)
+    return ModelConfig(
+        vocab=61,
+        dim=64,
+        pattern=pattern,
+        layers=LAYERS | layers,
+        merge=merge or Average(),
+        norm=norm,
+        tie_embeddings=tied,
+    )
+
+
+DESIGNS: dict[str, ModelConfig] = {
+    "defaults": ModelConfig(vocab=61, dim=64, pattern="[M|A]F DF WF"),
+    "AF": small("AF"),
+    "MF": small("MF"),
+    "DF": small("DF"),
+    "WF": small("WF"),
+    "AF grouped, q/k norm, gate, partial RoPE": small("(GroupedF)2"),
+    "AF one key head, no RoPE, biases": small(
+        "AF", A=Attention(heads=4, kv_heads=1, head_dim=12, rope=None, bias=True), F=SwiGLU(hidden=32, bias=True)
+    ),
+    "AF soft-capped": small("AF", A=Attention(heads=2, head_dim=16, softcap=2.0)),
+    "WF soft-capped, grouped": small("WF", W=Attention(heads=4, kv_heads=2, head_dim=16, softcap=2.0, window=5)),
+    "WF window of one": small("WDF", W=Attention(heads=2, head_dim=16, window=1)),
+    "MF groups, no bias, wide convolution": small(
+        "MF", M=Mamba2(heads=6, head_dim=10, state_dim=14, groups=3, conv_bias=False, conv_width=6)
+    ),
+    "DF plain heads, convolution of two": small("DF", D=GatedDeltaNet(heads=3, head_dim=16, conv_width=2)),
+    "GELU and ReLU2": small("AF DR", F=GELU(hidden=80, bias=True), R=ReLU2(hidden=72)),
+    "zero-centred norms, untied": small("DF GroupedF", centred=True, tied=False),
+    "shared layers": small("(SharedF)2 [Shared|A]", F=SwiGLU(hidden=96, shared=True)),
+    "((DF)3 AF)2": small("((DF)3 AF)2"),
+    "[M|A]F": small("[M|A]F"),
+    "[M|A]:sum F": small("[M|A]:sum F", merge=Sum(branch_norm=False)),
+    "[MF|A]:gated F": small("[MF|A]:gated F"),
+    "[A|M|D]:projection F": small("[A|M|D]:projection F"),
+    "[M|D]:merge_attention F": small("[M|D]:merge_attention F"),
+    "[M[A|D]:sum|W]F": small("[M[A|D]:sum|W]F"),
+    "[WF|DAF]:average [A|[M|D]:gated]": small("[WF|DAF]:average [A|[M|D]:gated]", merge=Projection(branch_norm=False)),
+    "[A|DM] F, branches not normed": small("[A|DM] F", merge=MergeAttention(branch_norm=False)),
+}

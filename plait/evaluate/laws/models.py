@@ -1,0 +1,168 @@
+"""Laws 9 to 11 and 13: weights survive files, counts are measured, one graph, and packages nobody asked for."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils.flop_counter import FlopCounterMode
+
+from plait.design import Attention, count
+from plait.design.model import ModelConfig
+from plait.evaluate.laws.compare import LawBroken, Values, agree, outcome, some_tokens, subject, with_gradients
+from plait.model import build, load, save
+from plait.model.build import WIDE, init_weights
+from plait.ops.kernels import forced
+from plait.state import ModelState
+
+
+@torch.no_grad()
+def files(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
+    """9: what is loaded is what was saved, to the bit; decays keep their values and width; strays are errors."""
+    law = "files"
+    for model in (subject(design, device, dtype), build(design, device=device, dtype=torch.bfloat16)):
+        with tempfile.TemporaryDirectory() as folder:
+            save(model, folder)
+            copy = load(folder, device)
+            _equal_weights(law, dict(model.named_parameters()), dict(copy.named_parameters()))
+            tokens = some_tokens(design, 9, device)[None]
+            agree(law, "logits", {"": copy(tokens)[0]}, {"": model(tokens)[0]}, exactly=True)
+            _refuses_strays(law, Path(folder))
+    fresh = build(design, device="cpu")
+    special = {name: p.clone() for name, p in fresh.named_parameters() if name.rsplit(".", 1)[-1] in WIDE}
+    init_weights(fresh)
+    _equal_weights(law, special, {name: p for name, p in fresh.named_parameters() if name in special})
+    return 0.0
+
+
+def _equal_weights(law: str, want: Values, got: Values) -> None:
+    if got.keys() != want.keys():
+        raise LawBroken(law, f"parameters {sorted(got.keys() ^ want.keys())[:3]} are in one of the two only")
+    for name, x in want.items():
+        if got[name].dtype != x.dtype or not torch.equal(got[name], x):
+            raise LawBroken(law, f"{name} is not what it was ({x.dtype}, now {got[name].dtype})")
+        if name.rsplit(".", 1)[-1] in WIDE and x.dtype not in (torch.float32, torch.float64):
+            raise LawBroken(law, f"{name} is {x.dtype}, in which one decay cannot be told from another")
+
+
+def _refuses_strays(law: str, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    tensors = safetensors.torch.load(whole)
+    name = sorted(tensors)[0]
+    broken: dict[str, Callable[[], object]] = {
+        "a tensor that nothing uses": lambda: safetensors.torch.save_file(
+            tensors | {"stray": tensors[name].clone()}, path
+        ),
+        "a missing tensor": lambda: safetensors.torch.save_file({n: x for n, x in tensors.items() if n != name}, path),
+        "a tensor of another shape": lambda: safetensors.torch.save_file(
+            tensors | {name: tensors[name][:-1].clone()}, path
+        ),
+        "a file cut short": lambda: path.write_bytes(whole[:-7]),
+    }
+    for what, write in broken.items():
+        write()
+        try:
+            load(folder)
+        except ValueError:
+            continue
+        raise LawBroken(law, f"{what} was no error")
+
+
+@torch.no_grad()
+def counts(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
+    """10: parameters, FLOPs and state bytes are what the design says without building it."""
+    law, model = "counts", subject(design, device, dtype)
+    length = min([c.window for c in design.bound.values() if isinstance(c, Attention) and c.window], default=19)
+    tokens = some_tokens(design, length, device)[None]
+    with forced("reference"), FlopCounterMode(display=False) as counter:
+        model(tokens)
+    _, state = model(tokens, model.init_state(1, length))
+    seen: set[int] = set()
+    for row, slot in zip(count.slot_counts(design, length), model.slots, strict=True):
+        fresh = {id(p): p.numel() for p in slot.parameters() if id(p) not in seen}
+        seen |= fresh.keys()
+        _counted(law, f"parameters of {row.address}", row.parameters, sum(fresh.values()))
+    _counted(law, "parameters", count.parameters(design), sum(p.numel() for p in model.parameters()))
+    flops = count.flops_per_token(design, length)
+    _counted(law, f"FLOPs per token at {length} tokens", flops * length, counter.get_total_flops())
+    name = str(dtype).removeprefix("torch.")
+    _counted(law, "state bytes", count.state_bytes(design, length, name), state.nbytes)
+    return 0.0
+
+
+def _counted(law: str, what: str, said: int, measured: int) -> None:
+    if said != measured:
+        raise LawBroken(law, f"{what}: counted {said:,}, measured {measured:,}")
+
+
+def compiled(design: ModelConfig, device: str, dtype: torch.dtype, backend: str = "aot_eager") -> float:
+    """11: torch.compile takes training and decoding as one graph each, and the answers agree."""
+    law, model = "compiled", subject(design, device, dtype)
+    tokens = some_tokens(design, 70, device)[None]
+    torch.compiler.reset()
+    whole = torch.compile(model, fullgraph=True, backend=backend)
+    want = with_gradients(model, lambda: outcome(list(model(tokens)[0]), None))
+    try:
+        got = with_gradients(model, lambda: outcome(list(whole(tokens)[0]), None))
+        worst = agree(law, "training", got, want)
+        with torch.no_grad():
+            _, state = model(tokens, model.init_state(1, 80))
+            want = _decode(model, state.fork(), tokens)
+            worst = max(worst, agree(law, "decoding", _decode(whole, state.fork(), tokens), want))
+    except TorchDynamoException as error:
+        raise LawBroken(law, " ".join(str(error).split())[:300]) from error
+    finally:
+        torch.compiler.reset()
+    return worst
+
+
+def _decode(model: Callable, state: ModelState, tokens: torch.Tensor) -> Values:
+    logits, after = model(tokens[:, :1], state)
+    return outcome(list(logits), after)
+
+
+PACKAGES = ("fla", "mamba_ssm", "causal_conv1d", "flash_attn", "triton")
+
+_FAKE = """
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    raise RuntimeError("0 active drivers: this package is installed, but there is no GPU")
+"""
+
+_USE = """
+import sys, torch, plait
+torch.set_num_threads(1)
+for design in {designs!r}:
+    model = plait.build(plait.load_design(design))
+    tokens = torch.arange(70)[None] % 61
+    logits, state = model(tokens, model.init_state())
+    logits.sum().backward()
+    with torch.no_grad():
+        model(tokens[:, :1], state)
+        model(tokens, cu_seqlens=torch.tensor([0, 30, 70]))
+print(*[name for name in {packages!r} if name in sys.modules])
+"""
+
+
+def packages(designs: list[ModelConfig]) -> float:
+    """13: with kernel packages installed and no GPU everything runs, and none of them is even imported."""
+    law = "packages"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in PACKAGES:
+            (Path(folder) / f"{name}.py").write_text(_FAKE)
+        script = _USE.format(designs=[design.to_dict() for design in designs], packages=PACKAGES)
+        paths = [folder, *[p for p in sys.path if p]]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
+        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise LawBroken(law, (run.stderr.strip().splitlines() or ["no output"])[-1])
+    if run.stdout.strip():
+        raise LawBroken(law, f"imported without being asked for: {run.stdout.strip()}")
+    return 0.0

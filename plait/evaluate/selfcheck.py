@@ -1,0 +1,126 @@
+"""The laws on the machine at hand: `plait selfcheck`. No test framework, any device."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+
+import torch
+
+from plait.design.model import ModelConfig
+from plait.design.pattern import parse
+from plait.design.spelling import suggest
+from plait.evaluate.laws import DESIGNS, EXACT, LAWS, TOLERANCES, LawBroken, packages, small
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
+
+
+@dataclass(frozen=True, slots=True)
+class LawResult:
+    """One law on one design. `error` is the largest relative one that was met (infinite where there is no number),
+    `tolerance` the largest that the law allows for this dtype; `message` says what broke."""
+
+    law: str
+    pattern: str
+    dtype: str
+    error: float
+    tolerance: float
+    seconds: float
+    passed: bool
+    message: str = ""
+
+
+Progress = Callable[[int, int, LawResult], None]
+Check = tuple[str, str, str, Callable[[], float]]  # law, pattern, dtype, and what to run
+
+
+def selfcheck(
+    device: str = "auto",
+    dtypes: Sequence[str] = ("float32", "float64"),
+    patterns: Sequence[str | ModelConfig] | None = None,
+    laws: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> list[LawResult]:
+    """Run every law on every design and dtype. `patterns`: names of the built-in designs, patterns, or whole designs.
+
+    device: "auto" takes the GPU where there is one. `progress(done, total, result)` is called after each check.
+    Raises ValueError for a law, dtype, pattern or device that does not exist; a law that breaks is a result.
+    """
+    checks = _checks(_device(device), dtypes, patterns, laws)
+    results = []
+    with _full_precision():
+        for done, check in enumerate(checks, 1):
+            results.append(_run(*check))
+            if progress is not None:
+                progress(done, len(checks), results[-1])
+    return results
+
+
+def _checks(
+    device: str, dtypes: Sequence[str], patterns: Sequence[str | ModelConfig] | None, laws: Sequence[str] | None
+) -> list[Check]:
+    known = [*LAWS, "packages"]
+    names = list(known if laws is None else laws)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"law {name!r} does not exist; {suggest(name, known)}")
+    for name in dtypes:
+        if name not in DTYPES:
+            raise ValueError(f"dtype {name!r} cannot be checked; {suggest(name, DTYPES)}")
+        if name == "float64" and device.startswith("mps"):
+            raise ValueError("float64 does not exist on mps; use dtypes=['float32']")
+    designs = dict(DESIGNS) if patterns is None else dict(_design(p) for p in patterns)
+    checks: list[Check] = []
+    for pattern, design in designs.items():
+        for dtype in dtypes:
+            for name in names:
+                # compilation takes seconds and does not care about digits
+                if name != "packages" and (name != "compiled" or dtype == dtypes[0]):
+                    checks.append((name, pattern, dtype, partial(LAWS[name], design, device, DTYPES[dtype])))
+    if "packages" in names:
+        checks.append(("packages", "all of them", "float32", partial(packages, list(designs.values()))))
+    return checks
+
+
+def _design(pattern: str | ModelConfig) -> tuple[str, ModelConfig]:
+    if isinstance(pattern, ModelConfig):
+        return pattern.pattern, pattern
+    if pattern in DESIGNS:
+        return pattern, DESIGNS[pattern]
+    parse(pattern)
+    return pattern, small(pattern)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    return name
+
+
+def _run(law: str, pattern: str, dtype: str, check: Callable[[], float]) -> LawResult:
+    tolerance = 0.0 if law in EXACT else max(TOLERANCES[DTYPES[dtype]])
+    start = perf_counter()
+    try:
+        error, message = check(), ""
+    except LawBroken as broken:
+        error, tolerance, message = broken.error, broken.tolerance, str(broken)
+    except Exception as crash:  # a kernel that dies on this device is a finding, not the end of the check
+        error, message = float("inf"), f"{law}: {type(crash).__name__}: {' '.join(str(crash).split())[:300]}"
+    return LawResult(law, pattern, dtype, error, tolerance, perf_counter() - start, not message, message)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Float32 products in float32: TF32 keeps 10 bits, which no tolerance here could tell from a mistake."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,33 @@
+"""The laws of `plait.evaluate.laws` on every layer, merge and nesting, on the CPU; `plait selfcheck` runs the same ones."""
+
+import shutil
+
+import pytest
+import torch
+
+from plait.evaluate.laws import DESIGNS, LAWS, packages
+from plait.evaluate.laws.models import compiled
+
+CHECKED = [name for name in LAWS if name != "compiled"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
+@pytest.mark.parametrize("law", CHECKED)
+def test_law(law, design, dtype):
+    LAWS[law](design, "cpu", dtype)
+
+
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
+def test_compiles_as_one_graph(design):
+    compiled(design, "cpu", torch.float32)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", ["AF", "DF"])
+def test_compiles_to_code(name):
+    compiled(DESIGNS[name], "cpu", torch.float32, backend="inductor")
+
+
+def test_kernel_packages_without_a_gpu_are_left_alone():
+    packages(list(DESIGNS.values()))
