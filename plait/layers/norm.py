@@ -1,11 +1,11 @@
 """RMSNorm."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.design.model import RMSNorm
+from plait.ops.rms_norm import rms_norm
 
 
 class Norm(nn.Module):
@@ -22,4 +22,4 @@ class Norm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         weight = 1 + self.weight if self.config.zero_centered else self.weight
-        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.config.eps)
+        return rms_norm(x, weight, self.config.eps)

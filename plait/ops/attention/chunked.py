@@ -11,7 +11,13 @@ BLOCK = 256  # queries in a block when there is no window to give the size
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, q_start: int | Tensor, k_start: int | Tensor, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_start: int | Tensor,
+    k_start: int | Tensor,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Shapes as in `attention`."""
     t, s = q.shape[1], k.shape[1]

@@ -20,7 +20,13 @@ def visible(q_at: Tensor, k_at: Tensor, window: int | None) -> Tensor:
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, q_start: int | Tensor, k_start: int | Tensor, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_start: int | Tensor,
+    k_start: int | Tensor,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Shapes as in `attention`."""
     mask = visible(positions(q_start, q.shape[1], q.device), positions(k_start, k.shape[1], q.device), window)

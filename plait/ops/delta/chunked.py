@@ -1,12 +1,18 @@
 """The gated delta rule in chunks (arXiv 2412.06464, section 3.3): matrix products inside a chunk, a loop over chunks.
 
-With G the running sum of g inside a chunk, the tokens' corrected values solve a unit lower triangular system,
-(I + A) U = diag(beta) V with A_ij = beta_i exp(G_i - G_j) k_i . k_j for j < i, and likewise W for the part that the
-state before the chunk contributes. Then only U - W S^T and S pass from chunk to chunk.
+With G the running sum of g inside a chunk, a_i = exp(G_i) and P_ij = exp(G_i - G_j), the corrected values of a chunk solve
+a unit lower triangular system, (I + A) [U W] = diag(beta) [V diag(a)K] with A_ij = beta_i P_ij k_i . k_j for j < i. Then
+
+    V' = U - W S^T        O = (P * QK^T) V' + diag(a) Q S^T        S <- a_last S + V'^T diag(a_last / a) K
+
+and only V' and S pass from chunk to chunk. The gradient is written out: it needs one solve with the transposed system and
+no more memory than the forward pass, where autograd would keep every scaled copy of q, k and v.
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import solve_triangular, vecdot
 
 from plait.ops.decay import chunk_decay
 from plait.ops.packing import Packing, chunks
@@ -21,25 +27,98 @@ def run(
     b, t, h, dv = v.shape
     layout = chunks(b, t, SIZE, packing)
     q, k, v, g, beta = (layout.split(x).flatten(0, 1) for x in (q, k, v, g, beta))  # (n h, c, ...)
-    to_token, pairs, to_end = chunk_decay(g)  # (n h, c), (n h, c, c), (n h, c)
-
-    kk = (k * beta[..., None]) @ k.mT  # (n h, c, c)
-    A = (kk * pairs).tril(-1)
-    rhs = torch.cat([v * beta[..., None], k * (beta * to_token)[..., None]], -1)
-    U, W = torch.linalg.solve_triangular(A, rhs, upper=False, unitriangular=True).split([dv, k.shape[-1]], -1)
-
-    rows = [alive * h for alive in layout.alive]
+    rows = tuple(alive * h for alive in layout.alive)
     S = v.new_zeros(rows[0], dv, k.shape[-1]) if state is None else layout.sort(state).flatten(0, 1)
-    before, corrected = [], []
-    keys = (k * to_end[..., None]).split(rows)
-    total = to_token[:, -1, None, None].split(rows)
-    for u, w, key, decay in zip(U.split(rows), W.split(rows), keys, total, strict=True):
-        live, done = S[: len(u)], S[len(u) :]
-        u = torch.baddbmm(u, w, live.mT, alpha=-1)  # (rows, c, v)
-        before.append(live)
-        corrected.append(u)
-        live = torch.baddbmm(live * decay, u.mT, key)
-        S = live if len(done) == 0 else torch.cat([live, done])
-    o = torch.baddbmm((q @ k.mT * pairs) @ torch.cat(corrected), q * to_token[..., None], torch.cat(before).mT)
-    final = None if state is None else layout.unsort(S.unflatten(0, (-1, h)))
-    return layout.join(o.unflatten(0, (-1, h))), final
+    o, S = _Chunked.apply(q, k, v, g, beta, S, rows)
+    return layout.join(o.unflatten(0, (-1, h))), None if state is None else layout.unsort(S.unflatten(0, (-1, h)))
+
+
+class _Chunked(torch.autograd.Function):
+    """n chunks of c tokens; `rows[i]` of them, the next ones in order, form step i of the loop over chunks."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: Float[Tensor, "n c k"],
+        k: Float[Tensor, "n c k"],
+        v: Float[Tensor, "n c v"],
+        g: Float[Tensor, "n c"],
+        beta: Float[Tensor, "n c"],
+        S: Float[Tensor, "r v k"],
+        rows: tuple[int, ...],
+    ) -> tuple[Float[Tensor, "n c v"], Float[Tensor, "r v k"]]:
+        a, P, to_end = chunk_decay(g)
+        L = (k @ k.mT).mul_(P).tril_(-1)
+        UW = torch.cat([v, k * a[..., None]], -1).mul_(beta[..., None])
+        UW = solve_triangular(L * beta[..., None], UW, upper=False, unitriangular=True)
+        U, W = UW.split([v.shape[-1], k.shape[-1]], -1)
+        keys, last = k * to_end[..., None], a[:, -1, None, None]
+        V, before = torch.empty_like(v), v.new_empty(len(v), *S.shape[1:])
+        first = 0
+        for count in rows:
+            step = slice(first, first + count)
+            before[step] = S[:count]
+            torch.baddbmm(U[step], W[step], before[step].mT, alpha=-1, out=V[step])
+            after = torch.baddbmm(before[step] * last[step], V[step].mT, keys[step])
+            S = after if len(S) == count else torch.cat([after, S[count:]])
+            first += count
+        B = (q @ k.mT).mul_(P)
+        O = torch.bmm(B, V).baddbmm_(q * a[..., None], before.mT)
+        ctx.save_for_backward(q, k, v, beta, a, P, to_end, L, B, UW, V, before)
+        ctx.rows = rows
+        return O, S
+
+    @staticmethod
+    def backward(ctx, dO: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, beta, a, P, to_end, L, B, UW, V, before = ctx.saved_tensors
+        dV, dafter, dS = _through_time(ctx.rows, dO, dS, q, k, a, to_end, B, UW, V)
+        dq, dk, dG = _output_gradients(dO, q, k, a, P, to_end, B, V, before, dafter)
+
+        Z = torch.cat([dV, torch.bmm(dV, before).neg_()], -1)
+        Z = solve_triangular((L * beta[..., None]).mT, Z, upper=True, unitriangular=True)
+        Zv, Zk = Z.split([v.shape[-1], k.shape[-1]], -1)
+        dA = torch.bmm(Z, UW.mT).neg_()
+        along_k = vecdot(Zk, k) * a
+        dLL = dA * L
+        row = dLL.sum(-1)
+        dbeta = row + vecdot(Zv, v) + along_k
+        dG += beta * (row + along_k) - (dLL.mT @ beta[..., None]).squeeze(-1)
+        dKK = dA.mul_(beta[..., None]).mul_(P).tril_(-1)
+        dk.baddbmm_(dKK, k).baddbmm_(dKK.mT, k).addcmul_(Zk, (a * beta)[..., None])
+        dg = dG.flip(-1).cumsum(-1).flip(-1)  # G_i sums g_j over j <= i
+        return dq, dk, Zv * beta[..., None], dg, dbeta, dS, None
+
+
+def _through_time(
+    rows: tuple[int, ...], dO: Tensor, dS: Tensor, q: Tensor, k: Tensor, a: Tensor, to_end: Tensor, B: Tensor, UW: Tensor, V: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of V' and of the state after each chunk, and of the first state: the loop run backwards."""
+    dV = torch.bmm(B.mT, dO)  # (n, c, v)
+    dbefore = torch.bmm(dO.mT, q * a[..., None])  # (n, v, k)
+    dafter = torch.empty_like(dbefore)
+    keys, last, W = k * to_end[..., None], a[:, -1, None, None], UW[..., V.shape[-1] :]
+    first = len(dO)
+    for count in reversed(rows):
+        first -= count
+        step = slice(first, first + count)
+        dafter[step] = dS[:count]
+        dV[step].baddbmm_(keys[step], dafter[step].mT)
+        live = torch.baddbmm(dbefore[step].addcmul_(dafter[step], last[step]), dV[step].mT, W[step], alpha=-1)
+        dS = live if len(dS) == count else torch.cat([live, dS[count:]])
+    return dV, dafter, dS
+
+
+def _output_gradients(
+    dO: Tensor, q: Tensor, k: Tensor, a: Tensor, P: Tensor, to_end: Tensor, B: Tensor, V: Tensor, before: Tensor, dafter: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What O and the states after chunks give to q, k and G."""
+    read, written = torch.bmm(dO, before), torch.bmm(V, dafter)  # (n, c, k)
+    dB = torch.bmm(dO, V.mT)
+    dlogP = dB * B
+    into_end = vecdot(k, written) * to_end
+    dG = dlogP.sum(-1) - dlogP.sum(-2) + vecdot(q, read) * a - into_end
+    dG[:, -1] += into_end.sum(-1) + a[:, -1] * vecdot(before.flatten(1), dafter.flatten(1))
+    dB.mul_(P)
+    dq = torch.baddbmm(read.mul_(a[..., None]), dB, k)
+    dk = torch.baddbmm(written.mul_(to_end[..., None]), dB.mT, q)
+    return dq, dk, dG
