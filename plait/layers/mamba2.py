@@ -58,8 +58,16 @@ class Mamba2Layer(nn.Module):
         g = -self.A_log.exp() * dt
         y, s = ssd(C, B, x * dt[..., None].to(x.dtype), g, state=state and state.s, packing=context.packing)
         y = torch.addcmul(y, x, self.D[:, None].to(x.dtype)).flatten(2)
-        out = self.out_proj(self.norm(y * F.silu(z)))
+        out = self.out_proj(norm_per_group(y * F.silu(z), self.norm, c.groups))
         return out, None if state is None else Recurrent(s, conv)
+
+
+def norm_per_group(x: Float[Tensor, "b t d"], norm: Norm, groups: int) -> Float[Tensor, "b t d"]:
+    """Each group's channels normed alone, as in the published models."""
+    if groups == 1:
+        return norm(x)
+    x = x.unflatten(-1, (groups, -1))
+    return F.rms_norm(x, x.shape[-1:], eps=norm.config.eps).flatten(-2) * norm.weight.to(x.dtype)
 
 
 def reset_conv(weight: nn.Parameter, bias: nn.Parameter | None) -> None:
