@@ -1,0 +1,56 @@
+"""Memory that nobody wrote is NaN here, so that an op that reads it cannot pass; and words that all op tests share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from plait.ops.packing import Packing
+
+LENGTHS = (1, 2, 63, 64, 65, 100, 257)
+DOCUMENTS = (1, 66, 2, 64, 5, 128, 1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@dataclass
+class Close:
+    """Differences over the largest value, float64 unless said otherwise."""
+
+    tolerance: float = 1e-10  # rounding is 1e-15, times the 257 steps that it can grow over
+
+    def __call__(self, got: Tensor, want: Tensor) -> None:
+        assert got.shape == want.shape
+        assert got.isfinite().all()
+        if got.numel():
+            assert (got - want).abs().max() <= self.tolerance * max(float(want.abs().max()), 0.01)
+
+
+@pytest.fixture
+def close() -> Close:
+    return Close()
+
+
+def run_with_gradients(
+    run: Callable[..., tuple[Tensor, Tensor | None]], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Outputs of `run(**tensors)`, and the gradients at all of `tensors` of a fixed sum over them."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
+    outputs = [x for x in run(**leaves) if x is not None]
+    generator = torch.Generator().manual_seed(3)
+    loss = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in outputs)
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {str(i): x.detach() for i, x in enumerate(outputs)} | dict(zip(leaves, gradients, strict=True))
+
+
+def packing(lengths=DOCUMENTS) -> Packing:
+    return Packing(tuple(lengths), torch.device("cpu"))

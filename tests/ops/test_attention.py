@@ -1,0 +1,102 @@
+"""Attention: chunked = reference = torch's own, whatever stands before, however rows are packed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from plait.ops.attention import attention
+from plait.ops.kernels import forced
+from tests.ops.conftest import DOCUMENTS, packing, run_with_gradients
+
+HEADS, K, V = 4, 6, 6
+
+
+def inputs(t, s=None, keys=2, batch=2):
+    torch.manual_seed(t)
+    return {
+        "q": torch.randn(batch, t, HEADS, K, dtype=torch.float64),
+        "k": torch.randn(batch, s or t, keys, K, dtype=torch.float64),
+        "v": torch.randn(batch, s or t, keys, V, dtype=torch.float64),
+    }
+
+
+def both(tensors, close, **call):
+    results = []
+    for name in ("chunked", "reference"):
+        with forced(name):
+            results.append(run_with_gradients(lambda **x: (attention(**x, **call), None), tensors))
+    for name, x in results[1].items():
+        close(results[0][name], x)
+    return results[1]["0"]
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 7, 64, 1000])
+@pytest.mark.parametrize("length", [1, 2, 65, 300])
+def test_chunked_is_reference(length, window, softcap, close):
+    both(inputs(length), close, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 4])
+def test_reference_is_torch(keys, close):
+    tensors = inputs(70, keys=keys)
+    with forced("reference"):
+        got = attention(**tensors)
+    q, k, v = (x.transpose(1, 2) for x in tensors.values())
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    close(got, want.transpose(1, 2))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("start", "length"), [(0, 9), (20, 1), (20, 30), (300, 300)])
+def test_after_a_past(start, length, window, close):
+    """The last rows of a whole are what the same queries see when the keys before them come from a state."""
+    total = start + length
+    whole = inputs(total)
+    want = both(whole, close, window=window)[:, start:]
+    room = {
+        name: F.pad(x, (0, 0, 0, 0, 0, 3), value=9.0) for name, x in whole.items() if name != "q"
+    }  # unused capacity
+    tensors = {"q": whole["q"][:, start:], **room}
+    close(both(tensors, close, q_start=start, window=window), want)
+    rows = torch.tensor([start, start])
+    close(both(tensors, close, q_start=rows, window=window), want)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_window_from_its_tail(softcap, close):
+    """Keys that begin before position 0 are not there yet."""
+    window, length = 8, 30
+    whole = inputs(length)
+    want = both(whole, close, window=window, softcap=softcap)
+    tail = {name: F.pad(x, (0, 0, 0, 0, window - 1, 0)) for name, x in whole.items() if name != "q"}
+    for start in (0, torch.tensor([0, 0])):
+        got = both({"q": whole["q"], **tail}, close, q_start=start, k_start=start - 7, window=window, softcap=softcap)
+        close(got, want)
+
+
+def test_rows_at_different_positions(close):
+    whole = inputs(20)
+    want = attention(**whole)
+    starts = torch.tensor([4, 11])
+    queries = torch.stack([whole["q"][row, start : start + 5] for row, start in enumerate(starts.tolist())])
+    got = both({"q": queries, "k": whole["k"], "v": whole["v"]}, close, q_start=starts)
+    for row, start in enumerate(starts.tolist()):
+        close(got[row], want[row, start : start + 5])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed(window, close):
+    tensors = inputs(sum(DOCUMENTS), batch=1)
+    got = both(tensors, close, window=window, packing=packing())
+    for start, end in packing().bounds:
+        close(got[:, start:end], attention(*(x[:, start:end] for x in tensors.values()), window=window))
+
+
+def test_softcap_bounds_logits(close):
+    """With logits of plus and minus a thousand, a cap of 1 leaves weights within e^2 of each other."""
+    q = torch.full((1, 2, 1, 2), 100.0, dtype=torch.float64)
+    k = torch.stack([q[0, 0], -q[0, 0]])[None]
+    v = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 2, 1, 1)
+    y = both({"q": q, "k": k, "v": v}, close, softcap=1.0)
+    assert y[0, 1, 0, 0] == pytest.approx(1 / (1 + torch.e**-2))
