@@ -1,0 +1,195 @@
+"""Checkpoints: a model folder, and beside the weights all that the next step depends on. Never pickle."""
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plait.data import Loader, Shards, Tokenizer
+from plait.design import ModelConfig
+from plait.model import LanguageModel
+from plait.model import load as load_model
+from plait.model import save as save_model
+from plait.state.files import sync_folder
+from plait.train.config import FIXED, FREE, RunConfig
+from plait.train.folder import checkpoint_path, checkpoints, step_of
+from plait.train.optim import Optimizers
+
+FORMAT = 1
+TENSORS, FACTS = "training.safetensors", "training.json"
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a run is: optimizer steps, tokens read, seconds spent in steps."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    run: RunConfig,
+    position: Position,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    optimizers: Optimizers,
+    loader: Loader,
+) -> Path:
+    """Write a checkpoint of this moment, whole or not at all, then remove all but the newest `keep_last`."""
+    folder = Path(run.folder)
+    final = checkpoint_path(folder, position.step)
+    if not final.exists():  # a name is only given to a whole checkpoint, and equal steps of one run are equal
+        temporary = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            _write(temporary, run, position, model, tokenizer, optimizers, loader)
+            os.replace(temporary, final)
+            sync_folder(final.parent)
+            sync_folder(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    for old in checkpoints(folder)[: -run.keep_last]:
+        removed = old.with_name(f".{old.name}.old")  # renamed first: a half-deleted folder must not look whole
+        os.replace(old, removed)
+        shutil.rmtree(removed)
+    return final
+
+
+def _write(
+    folder: Path,
+    run: RunConfig,
+    position: Position,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    optimizers: Optimizers,
+    loader: Loader,
+) -> None:
+    save_model(model, folder, tokenizer)
+    tensors = {f"optimizer.{name}": tensor.contiguous() for name, tensor in optimizers.tensors().items()}
+    save_file(tensors | _random_states(), folder / TENSORS)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = {
+        "format": FORMAT,
+        "step": position.step,
+        "tokens": position.tokens,
+        "seconds": position.seconds,
+        "loader": loader.state_dict(),
+        "run": run.to_dict(),
+        "files": {path.relative_to(folder).as_posix(): _checksum(path) for path in files},
+    }
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+    for path in (*files, folder / FACTS):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _random_states() -> dict[str, Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"rng.torch": torch.get_rng_state()} | {f"rng.cuda.{index}": state for index, state in enumerate(cuda)}
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose files have been found whole."""
+
+    path: Path
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Raises ValueError naming the damaged file and the newest good checkpoint before it."""
+        facts, damage = _examine(path)
+        if damage is None:
+            return cls(path, facts)
+        earlier = [other for other in checkpoints(path.parent.parent) if step_of(other) < step_of(path)]
+        good = next((other for other in reversed(earlier) if _examine(other)[1] is None), None)
+        advice = (
+            f"remove {path} to go on from {good}" if good else "no earlier checkpoint is whole; start in another folder"
+        )
+        raise ValueError(f"{damage}: {advice}")
+
+    @property
+    def position(self) -> Position:
+        return Position(self.facts["step"], self.facts["tokens"], self.facts["seconds"])
+
+    def check_same_run(self, run: RunConfig, shards: Shards) -> None:
+        """Raise ValueError where `run` (its design resolved) is not what this checkpoint is a part of."""
+        before = RunConfig.from_dict(self.facts["run"])
+        for name in RunConfig.__struct_fields__:
+            then, now = _comparable(before, name), _comparable(run, name)
+            if then == now or name in FREE or (run.resume is True and name not in FIXED):
+                continue
+            advice = "" if name in FIXED else ", or resume=true to go on with the new one"
+            raise ValueError(
+                f"{self.path} belongs to a run with {name} {getattr(before, name)!r}, not {getattr(run, name)!r}: "
+                f"give another folder{advice}"
+            )
+        if self.facts["loader"]["shards"] != shards.key:
+            raise ValueError(
+                f"{run.data.source}: this text or tokenizer is not what {self.path} was trained on; give another folder"
+            )
+
+    def load_model(self, device: torch.device) -> LanguageModel:
+        return load_model(self.path, device=device)
+
+    def restore(self, optimizers: Optimizers, loader: Loader) -> None:
+        """Put optimizers, loader and random number generators where they were."""
+        try:
+            tensors = load_file(self.path / TENSORS)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path / TENSORS}: cannot be read ({error})") from None
+        torch.set_rng_state(tensors.pop("rng.torch"))
+        cuda = [tensors.pop(name) for name in sorted(tensors, key=len) if name.startswith("rng.cuda.")]
+        if len(cuda) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(cuda)
+        optimizers.load_tensors({name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()})
+        loader.load_state_dict(self.facts["loader"])
+
+
+def _examine(path: Path) -> tuple[dict[str, Any], str | None]:
+    """(what training.json says, what is wrong or None)."""
+    try:
+        facts = json.loads((path / FACTS).read_text())
+        for key in ("step", "tokens", "seconds", "loader", "run"):
+            facts[key]
+        sums = facts["files"].items()
+        if facts["format"] != FORMAT:
+            return {}, f"{path / FACTS}: format {facts['format']}, this plait reads {FORMAT}"
+    except FileNotFoundError:
+        return {}, f"{path / FACTS} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}, f"{path / FACTS} is damaged"
+    for name, checksum in sums:
+        if not (path / name).is_file():
+            return {}, f"{path / name} is missing"
+        if _checksum(path / name) != checksum:
+            return {}, f"{path / name} is damaged"
+    return facts, None
+
+
+def _comparable(run: RunConfig, name: str) -> Any:
+    """A value of the run without what does not matter: how a design is spelled, where shards are cached."""
+    value = getattr(run, name)
+    if name == "design":
+        return ModelConfig.from_dict(value).hash
+    return value.replace(cache="") if name == "data" else value

@@ -1,0 +1,213 @@
+"""What a run is, as data: read from YAML or JSON, written back beside the run. No torch here."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import msgspec
+import yaml
+
+from plait.design import PRESETS, ModelConfig, load_design
+from plait.design.load import override, read_mapping
+from plait.design.spelling import suggest
+from plait.design.struct import Struct, check_keys, convert, positive
+from plait.train.folder import CONFIG
+
+CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "precision": ("float32", "bfloat16")}
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+class DataConfig(Struct, frozen=True, kw_only=True, tag=False):
+    """The text and how it is cut.
+
+    source: "stdlib" (Python's own source), a text file, a folder, a glob, "x.jsonl:field", "hf:NAME", ...
+    tokenizer: "bytes", a tokenizer file or folder, or {"bpe": 4096}: one of that many tokens, trained on the source.
+    length: tokens in a sequence; documents are packed into sequences and never see each other.
+    heldout: share of the documents that is kept for evaluation, in (0, 1).
+    cache: folder of token shards, shared by all runs over the same text.
+    """
+
+    source: str = "stdlib"
+    tokenizer: str | dict[str, int] = "bytes"
+    length: int = 512
+    heldout: float = 0.02
+    cache: str = "runs/cache"
+
+    def __post_init__(self) -> None:
+        positive(self, "length")
+        if not 0 < self.heldout < 1:
+            raise ValueError(f"data.heldout must be between 0 and 1, got {self.heldout}")
+        if isinstance(self.tokenizer, dict):
+            for key in self.tokenizer:
+                if key != "bpe":
+                    raise ValueError(f"data.tokenizer: unknown key {key!r}; {suggest(key, ['bpe'])}")
+            if self.tokenizer.get("bpe", 0) < 257:
+                raise ValueError(
+                    f"data.tokenizer: expected {{bpe: SIZE}} with a size of at least 257, got {self.tokenizer}"
+                )
+
+
+class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
+    """One training run.
+
+    design: a pattern, a preset, a design file, or the design itself as a mapping. Its vocab is the tokenizer's in a
+        pattern or preset, and in a mapping that leaves it out.
+    data: see DataConfig.
+    folder: where the run is kept; a file x.yaml that does not say gives runs/x.
+
+    steps: optimizer steps.                             batch: sequences in a step.
+    accumulate: parts that a step's sequences are run in, to save memory; changes no number but by rounding.
+    optimizer: "adamw", or "muon": torch.optim.Muon for the matrices inside the slots and AdamW for everything else.
+    lr: peak learning rate, for both.                   betas: AdamW's.
+    weight_decay: not on norms, biases, A_log, dt_bias, D, depthwise convolutions and other vectors.
+    schedule: "cosine", or "wsd": warm up, stay, decay in a line.
+    warmup, decay: how long those take (decay: wsd only); a share of the steps below 1, a number of steps from 1 on.
+    lr_end: where the schedule ends, as a share of lr.  clip: largest global gradient norm; null: none.
+    seed: of the weights and the order of the text.
+
+    precision: "float32", or "bfloat16": autocast, weights stay float32.
+    activation_checkpointing: recompute activations in the backward pass, to save memory.
+    compile: torch.compile each slot.                   device: "auto" is CUDA where there is one, else "cpu".
+
+    eval_every, sample_every, save_every: steps between; 0: only at the end (a sample: never).
+    eval_tokens: held-out tokens an evaluation reads at most.
+    sample_prompt: what a sample continues.             keep_last: how many checkpoints stay.
+    resume: "auto": go on where the folder has a checkpoint of this same run; true: there must be one, and what is not
+        fixed by it (see FIXED) may have changed; false: the folder must have none.
+    """
+
+    design: Any
+    data: Any = DataConfig()
+    folder: str = "runs/train"
+
+    steps: int = 1000
+    batch: int = 8
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    decay: float = 0.2
+    lr_end: float = 0.1
+    clip: float | None = 1.0
+    seed: int = 0
+
+    precision: str = "float32"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    device: str = "auto"
+
+    eval_every: int = 200
+    eval_tokens: int = 32_768
+    sample_every: int = 200
+    sample_prompt: str = "def "
+    save_every: int = 200
+    keep_last: int = 2
+    resume: Literal["auto"] | bool = "auto"
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "data", convert(self.data, DataConfig, "data"))
+        if isinstance(self.design, ModelConfig):
+            msgspec.structs.force_setattr(self, "design", self.design.to_dict())
+        if not isinstance(self.design, str | dict):
+            raise ValueError(f"design: expected a pattern, a preset, a file or a mapping, got {self.design!r}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"RunConfig.{name}: unknown {getattr(self, name)!r}; {suggest(getattr(self, name), known)}"
+                )
+        positive(self, "steps", "batch", "accumulate", "lr", "clip", "eval_tokens", "keep_last")
+        for name in ("weight_decay", "warmup", "decay", "eval_every", "sample_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"RunConfig.{name} must not be below 0, got {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"RunConfig.accumulate: {self.accumulate} does not divide batch {self.batch}")
+        if not 0 <= self.lr_end <= 1:
+            raise ValueError(f"RunConfig.lr_end must be between 0 and 1, got {self.lr_end}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"RunConfig.betas must be in [0, 1), got {list(self.betas)}")
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"RunConfig: warmup ({self.warmup_steps} steps) and decay ({self.decay_steps}) "
+                f"do not fit into steps {self.steps}"
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        return self._steps(self.warmup)
+
+    @property
+    def decay_steps(self) -> int:
+        return self._steps(self.decay) if self.schedule == "wsd" else 0
+
+    def _steps(self, amount: float) -> int:
+        return round(amount * self.steps) if amount < 1 else int(amount)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with every key spelled out, so that the run means the same when defaults change."""
+        data = msgspec.structs.asdict(self) | {"data": msgspec.structs.asdict(self.data)}
+        return msgspec.to_builtins(data | {"betas": list(self.betas)})
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Plain data, as YAML and JSON give it. Raises ValueError naming the field and the nearest right spelling."""
+        check_keys(data, cls, "run")
+        if "design" not in data:
+            raise ValueError("run: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping")
+        return convert(data, cls, "run")
+
+
+# What must be equal for a checkpoint to be continued at all: it shapes the tensors, or what has been read already.
+FIXED = ("design", "data", "optimizer", "seed")
+# What may differ between a run and itself continued: where and how it computes, and what it reports.
+FREE = (
+    *("folder", "resume", "device", "compile", "activation_checkpointing"),
+    *("eval_every", "eval_tokens", "sample_every", "sample_prompt", "save_every", "keep_last"),
+)
+
+
+def load_run(spec: str | Path, **overrides: Any) -> RunConfig:
+    """A run from a YAML or JSON file or a run's folder; `overrides` set keys, dotted ones too, as in `data.length`.
+
+    Raises ValueError for what cannot be meant and FileNotFoundError, in one line each.
+    """
+    path, own = Path(spec), {}
+    if path.is_dir():
+        path, own = path / CONFIG, {"folder": str(path)}  # where it is now, which may not be where it was made
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a run in YAML or JSON")
+    try:
+        data = override({"folder": f"runs/{path.stem}"} | read_mapping(path) | own, overrides)
+        return RunConfig.from_dict(_numbers(data))
+    except ValueError as error:
+        raise ValueError(f"{error}" if str(error).startswith(str(path)) else f"{path}: {error}") from None
+
+
+def _numbers(data: Any) -> Any:
+    """YAML 1.1 reads 3e-4, which has no dot, and 1.5e4, which has no sign, as text."""
+    if isinstance(data, dict):
+        return {key: _numbers(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_numbers(value) for value in data]
+    return float(data) if isinstance(data, str) and EXPONENT.fullmatch(data) else data
+
+
+def resolve_design(spec: str | dict[str, Any], vocab: int) -> ModelConfig:
+    """The design a run means for a tokenizer of `vocab` tokens. Raises ValueError where the design has fewer."""
+    if isinstance(spec, dict):
+        design = load_design({"vocab": vocab} | spec)
+    elif spec in PRESETS or not Path(spec).exists():
+        design = load_design(spec, vocab=vocab)
+    else:
+        design = load_design(spec)
+    if design.vocab < vocab:
+        raise ValueError(
+            f"design.vocab {design.vocab} is smaller than the tokenizer's {vocab}; leave it out or give at least that"
+        )
+    return design
+
+
+def to_yaml(run: RunConfig) -> str:
+    return yaml.safe_dump(run.to_dict(), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,59 @@
+"""What a run shows: a bar on a terminal, plain lines elsewhere."""
+
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LINES = 20  # about how many steps a plain log shows
+
+
+class Display:
+    """Progress of reading the text, then of the steps. Everything else is a note, one line."""
+
+    def __init__(self, console: Console, steps: int):
+        self.console, self.steps = console, steps
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def reading(self, done: int, total: int | None) -> None:
+        """`done` of `total` bytes of text are tokenized."""
+        self._show("reading text, MB", done // 1_000_000, None if total is None else total // 1_000_000, "")
+
+    def step(self, step: int, record: dict[str, Any]) -> None:
+        facts = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._show("training", step, self.steps, facts)
+        elif step % max(1, self.steps // LINES) == 0 or step == self.steps:
+            left = (self.steps - step) * record["step_s"]
+            self.note(f"step {step}/{self.steps}  {facts}  {left:,.0f} s left")
+
+    def _show(self, what: str, done: int, total: int | None, facts: str) -> None:
+        if self._bar is None:
+            return
+        if self._task is None or self._bar.tasks[0].description != what:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(what, total=total, completed=done, facts=facts)
+        self._bar.update(self._task, total=total, completed=done, facts=facts)

@@ -1,0 +1,221 @@
+"""Training, from a config to a trained model in a folder."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from torch import nn
+
+from plait.data import Batch, Loader, Shards, Tokenizer
+from plait.model import LanguageModel, build
+from plait.state.files import write_atomic
+from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
+from plait.train.config import RunConfig, to_yaml
+from plait.train.display import Display
+from plait.train.errors import Interrupted, NonFinite, SaveFailed, TrainingStopped
+from plait.train.folder import CONFIG, METRICS, latest, remove_leftovers
+from plait.train.guard import first_nonfinite, weights_finite
+from plait.train.heldout import HeldOut, heldout_loss
+from plait.train.inputs import open_inputs, open_loader
+from plait.train.metrics import MetricsLog
+from plait.train.optim import Optimizers
+from plait.train.result import Result
+from plait.train.signals import Signals
+from plait.train.step import backward
+
+Sample = Callable[[LanguageModel, Tokenizer, str], str]
+
+
+def train(run: RunConfig, *, sample: Sample | None = None, console: Console | None = None) -> Result:
+    """Train, or go on training, what `run` describes, in `run.folder`; see `RunConfig.resume`.
+
+    `sample(model, tokenizer, prompt)` gives the text that is shown and logged every `sample_every` steps.
+    `console` is where progress goes: standard error unless given; `Console(quiet=True)` for none.
+    Raises ValueError and OSError for a run that cannot begin, and TrainingStopped for one that had to stop, which is
+    Interrupted, NonFinite or SaveFailed. In each case the checkpoints written before are whole.
+    """
+    folder = Path(run.folder)
+    with Display(console or Console(stderr=True), run.steps) as display:
+        before = _open_folder(run)
+        tokenizer, shards, design = open_inputs(run, display.reading)
+        run = run.replace(design=design.to_dict())
+        device = _device(run.device)
+        if before is None:
+            torch.manual_seed(run.seed)
+            model, position = build(design, seed=run.seed, device=device), Position()
+        else:
+            before.check_same_run(run, shards)
+            model, position = before.load_model(device), before.position
+            display.note(f"going on from {before.path}")
+        optimizers, loader = Optimizers(model, run), open_loader(run, shards)
+        if before is not None:
+            before.restore(optimizers, loader)
+        tokenizer.save(folder / "tokenizer")
+        write_atomic(folder / CONFIG, lambda path: _write_text(path, to_yaml(run.replace(resume="auto"))))
+        with Signals() as signals, MetricsLog(folder / METRICS, position.step) as log:
+            return _Training(
+                run, model, tokenizer, shards, optimizers, loader, position, sample, display, signals, log
+            ).to_the_end()
+
+
+@dataclass(slots=True)
+class _Training:
+    """All that a run consists of while it goes on."""
+
+    run: RunConfig
+    model: LanguageModel
+    tokenizer: Tokenizer
+    shards: Shards
+    optimizers: Optimizers
+    loader: Loader
+    position: Position
+    sample: Sample | None
+    display: Display
+    signals: Signals
+    log: MetricsLog
+
+    def to_the_end(self) -> Result:
+        run, position, heldout = self.run, self.position, None
+        self.model.activation_checkpointing = run.activation_checkpointing
+        if run.compile:
+            for slot in self.model.slots:
+                slot.compile()
+        self.model.train()
+        while position.step < run.steps:
+            self.one_step()
+            heldout = self.evaluate() if self.due(run.eval_every, at_end=True) else None
+            if self.sample is not None and self.due(run.sample_every, at_end=False):
+                self.show_sample(self.sample)
+            if self.signals.received or self.due(run.save_every, at_end=True):
+                self.save()
+            if self.signals.received and position.step < run.steps:
+                raise self.interrupted()
+        self.model.eval()
+        checkpoint = latest(Path(run.folder))
+        assert checkpoint is not None
+        heldout = heldout or self.heldout()  # the run had come to its end before
+        return Result(
+            Path(run.folder),
+            checkpoint,
+            self.model,
+            self.tokenizer,
+            position.step,
+            position.tokens,
+            position.seconds,
+            heldout,
+        )
+
+    def due(self, every: int, *, at_end: bool) -> bool:
+        step = self.position.step
+        return (every > 0 and step % every == 0) or (at_end and step == self.run.steps)
+
+    def one_step(self) -> None:
+        run, position, started = self.run, self.position, time.perf_counter()
+        batch = next(self.loader)
+        loss = backward(self.model, batch, run.accumulate, run.precision).item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), run.clip or math.inf).item()
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise self.not_finite(f"step {position.step + 1}: {name} is {value}", batch)
+        position.step += 1
+        lr = self.optimizers.step(position.step)
+        seconds = time.perf_counter() - started
+        position.tokens += batch.inputs.numel()
+        position.seconds += seconds
+        record = {
+            "step": position.step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": position.tokens,
+            "step_s": seconds,
+            "tokens_per_s": batch.inputs.numel() / seconds,
+        }
+        self.log.write(**record)
+        self.display.step(position.step, record)
+
+    def heldout(self) -> HeldOut:
+        run = self.run
+        return heldout_loss(
+            self.model,
+            self.shards,
+            batch=run.batch,
+            length=run.data.length,
+            tokens=run.eval_tokens,
+            precision=run.precision,
+        )
+
+    def evaluate(self) -> HeldOut:
+        heldout, step = self.heldout(), self.position.step
+        if not math.isfinite(heldout.loss):
+            raise self.not_finite(f"after step {step}: held-out loss is {heldout.loss}", next(self.loader))
+        self.log.write(step=step, heldout_loss=heldout.loss, bits_per_byte=heldout.bits_per_byte)
+        self.display.note(f"step {step}  held-out loss {heldout.loss:.4f}  {heldout.bits_per_byte:.4f} bits/byte")
+        return heldout
+
+    def show_sample(self, sample: Sample) -> None:
+        self.model.eval()
+        text = sample(self.model, self.tokenizer, self.run.sample_prompt)
+        self.model.train()
+        self.log.write(step=self.position.step, sample=text)
+        self.display.note(f"step {self.position.step}  sample: {text}")
+
+    def save(self) -> None:
+        step = self.position.step
+        if not weights_finite(self.model):
+            raise self.not_finite(f"after step {step}: a weight is not finite", next(self.loader))
+        try:
+            self.log.sync()
+            path = save_checkpoint(self.run, self.position, self.model, self.tokenizer, self.optimizers, self.loader)
+        except (OSError, SafetensorError) as error:
+            raise self.stopped(SaveFailed, f"step {step} could not be saved ({error})") from None
+        self.display.note(f"step {step}  saved {path}")
+
+    def not_finite(self, what: str, batch: Batch) -> TrainingStopped:
+        place = first_nonfinite(self.model, batch, self.run.precision)
+        return self.stopped(NonFinite, f"{what}; the first value that is not finite is in {place}")
+
+    def interrupted(self) -> Interrupted:
+        folder, step = Path(self.run.folder), self.position.step
+        return Interrupted(f"stopped at step {step}, saved; to go on: plait train {folder}", folder, latest(folder))
+
+    def stopped(self, kind: type[TrainingStopped], message: str) -> TrainingStopped:
+        folder = Path(self.run.folder)
+        good = latest(folder)
+        where = f"the last good checkpoint is {good}" if good else "no checkpoint had been saved"
+        return kind(f"{message}; {where}", folder, good)
+
+
+def _open_folder(run: RunConfig) -> Checkpoint | None:
+    """The checkpoint to go on from, after clearing what a killed run left half-written."""
+    folder = Path(run.folder)
+    remove_leftovers(folder)
+    newest = latest(folder)
+    if newest is None:
+        if run.resume is True:
+            raise ValueError(f"{folder}: no checkpoint to go on from; leave out resume=true to start")
+        return None
+    if run.resume is False:
+        raise ValueError(
+            f"{folder} has a checkpoint, {newest.name}: give another folder, or resume=auto to go on from it"
+        )
+    return Checkpoint.open(newest)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r}: {reason}; expected auto, cpu, cuda or cuda:INDEX") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,99 @@
+"""Optimizers and the learning rate's schedule."""
+
+import math
+
+import torch
+from torch import nn
+
+from plait.model import LanguageModel
+from plait.train.config import RunConfig
+
+# AdamW's fused kernel exists for these.
+FUSED = ("cpu", "cuda")
+
+
+def split_parameters(model: LanguageModel, muon: bool) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Every trained parameter with its name, in exactly one of "muon", "decay" and "plain" (no weight decay).
+
+    Norms, biases, A_log, dt_bias and D are vectors; a depthwise convolution has one row a channel: all plain.
+    """
+    matrices = {id(module.weight) for module in model.slots.modules() if isinstance(module, nn.Linear)}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"muon": [], "decay": [], "plain": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or name.rpartition(".")[2].startswith("conv1d"):
+            groups["plain"].append((name, parameter))
+        elif muon and id(parameter) in matrices:
+            groups["muon"].append((name, parameter))
+        else:
+            groups["decay"].append((name, parameter))
+    return groups
+
+
+def scale(step: int, run: RunConfig) -> float:
+    """The learning rate of step `step` (from 1) as a share of its peak: up in a line, then the schedule's way down."""
+    warmup, decay = run.warmup_steps, run.decay_steps
+    if step <= warmup:
+        return step / warmup
+    if run.schedule == "cosine":
+        done = (step - warmup) / (run.steps - warmup)
+        return run.lr_end + (1 - run.lr_end) * (1 + math.cos(math.pi * done)) / 2
+    left = (run.steps - step) / decay if step > run.steps - decay else 1.0
+    return run.lr_end + (1 - run.lr_end) * left
+
+
+class Optimizers:
+    """AdamW, and Muon beside it where the run says so, as one."""
+
+    def __init__(self, model: LanguageModel, run: RunConfig):
+        groups = split_parameters(model, muon=run.optimizer == "muon")
+        fused = model.device.type in FUSED
+        adamw = [
+            {"params": groups["decay"], "weight_decay": run.weight_decay},
+            {"params": groups["plain"], "weight_decay": 0.0},
+        ]
+        self.run = run
+        self.all: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW([g for g in adamw if g["params"]], lr=run.lr, betas=run.betas, fused=fused)
+        ]
+        if groups[
+            "muon"
+        ]:  # its update scaled as AdamW's, so that one learning rate and one decay fit both (arXiv 2502.16982)
+            self.all.append(
+                torch.optim.Muon(
+                    groups["muon"], lr=run.lr, weight_decay=run.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+
+    def step(self, step: int) -> float:
+        """Update the weights at step `step`'s learning rate, which is returned, and drop the gradients."""
+        lr = self.run.lr * scale(step, self.run)
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return lr
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The whole state by `PARAMETER.WHAT`. Hyperparameters are not in it: the run says them."""
+        flat = {}
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                    flat |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+        return flat
+
+    def load_tensors(self, flat: dict[str, torch.Tensor]) -> None:
+        """What `tensors` gave. Raises ValueError for a tensor of an unknown parameter."""
+        by_name: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in flat.items():
+            name, _, what = key.rpartition(".")
+            by_name.setdefault(name, {})[what] = value
+        for optimizer in self.all:
+            names = [name for group in optimizer.param_groups for name in group["param_names"]]
+            state = {index: by_name.pop(name) for index, name in enumerate(names) if name in by_name}
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if by_name:
+            raise ValueError(f"optimizer state for {min(by_name)!r}, which is no parameter of this run")

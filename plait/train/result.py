@@ -1,0 +1,36 @@
+"""What a finished run hands back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.data import Tokenizer
+from plait.model import LanguageModel
+from plait.train.folder import METRICS
+from plait.train.heldout import HeldOut
+from plait.train.metrics import read_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """folder: the run's; checkpoint: its last; heldout: at the last step; tokens: read in training, over all resumes;
+    seconds: spent in steps, without evaluation and saving."""
+
+    folder: Path
+    checkpoint: Path
+    model: LanguageModel
+    tokenizer: Tokenizer
+    step: int
+    tokens: int
+    seconds: float
+    heldout: HeldOut
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, all with their step. Of a step: loss (nats per token), lr, grad_norm, tokens,
+        step_s, tokens_per_s; of an evaluation: heldout_loss, bits_per_byte; of a sample: sample."""
+        return read_metrics(self.folder / METRICS)

@@ -1,0 +1,78 @@
+"""NaN and infinity stop a run, name the layer they began in, and leave the last good checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from plait.train import NonFinite, latest, train
+from plait.train.guard import weights_finite
+
+
+def weights(model, slot: int) -> None:
+    next(model.slots[slot].mixer.parameters()).data.view(-1)[0] = torch.nan
+
+
+def output(model, slot: int) -> None:
+    model.slots[slot].mixer.register_forward_hook(lambda m, i, out: (out[0] * torch.inf, out[1]))
+
+
+def gradient(model, slot: int) -> None:
+    def hook(m, inputs) -> None:
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(lambda grad: grad * torch.nan)
+
+    model.slots[slot].mixer.register_forward_pre_hook(hook)
+
+
+def weight_gradient(model, slot: int) -> None:
+    next(model.slots[slot].mixer.parameters()).register_hook(lambda grad: grad * torch.nan)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("slot", [0, 2, 5])
+@pytest.mark.parametrize("harm", [weights, output, gradient, weight_gradient])
+def test_the_layer_is_named(make_run, quiet, harm, slot, checkpointing):
+    run = make_run("DF [M|A]F DA", save_every=5, sample_every=7, activation_checkpointing=checkpointing)
+
+    def sample(model, tokenizer, prompt: str) -> str:
+        harm(model, slot)
+        return ""
+
+    with pytest.raises(NonFinite) as caught:
+        train(run, sample=sample, console=quiet)
+    said = str(caught.value)
+    address = {0: "D#0", 2: "[M|A]#0", 5: "A#1"}[slot]
+    kind = "gradient of" if "gradient" in harm.__name__ else f"{harm.__name__} of"
+    assert said.startswith("step 8: ")
+    assert f"{kind} {address}" in said
+    assert said.endswith(f"the last good checkpoint is {latest(Path(run.folder))}")
+    assert latest(Path(run.folder)).name == "step-000005"
+    assert "\n" not in said
+
+
+def test_weights_that_are_not_finite_are_never_saved(make_run, quiet):
+    run = make_run("DF", save_every=4, eval_every=0, sample_every=4)
+    with pytest.raises(NonFinite, match="after step 4: a weight is not finite; .*the weights of F#0.*no checkpoint"):
+        train(run, sample=lambda model, *_: weights(model, 1) or "", console=quiet)
+    assert latest(Path(run.folder)) is None
+
+
+def test_a_batch_that_overflows_is_named_by_its_loss(make_run, quiet):
+    run = make_run("F", sample_every=3, save_every=0)
+
+    def sample(model, tokenizer, prompt: str) -> str:
+        model.head = lambda hidden: torch.nn.functional.linear(hidden, model.embed.weight) * torch.inf
+        return ""
+
+    with pytest.raises(NonFinite, match="step 4: loss is nan; the first value that is not finite is in the .*loss"):
+        train(run, sample=sample, console=quiet)
+
+
+def test_weights_finite(make_run):
+    import plait
+
+    model = plait.build({"vocab": 257, "dim": 64, "pattern": "AF"})
+    assert weights_finite(model)
+    weights(model, 0)
+    assert not weights_finite(model)

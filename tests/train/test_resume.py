@@ -1,0 +1,138 @@
+"""20 steps = 10 + resume + 10, to the bit, also when the process is killed at any moment of a save."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from plait.train import Interrupted, checkpoints, latest, load_run, train
+
+CLOCK = ("seconds", "step_s", "tokens_per_s")
+KILLER = Path(__file__).with_name("killed_saves.py")
+
+
+def contents(run: Path) -> dict[str, object]:
+    """Everything that a finished run left, without what a clock wrote."""
+    checkpoint = latest(run)
+    assert checkpoint is not None
+    tensors = {  # not the files' bytes: safetensors writes its metadata in any order
+        f"{path.name} {name}": tensor.numpy().tobytes()
+        for path in sorted(checkpoint.glob("*.safetensors"))
+        for name, tensor in sorted(load_file(path).items())
+    }
+    facts = json.loads((checkpoint / "training.json").read_text())
+    facts = {key: value for key, value in facts.items() if key not in (*CLOCK, "run", "files")}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+    return tensors | {"facts": facts, "metrics": metrics}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes"),
+    [
+        ("AF", {}),
+        ("[M|D]F", {"optimizer": "muon", "schedule": "wsd"}),
+        ("(DF)2AF", {"accumulate": 2, "precision": "bfloat16", "activation_checkpointing": True}),
+    ],
+)
+def test_resumed_equals_never_stopped(make_run, quiet, interrupt_once, pattern, changes):
+    changes |= {"sample_every": 10}
+    whole = make_run(pattern, "whole", **changes)
+    train(whole, sample=lambda model, tokenizer, prompt: prompt, console=quiet)
+    halves = make_run(pattern, "halves", **changes)
+    sample = interrupt_once()
+    with pytest.raises(Interrupted) as stopped:
+        train(halves, sample=sample, console=quiet)
+    assert stopped.value.checkpoint.name == "step-000010"
+    result = train(halves, sample=sample, console=quiet)
+    assert result.step == 20
+    assert contents(Path(whole.folder)) == contents(Path(halves.folder))
+
+
+def test_a_stored_run_can_be_run_again(make_run, quiet):
+    run = make_run(steps=4)
+    train(run, console=quiet)
+    again = load_run(Path(run.folder) / "run.yaml", folder=f"{run.folder}-again")
+    train(again, console=quiet)
+    assert contents(Path(run.folder)) == contents(Path(again.folder))
+
+
+def test_a_finished_run_is_not_trained_further(make_run, quiet):
+    run = make_run(steps=4)
+    first = train(run, console=quiet)
+    before = contents(Path(run.folder))
+    second = train(run, console=quiet)
+    assert contents(Path(run.folder)) == before
+    assert (second.step, second.tokens, second.seconds) == (first.step, first.tokens, first.seconds)
+    assert second.heldout == first.heldout
+
+
+def test_metrics_past_the_checkpoint_are_written_once(make_run, quiet):
+    run = make_run(steps=10, save_every=5, keep_last=9)
+    train(run, console=quiet)
+    expected = contents(Path(run.folder))
+    os.rename(checkpoints(Path(run.folder))[-1], Path(run.folder) / "checkpoints" / "gone")
+    with (Path(run.folder) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')  # killed while writing
+    train(run, console=quiet)
+    assert contents(Path(run.folder)) == expected
+
+
+def test_changes_that_make_it_another_run_are_refused(make_run, quiet):
+    train(make_run(steps=2), console=quiet)
+    for changes, said in [
+        ({"steps": 2, "lr": 0.5}, "lr 0.001, not 0.5: give another folder, or resume=true"),
+        ({"steps": 9}, "steps 2, not 9: give another folder, or resume=true"),
+        ({"steps": 2, "seed": 7, "resume": True}, "seed 0, not 7: give another folder"),
+        ({"steps": 2, "pattern": "DF", "resume": True}, "design"),
+        ({"steps": 2, "length": 16, "resume": True}, "data"),
+        ({"steps": 2, "resume": False}, "has a checkpoint, step-000002"),
+    ]:
+        with pytest.raises(ValueError, match=".") as caught:
+            train(make_run(**changes), console=quiet)
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+    result = train(make_run(steps=4, lr=0.5, batch=2, resume=True), console=quiet)
+    assert (result.step, result.tokens) == (4, 2 * 4 * 32 + 2 * 2 * 32)
+
+
+def test_resuming_nothing_is_refused(make_run, quiet):
+    with pytest.raises(ValueError, match="no checkpoint to go on from"):
+        train(make_run(resume=True), console=quiet)
+
+
+def test_another_text_is_refused(make_run, quiet, tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text("one two three four\n" * 50)
+    run = make_run(steps=2)
+    run = run.replace(data=run.data.replace(source=str(text)))
+    train(run, console=quiet)
+    text.write_text("five six seven eight\n" * 50)
+    with pytest.raises(ValueError, match="this text or tokenizer is not what"):
+        train(run, console=quiet)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_killed_at_any_moment_of_a_save(make_run, quiet, tmp_path):
+    """The 10th step's save, and the removal of the 5th's checkpoint, killed before each call that changes the disk."""
+    run = make_run("DF", "whole", steps=12, save_every=5, keep_last=1, eval_every=0)
+    train(run, console=quiet)
+    expected = contents(Path(run.folder))
+    child = [sys.executable, str(KILLER), str(Path(run.folder) / "run.yaml"), str(tmp_path / "killed")]
+    done = subprocess.run(
+        child, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report) >= 12  # each file, each folder, the rename, the removals
+    assert {resumed for _, resumed in report} == {5, 10}
+    assert all(status == -signal.SIGKILL for status, _ in report)
+    for number in range(len(report)):
+        folder = tmp_path / "killed" / str(number)
+        assert contents(folder) == expected, number
+        assert not list(folder.glob("checkpoints/.*"))
