@@ -49,7 +49,9 @@ class AttentionLayer(nn.Module):
         """Attend to all keys since the start; in the buffer, key j stands at position j."""
         if not context.ragged:
             state, k, v = state.extend(k, v, None, None)
-            return attention(q, k.to(q.dtype), v.to(q.dtype), q_start=context.lengths[0], softcap=self.config.softcap), state
+            return attention(
+                q, k.to(q.dtype), v.to(q.dtype), q_start=context.lengths[0], softcap=self.config.softcap
+            ), state
         state, keys, values = state.extend(k, v, context.rows, context.positions)
         packing = context.packing
         rows = q if packing is None else packing.to_rows(q)

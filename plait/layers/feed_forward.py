@@ -12,8 +12,30 @@ from plait.state import Nothing
 
 
 def swiglu(hidden: Float[Tensor, "b t 2*h"]) -> Float[Tensor, "b t h"]:
-    gate, up = hidden.chunk(2, -1)
-    return F.silu(gate) * up
+    return _SwiGLU.apply(hidden) if torch.is_grad_enabled() else _silu_times(*hidden.chunk(2, -1))
+
+
+def _silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps only its input, and writes both halves of the gradient into one tensor; autograd would keep four and join two."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        return _silu_times(*hidden.chunk(2, -1))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (hidden,) = ctx.saved_tensors
+        gate, up = hidden.chunk(2, -1)
+        dhidden = torch.empty_like(hidden)
+        dgate, dup = dhidden.chunk(2, -1)
+        torch.mul(F.silu(gate), dy, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        return dhidden
 
 
 def gelu(hidden: Tensor) -> Tensor:

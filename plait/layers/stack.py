@@ -104,5 +104,3 @@ def build_stack(design: ModelConfig) -> nn.ModuleList:
         return ChainLayer([layer(item) for item in items], design)
 
     return nn.ModuleList(Sublayer(slot, layer(slot.item), design) for slot in design.slots)
-
-

@@ -98,7 +98,12 @@ class LanguageModel(nn.Module):
 
     def head(self, hidden: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
         """Logits from `features`."""
-        return F.linear(hidden, self.embed.weight) if self.lm_head is None else self.lm_head(hidden)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "v d"]:
+        """The head's matrix: the embeddings themselves where they are tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def _stack(
         self, x: Float[Tensor, "b t d"], context: Context, states: tuple[SlotState, ...] | None

@@ -3,10 +3,8 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from plait.model.language_model import LanguageModel
 
@@ -27,19 +25,39 @@ def token_loss(
     if targets.shape != inputs.shape:
         raise ValueError(f"targets must have the inputs' shape {tuple(inputs.shape)}, got {tuple(targets.shape)}")
     hidden, _ = model.features(inputs, cu_seqlens=cu_seqlens, attention_mask=attention_mask, stats=stats)
-    scored = int((targets != IGNORE).sum())
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    rows = max(1, SLICE // model.design.vocab)
-    if len(hidden) <= rows:
-        return _nll(model, hidden, targets), scored
-    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-        part = checkpoint(_nll, model, h, t, use_reentrant=False) if torch.is_grad_enabled() else _nll(model, h, t)
-        total = total + part
-    return total, scored
+    train = torch.is_grad_enabled()
+    total = _HeadLoss.apply(hidden.flatten(0, 1), model.head_weight, targets.flatten(), train)
+    return total, int((targets != IGNORE).sum())
 
 
-def _nll(model: LanguageModel, hidden: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    logits = model.head(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+class _HeadLoss(torch.autograd.Function):
+    """Head and cross-entropy in one, slice by slice. The gradient of a slice's logits is softmax - one-hot, known as soon
+    as the logits are; so it is used at once, and neither logits nor probabilities outlive their slice."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], targets: Int[Tensor, " n"], train: bool
+    ) -> Float[Tensor, ""]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=wide)
+        dhidden = torch.empty_like(hidden) if train else hidden
+        dweight = torch.zeros_like(weight, dtype=wide) if train else weight
+        rows = max(1, SLICE // len(weight))
+        for first in range(0, len(hidden), rows):
+            h, target = hidden[first : first + rows], targets[first : first + rows]
+            scored = (target != IGNORE).to(wide)[:, None]
+            target = target.clamp_min(0)[:, None]
+            logp = (h @ weight.T).to(wide).log_softmax(-1)  # (rows, v)
+            total = total - (logp.gather(1, target) * scored).sum()
+            if train:
+                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(scored)).mul_(scored).to(h.dtype)
+                dhidden[first : first + rows] = dlogits @ weight.to(h.dtype)
+                dweight += dlogits.T @ h
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, dtotal: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.weight_dtype), None, None

@@ -38,7 +38,7 @@ class _ShiftedSum(torch.autograd.Function):
             late = dy[:, back:] if offsets is None else dy[:, back:] * (offsets[:, back:] >= back)
             dx[:, :-back].addcmul_(late, taps[back])
             torch.mul(late, x[:, :-back], out=product[:, back:])
-            product[:, :back] = 0  # so that the sum runs over whole rows, which is several times faster than over a slice
+            product[:, :back] = 0  # a sum over whole rows is several times faster than one over a slice
             dtaps[back] = product.flatten(0, 1).sum(0)
         dweight = dtaps.T.flip(1).to(weight.dtype)
         return dx, dweight, dy.flatten(0, 1).sum(0).to(weight.dtype) if ctx.has_bias else None, None

@@ -1,4 +1,4 @@
-"""The gated delta rule (arXiv 2412.06464, equation 10): S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t."""
+"""The gated delta rule (arXiv 2412.06464, eq. 10): S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t."""
 
 import torch
 from jaxtyping import Float

@@ -1,20 +1,22 @@
 """The gated delta rule in chunks (arXiv 2412.06464, section 3.3): matrix products inside a chunk, a loop over chunks.
 
-With G the running sum of g inside a chunk, a_i = exp(G_i) and P_ij = exp(G_i - G_j), the corrected values of a chunk solve
-a unit lower triangular system, (I + A) [U W] = diag(beta) [V diag(a)K] with A_ij = beta_i P_ij k_i . k_j for j < i. Then
+With a_i the decay from the chunk's start to token i and P_ij from token j to token i, the corrected values of a chunk
+solve a unit lower triangular system, (I + A) [U W] = diag(beta) [V diag(a)K] with A_ij = beta_i P_ij k_i . k_j for
+j < i. Then
 
     V' = U - W S^T        O = (P * QK^T) V' + diag(a) Q S^T        S <- a_last S + V'^T diag(a_last / a) K
 
-and only V' and S pass from chunk to chunk. The gradient is written out: it needs one solve with the transposed system and
-no more memory than the forward pass, where autograd would keep every scaled copy of q, k and v.
+and only V' and S pass from chunk to chunk. The gradient is written out: it needs one solve with the transposed system
+and no more memory than the forward pass, where autograd would keep every scaled copy of q, k and v.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.linalg import solve_triangular, vecdot
+from torch.linalg import vecdot
+from torch.nn.functional import hardshrink
 
-from plait.ops.decay import chunk_decay
+from plait.ops.decay import chunk_decay, from_sums
 from plait.ops.packing import Packing, chunks
 
 SIZE = 64  # tokens in a chunk: products of 64 x 64 fill a core's vector units, and the triangular solve stays small
@@ -49,9 +51,13 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Float[Tensor, "n c v"], Float[Tensor, "r v k"]]:
         a, P, to_end = chunk_decay(g)
         L = (k @ k.mT).mul_(P).tril_(-1)
-        UW = torch.cat([v, k * a[..., None]], -1).mul_(beta[..., None])
-        UW = solve_triangular(L * beta[..., None], UW, upper=False, unitriangular=True)
+        UW = v.new_empty(*v.shape[:2], v.shape[-1] + k.shape[-1])
         U, W = UW.split([v.shape[-1], k.shape[-1]], -1)
+        torch.mul(v, beta[..., None], out=U)
+        torch.mul(k, (a * beta)[..., None], out=W)
+        _solve(L * beta[..., None], UW)
+        # where decays are strong, W runs down the chunk as their product: stop it before it is subnormal, which is slow
+        W.copy_(hardshrink(W, torch.finfo(W.dtype).tiny ** 0.5))
         keys, last = k * to_end[..., None], a[:, -1, None, None]
         V, before = torch.empty_like(v), v.new_empty(len(v), *S.shape[1:])
         first = 0
@@ -63,20 +69,21 @@ class _Chunked(torch.autograd.Function):
             S = after if len(S) == count else torch.cat([after, S[count:]])
             first += count
         B = (q @ k.mT).mul_(P)
-        O = torch.bmm(B, V).baddbmm_(q * a[..., None], before.mT)
+        o = torch.bmm(B, V).baddbmm_(q * a[..., None], before.mT)
         ctx.save_for_backward(q, k, v, beta, a, P, to_end, L, B, UW, V, before)
         ctx.rows = rows
-        return O, S
+        return o, S
 
     @staticmethod
-    def backward(ctx, dO: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, do: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodoverride]
         q, k, v, beta, a, P, to_end, L, B, UW, V, before = ctx.saved_tensors
-        dV, dafter, dS = _through_time(ctx.rows, dO, dS, q, k, a, to_end, B, UW, V)
-        dq, dk, dG = _output_gradients(dO, q, k, a, P, to_end, B, V, before, dafter)
-
-        Z = torch.cat([dV, torch.bmm(dV, before).neg_()], -1)
-        Z = solve_triangular((L * beta[..., None]).mT, Z, upper=True, unitriangular=True)
+        Z = torch.empty_like(UW)
         Zv, Zk = Z.split([v.shape[-1], k.shape[-1]], -1)
+        dV, dafter, dS = _through_time(ctx.rows, do, dS, q, k, a, to_end, B, UW)
+        dq, dk, dG = _output_gradients(do, q, k, a, P, to_end, B, V, before, dafter)
+        Zv.copy_(dV)
+        torch.neg(torch.bmm(dV, before), out=Zk)
+        _solve(L * beta[..., None], Z, transposed=True)
         dA = torch.bmm(Z, UW.mT).neg_()
         along_k = vecdot(Zk, k) * a
         dLL = dA * L
@@ -85,19 +92,33 @@ class _Chunked(torch.autograd.Function):
         dG += beta * (row + along_k) - (dLL.mT @ beta[..., None]).squeeze(-1)
         dKK = dA.mul_(beta[..., None]).mul_(P).tril_(-1)
         dk.baddbmm_(dKK, k).baddbmm_(dKK.mT, k).addcmul_(Zk, (a * beta)[..., None])
-        dg = dG.flip(-1).cumsum(-1).flip(-1)  # G_i sums g_j over j <= i
-        return dq, dk, Zv * beta[..., None], dg, dbeta, dS, None
+        return dq, dk, Zv * beta[..., None], from_sums(dG), dbeta, dS, None
+
+
+def _solve(A: Float[Tensor, "n c c"], X: Float[Tensor, "n c m"], transposed: bool = False) -> None:
+    """X <- (I + A)^-1 X, or (I + A)^-T X, in place. Given as X^T (I + A)^T = B^T, since the solver wants columns to be
+    contiguous where our rows are: anything else costs copies, and a result that later products are slow on."""
+    left = A if transposed else A.mT
+    torch.linalg.solve_triangular(left, X.mT, upper=not transposed, left=False, unitriangular=True, out=X.mT)
 
 
 def _through_time(
-    rows: tuple[int, ...], dO: Tensor, dS: Tensor, q: Tensor, k: Tensor, a: Tensor, to_end: Tensor, B: Tensor, UW: Tensor, V: Tensor
+    rows: tuple[int, ...],
+    do: Tensor,
+    dS: Tensor,
+    q: Tensor,
+    k: Tensor,
+    a: Tensor,
+    to_end: Tensor,
+    B: Tensor,
+    UW: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of V' and of the state after each chunk, and of the first state: the loop run backwards."""
-    dV = torch.bmm(B.mT, dO)  # (n, c, v)
-    dbefore = torch.bmm(dO.mT, q * a[..., None])  # (n, v, k)
+    dV = torch.bmm(B.mT, do)  # (n, c, v)
+    dbefore = torch.bmm(do.mT, q * a[..., None])  # (n, v, k)
     dafter = torch.empty_like(dbefore)
-    keys, last, W = k * to_end[..., None], a[:, -1, None, None], UW[..., V.shape[-1] :]
-    first = len(dO)
+    keys, last, W = k * to_end[..., None], a[:, -1, None, None], UW[..., do.shape[-1] :]
+    first = len(do)
     for count in reversed(rows):
         first -= count
         step = slice(first, first + count)
@@ -109,11 +130,20 @@ def _through_time(
 
 
 def _output_gradients(
-    dO: Tensor, q: Tensor, k: Tensor, a: Tensor, P: Tensor, to_end: Tensor, B: Tensor, V: Tensor, before: Tensor, dafter: Tensor
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    a: Tensor,
+    P: Tensor,
+    to_end: Tensor,
+    B: Tensor,
+    V: Tensor,
+    before: Tensor,
+    dafter: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What O and the states after chunks give to q, k and G."""
-    read, written = torch.bmm(dO, before), torch.bmm(V, dafter)  # (n, c, k)
-    dB = torch.bmm(dO, V.mT)
+    read, written = torch.bmm(do, before), torch.bmm(V, dafter)  # (n, c, k)
+    dB = torch.bmm(do, V.mT)
     dlogP = dB * B
     into_end = vecdot(k, written) * to_end
     dG = dlogP.sum(-1) - dlogP.sum(-2) + vecdot(q, read) * a - into_end

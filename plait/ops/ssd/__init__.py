@@ -1,4 +1,4 @@
-"""State space duality (Mamba-2, arXiv 2405.21060, section 6): S_t = a_t S_{t-1} + v_t k_t^T, o_t = S_t q_t, one a per head."""
+"""State space duality (Mamba-2, arXiv 2405.21060, section 6): S_t = a_t S_{t-1} + v_t k_t^T, o_t = S_t q_t."""
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ def ssd(
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v k"] | None]:
     """Outputs and, where a state was given, the state after the last token.
 
-    In Mamba-2's letters q is C, k is B, v is dt x and g = dt A, the log decay. `g` groups of q and k serve h heads in
+    In Mamba-2's letters q is C, k is B, v is dt x and g = dt A, the log decay, one per head. `g` groups of q and k serve h heads in
     order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the documents packed.
     """
     with torch.autocast(q.device.type, enabled=False):

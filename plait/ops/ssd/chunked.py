@@ -1,10 +1,20 @@
 """The scalar-decay recurrence in chunks (arXiv 2405.21060, section 6): attention-like products inside a chunk, and a
-loop over chunks that only scales and adds states. Heads of one group share q and k, so their products are one."""
+loop over chunks that only scales and adds states.
+
+With a_i the decay from the chunk's start to token i and P_ij from token j to token i,
+
+    O = (P * QK^T) V + diag(a) Q S^T        S <- a_last S + V^T diag(a_last / a) K
+
+Heads of one group share q and k, so their products with states are one. The gradient is written out, as for the delta
+rule: autograd would keep every scaled copy of v and fill zeros around each step of the loop.
+"""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import vecdot
 
-from plait.ops.decay import chunk_decay
+from plait.ops.decay import chunk_decay, from_sums
 from plait.ops.packing import Packing, chunks
 
 SIZE = 64
@@ -15,28 +25,90 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `ssd`."""
     b, t, h, dv = v.shape
-    groups, dk = k.shape[2:]
     layout = chunks(b, t, SIZE, packing)
     q, k, v, g = (layout.split(x) for x in (q, k, v, g))  # (n, g, c, k), (n, h, c, v), (n, h, c)
-    n = len(v)
-    to_token, pairs, to_end = chunk_decay(g)  # (n, h, c), (n, h, c, c), (n, h, c)
-
-    def per_group(x: Tensor) -> Tensor:  # (n, h, c, v) -> (n g, c, h/g v)
-        return x.unflatten(1, (groups, -1)).transpose(2, 3).reshape(n * groups, SIZE, -1)
-
-    scores = (q @ k.mT)[:, :, None] * pairs.unflatten(1, (groups, -1))  # (n, g, h/g, c, c)
-    o = scores.flatten(0, 2) @ v.flatten(0, 1)  # (n h, c, v)
-
-    written = per_group(v * to_end[..., None]).mT @ k.flatten(0, 1)  # (n g, h/g v, k)
-    written = written.reshape(n, h, dv, dk)
-    S = v.new_zeros(layout.alive[0], h, dv, dk) if state is None else layout.sort(state)
-    before = []
-    for new, decay in zip(written.split(layout.alive), to_token[..., -1, None, None].split(layout.alive), strict=True):
-        live, done = S[: len(new)], S[len(new) :]
-        before.append(live)
-        live = torch.addcmul(new, live, decay)
-        S = live if len(done) == 0 else torch.cat([live, done])
-    earlier = torch.cat(before).reshape(n * groups, -1, dk)  # (n g, h/g v, k)
-    read = (q.flatten(0, 1) @ earlier.mT).view(n, groups, SIZE, -1, dv).transpose(2, 3)  # (n, g, h/g, c, v)
-    o = torch.addcmul(o.view(n, h, SIZE, dv), read.flatten(1, 2), to_token[..., None])
+    S = v.new_zeros(layout.alive[0], h, dv, k.shape[-1]) if state is None else layout.sort(state)
+    o, S = _Chunked.apply(q, k, v, g, S, layout.alive)
     return layout.join(o), None if state is None else layout.unsort(S)
+
+
+class _Chunked(torch.autograd.Function):
+    """n chunks of c tokens; `rows[i]` of them, the next ones in order, form step i of the loop over chunks."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: Float[Tensor, "n g c k"],
+        k: Float[Tensor, "n g c k"],
+        v: Float[Tensor, "n h c v"],
+        g: Float[Tensor, "n h c"],
+        S: Float[Tensor, "r h v k"],
+        rows: tuple[int, ...],
+    ) -> tuple[Float[Tensor, "n h c v"], Float[Tensor, "r h v k"]]:
+        a, P, to_end = chunk_decay(g)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        groups = q.shape[1]
+        written = (_grouped(v * to_end[..., None], groups).mT @ k.flatten(0, 1)).view(len(v), *S.shape[1:])
+        before = torch.empty_like(written)
+        first = 0
+        for count in rows:
+            step = slice(first, first + count)
+            before[step] = S[:count]
+            after = torch.addcmul(written[step], before[step], a[step, :, -1, None, None])
+            S = after if len(S) == count else torch.cat([after, S[count:]])
+            first += count
+        B = _per_head(q @ k.mT, P)
+        read = _ungrouped(q.flatten(0, 1) @ before.view(len(v) * groups, -1, k.shape[-1]).mT, v)
+        o = (B.flatten(0, 1) @ v.flatten(0, 1)).view(v.shape).addcmul_(read, a[..., None])
+        ctx.save_for_backward(q, k, v, a, P, to_end, B, before, read)
+        ctx.rows = rows
+        return o, S
+
+    @staticmethod
+    def backward(ctx, do: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, a, P, to_end, B, before, read = ctx.saved_tensors
+        n, groups, dk = len(v), q.shape[1], k.shape[-1]
+        q_flat, k_flat, do = q.flatten(0, 1), k.flatten(0, 1), do.contiguous()
+        do_read = _grouped(do * a[..., None], groups)  # (n g, c, h/g v)
+        dafter, dS = _through_time(ctx.rows, (do_read.mT @ q_flat).view(before.shape), dS, a)
+        states, dstates = (x.view(n * groups, -1, dk) for x in (before, dafter))
+
+        from_end = _ungrouped(k_flat @ dstates.mT, v)  # (n, h, c, v)
+        into_end = vecdot(v, from_end) * to_end
+        dB = (do.flatten(0, 1) @ v.flatten(0, 1).mT).view(B.shape)
+        dlogP = dB * B
+        dG = dlogP.sum(-1) - dlogP.sum(-2) + vecdot(do, read) * a - into_end
+        dG[..., -1] += into_end.sum(-1) + a[..., -1] * vecdot(before.flatten(2), dafter.flatten(2))
+
+        dqk = dB.mul_(P).unflatten(1, (groups, -1)).sum(2).flatten(0, 1)  # (n g, c, c)
+        dq = torch.baddbmm(do_read @ states, dqk, k_flat)
+        dk_ = torch.baddbmm(_grouped(v * to_end[..., None], groups) @ dstates, dqk.mT, q_flat)
+        dv = (B.flatten(0, 1).mT @ do.flatten(0, 1)).view(v.shape).addcmul_(from_end, to_end[..., None])
+        return dq.view(q.shape), dk_.view(k.shape), dv, from_sums(dG), dS, None
+
+
+def _through_time(rows: tuple[int, ...], dbefore: Tensor, dS: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the state after each chunk, and of the first state: the loop run backwards."""
+    dafter = torch.empty_like(dbefore)
+    first = len(dbefore)
+    for count in reversed(rows):
+        first -= count
+        step = slice(first, first + count)
+        dafter[step] = dS[:count]
+        live = torch.addcmul(dbefore[step], dafter[step], a[step, :, -1, None, None])
+        dS = live if len(dS) == count else torch.cat([live, dS[count:]])
+    return dafter, dS
+
+
+def _grouped(x: Float[Tensor, "n h c v"], groups: int) -> Float[Tensor, "n*g c h/g*v"]:
+    """Heads of a group side by side."""
+    return x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3).flatten(0, 1)
+
+
+def _ungrouped(x: Float[Tensor, "n*g c h/g*v"], like: Float[Tensor, "n h c v"]) -> Float[Tensor, "n h c v"]:
+    n, h, c, v = like.shape
+    return x.view(n, -1, c, h * n // len(x), v).transpose(2, 3).reshape(n, h, c, v)
+
+
+def _per_head(qk: Float[Tensor, "n g c c"], P: Float[Tensor, "n h c c"]) -> Float[Tensor, "n h c c"]:
+    return (qk[:, :, None] * P.unflatten(1, (qk.shape[1], -1))).flatten(1, 2)
