@@ -1,6 +1,6 @@
 """Frozen plain data with a `kind` tag; an unknown key is an error that names the nearest known one."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
@@ -12,7 +12,7 @@ T = TypeVar("T", bound="Struct")
 class _Checked(type(msgspec.Struct)):
     """Constructor calls get the same errors as files: what is wrong, where, and what was probably meant."""
 
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
+    def __call__(cls: Any, *args: Any, **fields: Any) -> Any:
         if args:
             raise TypeError(f"{cls.__name__} takes named values only, as in {cls.__name__}({cls._example()})")
         return convert(msgspec.to_builtins(fields), cls, cls.__name__)
@@ -34,10 +34,14 @@ class Struct(msgspec.Struct, metaclass=_Checked, frozen=True, kw_only=True, omit
 
 
 def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str) -> None:
-    """Raise ValueError for a key that `cls` does not have."""
-    for key in fields:
-        if key not in cls.__struct_fields__ and key != "kind":
-            raise ValueError(f"{where}: unknown key {key!r}; {suggest(key, cls.__struct_fields__)}")
+    """Raise ValueError for a key that `cls` does not have, or that a struct inside it does not have."""
+    types = {field.name: field.type for field in msgspec.structs.fields(cls)}
+    for key, value in fields.items():
+        if key not in types and key != "kind":
+            raise ValueError(f"{where}: unknown key {key!r}; {suggest(key, types)}")
+        for inner in (types.get(key), *get_args(types.get(key))):  # X, or each part of X | None
+            if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+                check_keys(value, inner, f"{where}.{key}")
 
 
 def convert(data: Any, cls: type[T], where: str) -> T:
