@@ -1,0 +1,170 @@
+"""The state of a whole model: copies, files, and what is refused."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+import plait
+from plait.state import ModelState, StaleState
+from plait.state.files import write_atomic
+
+DESIGN = plait.ModelConfig(
+    vocab=17, dim=64, pattern="M [A|WF]F D", layers={"W": plait.Attention(window=4), "F": plait.SwiGLU(hidden=8)}
+)
+TOKENS = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture
+def model():
+    return plait.build(DESIGN)
+
+
+@pytest.fixture
+@torch.no_grad()
+def state(model):
+    return model(TOKENS, model.init_state(2))[1]
+
+
+def test_names_say_where(state):
+    assert sorted(state.tensors()) == [
+        "0.conv",
+        "0.s",
+        "1.0.0.k",
+        "1.0.0.v",
+        "1.1.0.k",
+        "1.1.0.v",
+        "3.conv",
+        "3.s",
+    ]
+    assert state.nbytes == sum(x.nbytes for x in state.tensors().values())
+    assert state.lengths == (6, 6)
+    assert state.batch == 2
+
+
+def test_fork_shares_no_memory(state):
+    copy = state.fork()
+    for name, x in state.tensors().items():
+        assert torch.equal(x, copy.tensors()[name])
+        assert x.data_ptr() != copy.tensors()[name].data_ptr()
+
+
+def test_a_call_changes_no_state_it_was_given(model, state):
+    before = {name: x.clone() for name, x in state.tensors().items() if not name.startswith("1.0.0")}
+    with torch.no_grad():
+        model(TOKENS, state)
+    for name, x in before.items():
+        assert torch.equal(state.tensors()[name], x)
+
+
+def test_detach(model):
+    _, state = model(TOKENS, model.init_state(2))
+    assert all(x.requires_grad for x in state.tensors().values())
+    cut = state.detach()
+    assert not any(x.requires_grad for x in cut.tensors().values())
+    logits, _ = model(TOKENS, cut)  # and training goes on from there
+    logits.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 0, 1], [-1, 0]])
+def test_select(state, rows):
+    picked = state.select(rows)
+    assert picked.lengths == (6,) * len(rows)
+    for name, x in state.tensors().items():
+        assert torch.equal(picked.tensors()[name], x[rows])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([2], "row 2 does not exist; the state has 2 rows"), ([], "at least one")]
+)
+def test_select_nothing_that_is_there(state, rows, message):
+    with pytest.raises(ValueError, match=message):
+        state.select(rows)
+
+
+def test_files(state, tmp_path):
+    path = tmp_path / "chat.state"
+    state.save(path)
+    loaded = ModelState.load(path)
+    assert loaded.lengths == state.lengths
+    assert loaded.design == DESIGN.hash
+    assert [type(slot) for slot in loaded.slots] == [type(slot) for slot in state.slots]
+    for name, x in state.tensors().items():
+        assert torch.equal(loaded.tensors()[name], x)
+        assert loaded.tensors()[name].dtype == x.dtype
+    assert list(tmp_path.iterdir()) == [path]  # nothing temporary is left
+
+
+def test_files_that_are_no_state(state, tmp_path):
+    path = tmp_path / "x"
+    with pytest.raises(FileNotFoundError, match="no such state file"):
+        ModelState.load(path)
+    path.write_bytes(b"\x00binary")
+    with pytest.raises(ValueError, match="not a readable state file"):
+        ModelState.load(path)
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"not a state written by ModelState\.save"):
+        ModelState.load(path)
+    state.save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="cut short"):
+        ModelState.load(path)
+
+
+def test_a_stale_state_cannot_be_saved(model, state, tmp_path):
+    with torch.no_grad():
+        _, draft = model(TOKENS, state)
+        model(TOKENS, state)
+    with pytest.raises(StaleState):
+        draft.save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("other", [DESIGN.replace(vocab=18), DESIGN.replace(pattern="M [A|WF]F M")])
+def test_another_design_refuses_it(state, other):
+    with pytest.raises(ValueError, match="belongs to another design"):
+        plait.build(other)(TOKENS, state)
+
+
+def test_another_batch_refuses_it(model, state):
+    with pytest.raises(ValueError, match="the state has 2 rows, but the call has 1"):
+        model(TOKENS[:1], state)
+    with pytest.raises(ValueError, match="the state has 2 rows, but the call has 3"):
+        model(TOKENS.view(1, -1), state, cu_seqlens=torch.tensor([0, 3, 6, 12]))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 4), (1, -1)])
+def test_init_state_of_nothing(model, batch, length):
+    with pytest.raises(ValueError, match="needs batch >= 1 and length >= 0"):
+        model.init_state(batch, length)
+
+
+class TestWriteAtomic:
+    def test_replaces(self, tmp_path):
+        path = tmp_path / "deep" / "file"
+        for text in ("one", "two"):
+            write_atomic(path, lambda p, text=text: p.write_text(text) and None)
+            assert path.read_text() == text
+
+    def test_a_failure_leaves_the_old_file_and_nothing_else(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_text("old")
+
+        def fail(temporary):
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(OSError, match="No space left"):
+            write_atomic(path, fail)
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metadata_is_plain(state, tmp_path):
+    """The file can be read without plait."""
+    state.save(tmp_path / "x")
+    with safetensors.safe_open(tmp_path / "x", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["lengths"]) == [6, 6]
+    assert metadata["design"] == DESIGN.hash
