@@ -20,7 +20,7 @@ class AttentionLayer(nn.Module):
         super().__init__()
         self.config = config
         query, key = config.widths()
-        self.widths = [query, key, key] + [query] * config.output_gate
+        self.widths = [query + key, key] + [query] * config.output_gate
         self.qkv_proj = nn.Linear(design.dim, sum(self.widths), bias=config.bias)
         self.o_proj = nn.Linear(query, design.dim, bias=config.bias)
         self.q_norm = Norm(config.head_dim, design.norm) if config.qk_norm else None
@@ -30,12 +30,13 @@ class AttentionLayer(nn.Module):
         self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | None
     ) -> tuple[Float[Tensor, "b t d"], KV | Window | None]:
         c = self.config
-        q, k, v, *gate = self.qkv_proj(x).split(self.widths, -1)
-        q, k, v = (y.unflatten(-1, (-1, c.head_dim)) for y in (q, k, v))  # (b, t, h, k)
+        qk, v, *gate = self.qkv_proj(x).split(self.widths, -1)
+        qk, v = qk.unflatten(-1, (-1, c.head_dim)), v.unflatten(-1, (c.kv_heads, -1))  # (b, t, h, k)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            qk = torch.cat([self.q_norm(qk[:, :, : c.heads]), self.k_norm(qk[:, :, c.heads :])], 2)
         if c.rope is not None:
-            q, k = turn(torch.cat([q, k], 2), c.rope, context).split([c.heads, c.kv_heads], 2)
+            qk = turn(qk, c.rope, context)
+        q, k = qk[:, :, : c.heads], qk[:, :, c.heads :]
         if state is None:
             o = attention(q, k, v, window=c.window, softcap=c.softcap, packing=context.packing)
         elif isinstance(state, Window):

@@ -12,13 +12,16 @@ def turn(x: Float[Tensor, "b t h k"], rope: RoPE, context: Context) -> Float[Ten
     """Rotate channel pairs (i, i + r/2) of the first r channels by position * theta^(-2i/r) (arXiv 2104.09864, eq. 34)."""
     rotated = rope.rotated(x.shape[-1])
     cos, sin = context.once(("rope", rope.theta, rotated, x.dtype), lambda: _angles(rope, rotated, context, x.dtype))
-    a, b, rest = x.split([rotated // 2, rotated // 2, x.shape[-1] - rotated], -1)
-    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], -1)
+    head = x if rotated == x.shape[-1] else x[..., :rotated]
+    pairs = head.unflatten(-1, (2, -1))  # (b, t, h, 2, r/2): first and second of each pair
+    turned = torch.addcmul(pairs * cos, pairs.flip(-2), sin).flatten(-2)
+    return turned if head is x else torch.cat([turned, x[..., rotated:]], -1)
 
 
 def _angles(rope: RoPE, rotated: int, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (b, t, 1, r/2). Angles are float32 at least: bfloat16 cannot tell position 256 from 257."""
+    """cos (b, t, 1, 1, r/2) and sin with the sign of either member (b, t, 1, 2, r/2). Angles are float32 at least: bfloat16 cannot tell position 256 from 257."""
     wide = torch.promote_types(dtype, torch.float32)
     ramp = torch.arange(0, rotated, 2, device=context.positions.device, dtype=wide) / rotated
-    angles = context.positions[..., None, None].to(wide) * rope.theta**-ramp
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = context.positions[..., None, None, None].to(wide) * rope.theta**-ramp
+    sin = angles.sin().to(dtype)
+    return angles.cos().to(dtype), torch.cat([-sin, sin], -2)

@@ -30,6 +30,15 @@ def _exp(x: Tensor) -> Tensor:
     return x.masked_fill(x < FLOOR[x.dtype], -torch.inf).exp()
 
 
-def from_sums(dG: Float[Tensor, "*n c"]) -> Float[Tensor, "*n c"]:
-    """The gradient of g from that of its running sums G: G_i holds g_j for all j <= i."""
-    return dG.flip(-1).cumsum(-1).flip(-1)
+def pair_sums(dlogP: Float[Tensor, "*n c c"]) -> Float[Tensor, "*n c"]:
+    """The gradient of the running sums G from that of log P_ij = G_i - G_j, in float64: see `from_sums`."""
+    return dlogP.sum(-1, dtype=torch.float64) - dlogP.sum(-2, dtype=torch.float64)
+
+
+def from_sums(dG: Float[Tensor, "*n c"], dtype: torch.dtype) -> Float[Tensor, "*n c"]:
+    """The gradient of g from that of its running sums G: G_i holds g_j for all j <= i.
+
+    Where decays are strong, what pairs of tokens give to G_i and take from G_j is far larger than what remains, so dG
+    must be in float64 for the rest to survive the sum.
+    """
+    return dG.flip(-1).cumsum(-1).flip(-1).to(dtype)

@@ -26,9 +26,8 @@ def gated_delta(
     g is the log decay, log a <= 0. `g` key heads serve h value heads in order (h a multiple). Computed in float32, or
     float64 for float64 inputs. n is the batch, or the number of documents with `packing`.
     """
-    dtype = v.dtype
     if q.shape[2] != v.shape[2]:
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
     with torch.autocast(q.device.type, enabled=False):
         o, state = choose(KERNELS, v).run(wide(q), wide(k), wide(v), wide(g), wide(beta), state=state, packing=packing)
-    return o.to(dtype), state
+    return o.to(v.dtype), state

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 from torch.nn.functional import hardshrink
 
-from plait.ops.decay import chunk_decay, from_sums
+from plait.ops.decay import chunk_decay, from_sums, pair_sums
 from plait.ops.packing import Packing, chunks
 
 SIZE = 64  # tokens in a chunk: products of 64 x 64 fill a core's vector units, and the triangular solve stays small
@@ -87,12 +87,11 @@ class _Chunked(torch.autograd.Function):
         dA = torch.bmm(Z, UW.mT).neg_()
         along_k = vecdot(Zk, k) * a
         dLL = dA * L
-        row = dLL.sum(-1)
-        dbeta = row + vecdot(Zv, v) + along_k
-        dG += beta * (row + along_k) - (dLL.mT @ beta[..., None]).squeeze(-1)
+        dbeta = dLL.sum(-1) + vecdot(Zv, v) + along_k
+        dG += pair_sums(dLL.mul_(beta[..., None])) + beta * along_k
         dKK = dA.mul_(beta[..., None]).mul_(P).tril_(-1)
         dk.baddbmm_(dKK, k).baddbmm_(dKK.mT, k).addcmul_(Zk, (a * beta)[..., None])
-        return dq, dk, Zv * beta[..., None], from_sums(dG), dbeta, dS, None
+        return dq, dk, Zv * beta[..., None], from_sums(dG, k.dtype), dbeta, dS, None
 
 
 def _solve(A: Float[Tensor, "n c c"], X: Float[Tensor, "n c m"], transposed: bool = False) -> None:
@@ -144,9 +143,8 @@ def _output_gradients(
     """What O and the states after chunks give to q, k and G."""
     read, written = torch.bmm(do, before), torch.bmm(V, dafter)  # (n, c, k)
     dB = torch.bmm(do, V.mT)
-    dlogP = dB * B
-    into_end = vecdot(k, written) * to_end
-    dG = dlogP.sum(-1) - dlogP.sum(-2) + vecdot(q, read) * a - into_end
+    into_end = (vecdot(k, written) * to_end).double()
+    dG = pair_sums(dB * B) + vecdot(q, read) * a - into_end
     dG[:, -1] += into_end.sum(-1) + a[:, -1] * vecdot(before.flatten(1), dafter.flatten(1))
     dB.mul_(P)
     dq = torch.baddbmm(read.mul_(a[..., None]), dB, k)

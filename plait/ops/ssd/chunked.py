@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import vecdot
 
-from plait.ops.decay import chunk_decay, from_sums
+from plait.ops.decay import chunk_decay, from_sums, pair_sums
 from plait.ops.packing import Packing, chunks
 
 SIZE = 64
@@ -74,17 +74,16 @@ class _Chunked(torch.autograd.Function):
         states, dstates = (x.view(n * groups, -1, dk) for x in (before, dafter))
 
         from_end = _ungrouped(k_flat @ dstates.mT, v)  # (n, h, c, v)
-        into_end = vecdot(v, from_end) * to_end
+        into_end = (vecdot(v, from_end) * to_end).double()
         dB = (do.flatten(0, 1) @ v.flatten(0, 1).mT).view(B.shape)
-        dlogP = dB * B
-        dG = dlogP.sum(-1) - dlogP.sum(-2) + vecdot(do, read) * a - into_end
+        dG = pair_sums(dB * B) + vecdot(do, read) * a - into_end
         dG[..., -1] += into_end.sum(-1) + a[..., -1] * vecdot(before.flatten(2), dafter.flatten(2))
 
         dqk = dB.mul_(P).unflatten(1, (groups, -1)).sum(2).flatten(0, 1)  # (n g, c, c)
         dq = torch.baddbmm(do_read @ states, dqk, k_flat)
         dk_ = torch.baddbmm(_grouped(v * to_end[..., None], groups) @ dstates, dqk.mT, q_flat)
         dv = (B.flatten(0, 1).mT @ do.flatten(0, 1)).view(v.shape).addcmul_(from_end, to_end[..., None])
-        return dq.view(q.shape), dk_.view(k.shape), dv, from_sums(dG), dS, None
+        return dq.view(q.shape), dk_.view(k.shape), dv, from_sums(dG, v.dtype), dS, None
 
 
 def _through_time(rows: tuple[int, ...], dbefore: Tensor, dS: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
