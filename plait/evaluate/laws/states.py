@@ -93,14 +93,16 @@ def fork(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
         worst = max(worst, agree(law, name, _continued(model, copy, truth), want))
     mine = {name.replace("row 0", "row 1"): x for name, x in swapped.items() if name.startswith("row 0")}
     worst = max(worst, agree(law, "rows reordered", mine, {name: x for name, x in want.items() if name in mine}))
-    _refuses_others(law, design, state, device)
+    _refuses_others(law, model, state)
     return worst
 
 
-def _refuses_others(law: str, design: ModelConfig, state: ModelState, device: str) -> None:
+def _refuses_others(law: str, model: LanguageModel, state: ModelState) -> None:
+    design = model.design
     for what, changed in (("vocabulary", design.replace(vocab=design.vocab + 1)), ("depth", _deeper(design))):
         try:
-            build(changed, device=device)(torch.zeros(2, 1, dtype=torch.long, device=device), state)
+            token = torch.zeros(2, 1, dtype=torch.long, device=model.device)
+            build(changed, device=model.device, dtype=model.dtype)(token, state)
         except ValueError:
             continue
         raise LawBroken(law, f"a model of another {what} took the state")

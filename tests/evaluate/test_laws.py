@@ -1,0 +1,178 @@
+"""The laws catch what they are there to catch: each mistake here was once somebody's bug."""
+
+import pytest
+import torch
+
+import plait
+from plait.evaluate.laws import DESIGNS, LAWS, LawBroken, small
+from plait.evaluate.laws.compare import TOLERANCES, agree
+from plait.evaluate.selfcheck import selfcheck
+from plait.layers import attention as attention_layer
+from plait.layers import gated_deltanet, mamba2
+from plait.layers.merge import GatedMerge
+from plait.layers.norm import Norm
+from plait.state import KVBuffer, ModelState
+
+
+def unreset(op):
+    """An op that runs over packed documents as if they were one."""
+
+    def run(*args, packing=None, state=None, **rest):
+        if packing is None:
+            return op(*args, packing=packing, state=state, **rest)
+        y, final = op(*args, state=None if state is None else state[:1], **rest)
+        return y, None if state is None else final.expand_as(state)
+
+    return run
+
+
+def forgets_its_state(op):
+    return lambda *args, state=None, **rest: op(*args, state=None if state is None else torch.zeros_like(state), **rest)
+
+
+def sees_the_future(op):
+    return lambda q, k, v, **rest: (
+        op(q, k, v, **rest) + 1e-3 * v.mean(1, keepdim=True).repeat_interleave(q.shape[2] // v.shape[2], 2)
+    )
+
+
+def one_token_late(op):
+    return lambda q, k, v, *, q_start=0, **rest: op(q, k, v, q_start=q_start, **rest) * (1 + 1e-3 * (q.shape[1] == 1))
+
+
+MISTAKES = {
+    "a convolution that packing does not reset": ("packed", "DF", gated_deltanet, "causal_conv", unreset),
+    "a recurrence that packing does not reset": ("packed", "MF", mamba2, "ssd", unreset),
+    "the same, through padding": ("padded", "DF", gated_deltanet, "gated_delta", unreset),
+    "a convolution that starts each call from nothing": ("split", "MF", mamba2, "causal_conv", forgets_its_state),
+    "a recurrence that starts each call from nothing": (
+        "split",
+        "DF",
+        gated_deltanet,
+        "gated_delta",
+        forgets_its_state,
+    ),
+    "attention that sees the future": ("causal", "AF", attention_layer, "attention", sees_the_future),
+    "a decoding path of its own": ("split", "AF", attention_layer, "attention", one_token_late),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mistakes_in_ops(mistake, dtype, monkeypatch):
+    law, name, module, function, change = mistake
+    monkeypatch.setattr(module, function, change(getattr(module, function)))
+    with pytest.raises(LawBroken, match=f"^{law}: "):
+        LAWS[law](DESIGNS[name], "cpu", dtype)
+
+
+def test_a_stale_handle_that_does_not_raise(monkeypatch):
+    monkeypatch.setattr(KVBuffer, "holds", lambda *args: True)
+    with pytest.raises(LawBroken, match="without an error"):
+        LAWS["rollback"](DESIGNS["AF"], "cpu", torch.float64)
+
+
+@pytest.mark.parametrize("name", ["fork", "to"])
+def test_a_copy_that_shares_memory(name, monkeypatch):
+    monkeypatch.setattr(ModelState, name, lambda self, *device: self)
+    with pytest.raises(LawBroken, match="^fork: "):
+        LAWS["fork"](DESIGNS["AF"], "cpu", torch.float64)
+
+
+def test_states_of_any_design_taken(monkeypatch):
+    monkeypatch.setattr(plait.LanguageModel, "_check_state", lambda *args: None)
+    with pytest.raises(LawBroken, match="a model of another vocabulary took the state"):
+        LAWS["fork"](DESIGNS["MF"], "cpu", torch.float64)
+
+
+def test_a_parameter_nobody_counted(monkeypatch):
+    def with_more(self, width, config, original=Norm.__init__):
+        original(self, width, config)
+        self.more = torch.nn.Parameter(torch.zeros(1))
+
+    monkeypatch.setattr(Norm, "__init__", with_more)
+    with pytest.raises(LawBroken, match="^counts: parameters of A#0"):
+        LAWS["counts"](DESIGNS["AF"], "cpu", torch.float32)
+
+
+def test_a_product_nobody_counted(monkeypatch):
+    def twice(self, u, branches, original=GatedMerge.forward):
+        return (original(self, u, branches) + original(self, u, branches)) / 2
+
+    monkeypatch.setattr(GatedMerge, "forward", twice)
+    with pytest.raises(LawBroken, match="^counts: FLOPs"):
+        LAWS["counts"](DESIGNS["[MF|A]:gated F"], "cpu", torch.float32)
+
+
+class TestAgree:
+    def test_measures_the_largest_relative_error(self):
+        want = {"a": torch.tensor([2.0, 0.0]), "b": torch.tensor([1.0])}
+        got = {"a": torch.tensor([2.0, 1e-5]), "b": torch.tensor([1.0])}
+        assert agree("law", "what", got, want) == pytest.approx(5e-6)
+
+    @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1.1])
+    def test_breaks(self, wrong):
+        with pytest.raises(LawBroken, match="law: what, a") as broken:
+            agree("law", "what", {"a": torch.tensor([wrong])}, {"a": torch.tensor([1.0])})
+        assert broken.value.tolerance == TOLERANCES[torch.float32][0]
+        assert broken.value.error > 0.09
+
+    def test_what_is_missing_breaks(self):
+        with pytest.raises(LawBroken, match="in one of the two only"):
+            agree("law", "what", {}, {"a": torch.zeros(1)})
+        with pytest.raises(LawBroken, match="shape"):
+            agree("law", "what", {"a": torch.zeros(2)}, {"a": torch.zeros(1)})
+
+    def test_exactly(self):
+        with pytest.raises(LawBroken):
+            agree("law", "what", {"a": torch.tensor([1 + 2**-20])}, {"a": torch.tensor([1.0])}, exactly=True)
+
+
+class TestSelfcheck:
+    def test_results(self):
+        seen = []
+        laws = ["causal", "spec"]
+        results = selfcheck("cpu", patterns=["AF", "[M|D]:gated"], laws=laws, progress=lambda *x: seen.append(x))
+        assert [result for _, _, result in seen] == results
+        assert [(done, total) for done, total, _ in seen] == [(n, 8) for n in range(1, 9)]
+        assert all(result.passed and not result.message for result in results)
+        assert {result.pattern for result in results} == {"AF", "[M|D]:gated"}
+        assert {result.tolerance for result in results if result.law == "spec"} == {0.0}
+
+    def test_a_design_of_the_users(self):
+        design = small("DA", D=plait.GatedDeltaNet(heads=1, head_dim=16))
+        (result,) = selfcheck("cpu", ["float32"], [design], ["split"])
+        assert result.passed
+        assert result.pattern == "DA"
+
+    def test_what_breaks_is_a_result(self, monkeypatch):
+        def crash(*args, **rest):
+            raise RuntimeError("no kernel image\nis available")
+
+        monkeypatch.setattr(mamba2, "ssd", crash)
+        broken, fine = selfcheck("cpu", ["float32"], ["MF", "AF"], ["causal"])
+        assert not broken.passed
+        assert broken.message == "causal: RuntimeError: no kernel image is available"
+        assert fine.passed
+
+    def test_precision_is_put_back(self):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            selfcheck("cpu", ["float32"], ["AF"], ["spec"])
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            ({"laws": ["casual"]}, "law 'casual' does not exist; did you mean 'causal'"),
+            ({"dtypes": ["float23"]}, "dtype 'float23' cannot be checked; did you mean 'float32'"),
+            ({"patterns": ["(AF"]}, "column 4: missing"),
+            ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ],
+    )
+    def test_refusals(self, call, message):
+        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+            selfcheck(**{"device": "cpu"} | call)
