@@ -1,0 +1,120 @@
+"""What all commands share: --json, --debug, errors in one line, and an ending: what was written, what to run next."""
+
+import inspect
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+WIDTH = 160  # of tables that go to a file or a pipe, where no terminal sets it
+SHARED = {
+    "json": Annotated[
+        bool, typer.Option("--json", help="End with one JSON object on stdout; all else goes to stderr.")
+    ],
+    "debug": Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a command ended. `data` is the JSON line; `wrote`, paths, and `next`, command lines worth running now, are
+    said on stderr."""
+
+    data: dict[str, Any]
+    wrote: Sequence[Any] = ()
+    next: Sequence[str] = ()
+    failed: bool = False
+
+
+def as_command(work: Callable[..., Outcome]) -> Callable[..., int]:
+    """`work(screen, ...)` as a function for typer that takes --json and --debug too and gives an exit code.
+
+    `screen` is the console to print to: stdout, or stderr under --json, so that stdout then holds the JSON line alone.
+    """
+
+    @wraps(work)
+    def run(*, json: bool, debug: bool, **given: Any) -> int:
+        try:
+            outcome = work(console(stderr=json), **given)
+            _finish(outcome, json)
+        except (typer.Exit, typer.BadParameter):
+            raise
+        except BrokenPipeError:  # `plait show ... | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                traceback.print_exc()
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+            return exit_code(error)
+        return int(outcome.failed)
+
+    _, *own = inspect.signature(work).parameters.values()
+    shared = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a) for n, a in SHARED.items()
+    ]
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared
+    run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]  (what typer reads)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def console(stderr: bool = False) -> Any:
+    """A rich console that does not fold tables where there is no terminal to fit."""
+    from rich.console import Console
+
+    screen = Console(stderr=stderr, highlight=False)
+    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
+
+
+def say(screen: Any, text: str) -> None:
+    """One line of plain text, never folded and never read as markup."""
+    screen.print(text, markup=False, soft_wrap=True)
+
+
+def shell(*words: str) -> str:
+    """A command line of these words, quoted where a shell needs it."""
+    return " ".join(f'"{word}"' if set(word) & set(" ()[]|*;&<>") else shlex.quote(word) for word in words)
+
+
+def _finish(outcome: Outcome, as_json: bool) -> None:
+    for path in outcome.wrote:
+        print(f"wrote {path}", file=sys.stderr)
+    for line in outcome.next:
+        print(f"next: {line}", file=sys.stderr, flush=True)
+    if as_json:
+        print(json.dumps(outcome.data), flush=True)
+
+
+def exit_code(error: BaseException) -> int:
+    """1, or what a stopped training run says, or 130 for Ctrl-C."""
+    from plait.train import TrainingStopped
+
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return error.exit_code if isinstance(error, TrainingStopped) else 1
+
+
+# What users cause and can cure. RuntimeError: stale states, stopped runs, and torch where memory is missing.
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message in one line that stands alone."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    if isinstance(error, EXPECTED) and text:
+        return text
+    return f"{type(error).__name__}: {text} (not foreseen; --debug shows where)"

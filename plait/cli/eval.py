@@ -1,0 +1,120 @@
+"""`plait eval`: how good a trained model is."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from plait.cli.command import Outcome, say, shell
+from plait.design.spelling import suggest
+from plait.train import RunConfig, load_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from plait.data import Tokenizer
+    from plait.evaluate.perplexity import Perplexity
+    from plait.model import LanguageModel
+
+MEASURES = ("ppl",)
+
+
+def command(
+    screen: "Console",
+    run: Annotated[str, typer.Argument(help="A training run's folder or a saved model's.")],
+    measures: Annotated[
+        list[str] | None, typer.Argument(metavar="[MEASURE]...", help="ppl: perplexity and bits per byte.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text to measure on, as data.source names it; else the run's held-out text.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of context at most. [default: as in training, where that is known]")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+) -> Outcome:
+    """Measure a trained model on text that it was not trained on."""
+    for measure in measures or MEASURES:
+        if measure not in MEASURES:
+            raise ValueError(f"unknown measure {measure!r}; {suggest(measure, MEASURES)}")
+    for name, value in (("--context", context), ("--tokens", tokens)):
+        if value is not None and value < 2:
+            raise ValueError(f"{name} must be at least 2, got {value}")
+    from plait.cli.device import find
+    from plait.data import load_tokenizer
+    from plait.model import load, model_folder
+
+    folder = model_folder(run)
+    trained = run_of(folder)
+    if text is None and trained is None:
+        raise ValueError(f"{folder} is not part of a training run, so it has no held-out text: give --text")
+    model, tokenizer = load(folder, device=find(device)), load_tokenizer(folder)
+    context = context or (trained.data.length if trained else None)
+    with screen.status("reading"):
+        if text is not None:
+            found = on_text(model, tokenizer, text, context, tokens)
+        else:
+            assert trained is not None
+            assert context is not None
+            found = on_heldout(model, tokenizer, trained, context, tokens)
+    source = text or f"held-out part of {trained.data.source if trained else ''}"
+    data: dict[str, Any] = {
+        "model": str(folder),
+        "text": source,
+        "context": context,
+        "tokens": found.tokens,
+        "bytes": found.bytes,
+        "loss": found.nats_per_token,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+    }
+    say(
+        screen,
+        f"{source}: {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.3f} a token "
+        f"({found.tokens:,} tokens, {found.bytes:,} bytes)",
+    )
+    return Outcome(data, next=[shell("plait", "generate", run, trained.sample_prompt if trained else "The ")])
+
+
+def run_of(folder: Path) -> RunConfig | None:
+    """The run that a checkpoint is part of."""
+    home = folder.resolve().parent.parent
+    return load_run(home) if (home / "run.yaml").is_file() and folder.resolve().parent.name == "checkpoints" else None
+
+
+def on_heldout(
+    model: "LanguageModel", tokenizer: "Tokenizer", run: RunConfig, context: int, tokens: int | None
+) -> "Perplexity":
+    """Over the documents that the run kept apart, in pieces of `context` tokens, as training does."""
+    from plait.data import Loader, prepare
+    from plait.evaluate.perplexity import perplexity
+
+    shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout)
+    batches = Loader(shards, "heldout", batch=run.batch, length=context, order="sequential", epochs=1)
+    return perplexity(model, batches, tokens)
+
+
+def on_text(
+    model: "LanguageModel", tokenizer: "Tokenizer", text: str, context: int | None, tokens: int | None
+) -> "Perplexity":
+    """Over all documents of a source, each on its own."""
+    from plait.data import NotText, open_source
+    from plait.evaluate.perplexity import Perplexity, perplexity_of_text
+
+    total = Perplexity(0.0, 0, 0)
+    for document in open_source(text).documents():
+        left = None if tokens is None else tokens - total.tokens
+        if left is not None and left < 2:
+            break
+        try:
+            total += perplexity_of_text(model, tokenizer, document.pieces, context=context, tokens=left)
+        except NotText:
+            if document.required:
+                raise
+        except ValueError as error:
+            if "fewer than two" not in str(error):
+                raise
+    if not total.tokens:
+        raise ValueError(f"{text}: nothing to score; expected text of at least two tokens")
+    return total

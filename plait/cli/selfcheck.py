@@ -1,0 +1,95 @@
+"""`plait selfcheck`: the laws that the tests hold, on this machine's device."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from plait.cli.command import Outcome, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from plait.evaluate.selfcheck import LawResult
+
+LINE_EVERY = 25  # checks, where there is no terminal to draw a bar on
+
+
+def command(
+    screen: "Console",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="Check this pattern instead of the built-in list; may be given again.")
+    ] = None,
+    law: Annotated[list[str] | None, typer.Option(help="Check this law alone; may be given again.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32 or float64 alone; may be given again. [default: both]")
+    ] = None,
+) -> Outcome:
+    """Check on this device that every way of calling a model gives the same numbers, for many patterns."""
+    import torch
+
+    from plait.cli.device import find
+    from plait.evaluate.selfcheck import selfcheck
+
+    where = str(find(device))
+    name = torch.cuda.get_device_name(where) if where.startswith("cuda") else "cpu"
+    with progress_bar(screen) as bar:
+        task = bar.add_task("checking", total=None)
+
+        def progress(done: int, total: int, result: "LawResult") -> None:
+            bar.update(task, total=total, completed=done, description=f"{result.law}, {result.pattern}, {result.dtype}")
+            if not result.passed:
+                say(screen, f"broken: {result.pattern}, {result.dtype}: {result.message}")
+            if not screen.is_terminal and (done % LINE_EVERY == 0 or done == total):
+                say(screen, f"{done} of {total} checks done")
+
+        results = selfcheck(where, tuple(dtype or ("float32", "float64")), pattern, law, progress)
+    screen.print(table(results))
+    broken = [result for result in results if not result.passed]
+    say(screen, f"{name}, torch {torch.__version__}: {len(results) - len(broken)} of {len(results)} checks passed")
+    data = {
+        "device": where,
+        "device_name": name,
+        "torch": torch.__version__,
+        "passed": not broken,
+        "results": [as_data(result) for result in results],
+    }
+    return Outcome(data, next=["plait doctor"] if broken else ["plait demo"], failed=bool(broken))
+
+
+def progress_bar(screen: "Console") -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+
+
+def table(results: Sequence["LawResult"]) -> Any:
+    """One row a law and dtype."""
+    from rich.table import Table
+
+    grid = Table("law", "dtype")
+    for name in ("checks", "largest error", "allowed", "seconds", "passed"):
+        grid.add_column(name, justify="right")
+    for law, dtype in dict.fromkeys((result.law, result.dtype) for result in results):
+        rows = [result for result in results if (result.law, result.dtype) == (law, dtype)]
+        passed = sum(row.passed for row in rows)
+        grid.add_row(
+            law,
+            dtype,
+            str(len(rows)),
+            f"{max(row.error for row in rows):.1e}",
+            f"{max(row.tolerance for row in rows):.1e}" if rows[0].tolerance else "equal",
+            f"{sum(row.seconds for row in rows):.1f}",
+            "all" if passed == len(rows) else f"{passed} of {len(rows)}",
+            style="" if passed == len(rows) else "bold red",
+        )
+    return grid
+
+
+def as_data(result: "LawResult") -> dict[str, Any]:
+    """JSON has no infinity: an error without a number is null."""
+    return asdict(result) | {"error": result.error if math.isfinite(result.error) else None}

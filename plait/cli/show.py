@@ -1,0 +1,134 @@
+"""`plait show`: a design's slots, parameters, FLOPs and state, without building it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from plait.cli.changes import reach_letters, read_changes
+from plait.cli.command import Outcome, shell
+from plait.design import PRESETS, ModelConfig, load_design, render
+from plait.design.count import flops_per_token, parameters, slot_counts, state_bytes
+from plait.design.layers import LETTERS
+from plait.design.load import read_mapping
+from plait.design.merges import MERGE_KINDS
+from plait.design.summary import si, size
+
+CONTEXTS = {"1k": 1_024, "4k": 4_096, "128k": 131_072}
+FLOPS_AT = "4k"
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def command(
+    screen: "Console",
+    spec: Annotated[
+        str | None, typer.Argument(help="A preset, a pattern, a YAML or JSON file, or a model's folder.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the design: dim=768 layers.A.heads=4"),
+    ] = None,
+) -> Outcome:
+    """Slots, parameters, FLOPs per token and state bytes of a design; without SPEC, what there is to choose from."""
+    if spec is None:
+        return overview(screen)
+    data = design_data(spec)
+    bound = load_design(data).layers
+    design = load_design(data, **reach_letters(read_changes(changes or []), bound))
+    screen.print(table(design))
+    inside = [f"design.{change}" for change in changes or [] if not change.startswith("vocab=")]
+    return Outcome(as_data(design), next=[shell("plait", "train", f"design={spec}", *inside)])
+
+
+def design_data(spec: str) -> Any:
+    """What `load_design` takes: the design inside a run's folder or file where `spec` is one."""
+    from plait.train import latest
+
+    path = Path(spec)
+    if spec in PRESETS or not path.exists():
+        return spec
+    if path.is_dir():
+        return spec if (path / "config.json").exists() else str(latest(path) or path)
+    data = read_mapping(path)
+    return data.get("design", data)
+
+
+def table(design: ModelConfig) -> Any:
+    """One row a slot, then the totals."""
+    from rich.table import Table
+
+    counts = {name: slot_counts(design, context) for name, context in CONTEXTS.items()}
+    grid = Table(title=f"{render(design.chain)}   dim {design.dim}, vocabulary {design.vocab:,}", title_justify="left")
+    for name in ("slot", "layer"):
+        grid.add_column(name, no_wrap=True)
+    for name in ("parameters", f"FLOPs/token at {FLOPS_AT}", *(f"state at {name}" for name in CONTEXTS)):
+        grid.add_column(name, justify="right", no_wrap=True)
+    shared = design.vocab * design.dim
+    grid.add_row(
+        "embed", "Embedding, tied" if design.tie_embeddings else "Embedding", si(shared), "0", *[""] * len(CONTEXTS)
+    )
+    for index, row in enumerate(counts[FLOPS_AT]):
+        states = (size(rows[index].state_bytes) if rows[index].state_bytes else "0" for rows in counts.values())
+        grid.add_row(row.address.replace("[", r"\["), row.layer, si(row.parameters), si(row.flops), *states)
+    head = "0" if design.tie_embeddings else si(shared)
+    grid.add_row("head", "Linear", head, si(2 * shared), *[""] * len(CONTEXTS), end_section=True)
+    grid.add_row(
+        "all",
+        f"{len(design.slots)} slots",
+        si(parameters(design)),
+        si(flops_per_token(design, CONTEXTS[FLOPS_AT])),
+        *(size(state_bytes(design, context)) for context in CONTEXTS.values()),
+    )
+    return grid
+
+
+def as_data(design: ModelConfig) -> dict[str, Any]:
+    """The same as plain numbers."""
+    counts = {name: slot_counts(design, context) for name, context in CONTEXTS.items()}
+    slots = [
+        {
+            "address": row.address,
+            "layer": row.layer,
+            "parameters": row.parameters,
+            "flops_per_token": {name: rows[index].flops for name, rows in counts.items()},
+            "state_bytes": {name: rows[index].state_bytes for name, rows in counts.items()},
+        }
+        for index, row in enumerate(counts[FLOPS_AT])
+    ]
+    return {
+        "pattern": render(design.chain),
+        "design": design.to_dict(),
+        "hash": design.hash,
+        "slots": slots,
+        "parameters": parameters(design),
+        "flops_per_token": {name: flops_per_token(design, context) for name, context in CONTEXTS.items()},
+        "state_bytes": {name: state_bytes(design, context) for name, context in CONTEXTS.items()},
+    }
+
+
+def overview(screen: "Console") -> Outcome:
+    """Presets, letters and merges."""
+    from rich.table import Table
+
+    presets = Table(title="presets", title_justify="left")
+    for name in ("name", "pattern", "dim", "vocabulary", "parameters"):
+        presets.add_column(name, justify="left" if name in ("name", "pattern") else "right", no_wrap=True)
+    data: dict[str, Any] = {"presets": {}, "letters": {}, "merges": sorted(MERGE_KINDS)}
+    for name in PRESETS:
+        design = load_design(name)
+        count = parameters(design)
+        presets.add_row(name, design.pattern.replace("[", r"\["), str(design.dim), f"{design.vocab:,}", si(count))
+        data["presets"][name] = design.to_dict() | {"parameters": count}
+    letters = Table(title="letters", title_justify="left")
+    letters.add_column("letter")
+    letters.add_column("layer")
+    for letter, layer in LETTERS.items():
+        what = ", ".join(f"{key} {value}" for key, value in layer.to_dict().items() if key != "kind")
+        letters.add_row(letter, f"{type(layer).__name__}{f', {what}' if what else ''}")
+        data["letters"][letter] = layer.to_dict()
+    screen.print(presets, letters)
+    screen.print(f"side by side: [bold]\\[D|A][/bold], merged by {', '.join(sorted(MERGE_KINDS))}, as in \\[D|A]:gated")
+    return Outcome(data, next=['plait show "((DF)3 AF)6" dim=768'])

@@ -1,0 +1,71 @@
+"""`plait train`: one training run, from a file, from key=value, or from both."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from plait.cli.changes import reach_letters, read_changes
+from plait.cli.command import Outcome, shell
+from plait.design import PRESETS
+from plait.design.load import DEFAULT_SIZE, override, read_mapping
+from plait.train import RunConfig, load_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def command(
+    screen: "Console",
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN] [KEY=VALUE]...",
+            help="A run in YAML or JSON, or a run's folder to go on with; then changes: lr=3e-4 data.source=book.txt",
+        ),
+    ] = None,
+) -> Outcome:
+    """Train a model; the same command again goes on where it stopped. Ctrl-C saves."""
+    from plait.engine import generate
+    from plait.train import train
+
+    run = run_config(arguments or [])
+
+    def sample(model: Any, tokenizer: Any, prompt: str) -> str:
+        return prompt + generate(model, tokenizer, prompt, max_tokens=48, temperature=0.8, seed=0)
+
+    result = train(run, sample=sample, console=screen)
+    data = {
+        "folder": str(result.folder),
+        "checkpoint": str(result.checkpoint),
+        "step": result.step,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "tokens_per_s": result.tokens_per_s,
+        "heldout_loss": result.heldout.loss,
+        "bits_per_byte": result.heldout.bits_per_byte,
+    }
+    folder = str(result.folder)
+    after = [shell("plait", "generate", folder, run.sample_prompt), shell("plait", "eval", folder, "ppl")]
+    return Outcome(data, wrote=[result.checkpoint, result.folder / "metrics.jsonl"], next=after)
+
+
+def run_config(arguments: list[str]) -> RunConfig:
+    """The run that a file, changes, or both describe. Raises ValueError where they describe none."""
+    file = arguments[0] if arguments and "=" not in arguments[0] else None
+    changes = read_changes(arguments[1:] if file else arguments)
+    design = changes.get("design") or (load_run(file).design if file else None)
+    if isinstance(design, str) and any(key.startswith("design.") for key in changes):
+        design = changes["design"] = spelled_out(design)
+    bound = design.get("layers", ()) if isinstance(design, dict) else ()
+    changes = reach_letters(changes, bound, "design.")
+    return load_run(file, **changes) if file else RunConfig.from_dict(override({}, changes))
+
+
+def spelled_out(spec: str) -> dict[str, Any]:
+    """A preset, file or pattern as the mapping that `design.KEY=VALUE` reaches into. The tokenizer gives the vocab."""
+    if spec in PRESETS:
+        return {key: value for key, value in PRESETS[spec].items() if key != "vocab"}
+    if Path(spec).is_file():
+        return read_mapping(Path(spec))
+    return {"dim": DEFAULT_SIZE["dim"], "pattern": spec}

@@ -1,0 +1,57 @@
+"""A study's results as one HTML page that needs nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from plait.design.summary import si, size
+from plait.study import plots
+from plait.study.results import write_text
+
+REPORT = "report.html"
+
+
+def write_report(folder: Path, data: dict[str, Any]) -> Path:
+    """Draw `data`, as results.json holds it, into the folder's report.html."""
+    path = folder / REPORT
+    write_text(path, render(data))
+    return path
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page. Its pictures take their colours from the page's style sheet."""
+    models = data["models"]
+    environment = Environment(
+        loader=PackageLoader("plait.study", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"si": si, "size": size}
+    return environment.get_template("report.html.j2").render(
+        **data,
+        decode_contexts=ends(models[0]["decode_ms"]),
+        state_contexts=ends(models[0]["state_bytes"]),
+        loss_svg=plots.losses(
+            [line(model, "losses") for model in models], [line(model, "heldout") for model in models]
+        ),
+        decode_svg=plots.decode_times([by_context(model, "decode_ms") for model in models]),
+        state_svg=plots.state_sizes([by_context(model, "state_bytes") for model in models]),
+    )
+
+
+def ends(by_context: dict[str, Any]) -> list[str]:
+    """The shortest and the longest context, as a table has room for."""
+    contexts = sorted(by_context, key=int)
+    return contexts if len(contexts) < 2 else [contexts[0], contexts[-1]]
+
+
+def line(model: dict[str, Any], what: str) -> plots.Line:
+    return model["name"], [point[0] for point in model[what]], [point[1] for point in model[what]]
+
+
+def by_context(model: dict[str, Any], what: str) -> plots.Line:
+    contexts = sorted(model[what], key=int)
+    return model["name"], [int(context) for context in contexts], [model[what][context] for context in contexts]

@@ -1,0 +1,86 @@
+"""What a study found: numbers per model, and on what machine they were measured."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait.state.files import write_atomic
+
+RESULTS = "results.json"
+PACKAGES = ("plait", "torch", "numpy", "transformers", "tokenizers")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelResult:
+    """One model. decode_ms: milliseconds a token by tokens of context; state_bytes: by tokens of context, batch 1.
+
+    losses: (tokens read, loss of that step in nats a token); heldout: (tokens read, held-out loss in nats a token).
+    """
+
+    name: str
+    pattern: str
+    folder: str
+    parameters: int
+    bits_per_byte: float
+    heldout_tokens: int
+    heldout_bytes: int
+    train_tokens: int
+    train_seconds: float
+    decode_ms: dict[int, float]
+    state_bytes: dict[int, int]
+    losses: list[tuple[int, float]]
+    heldout: list[tuple[int, float]]
+    prompt: str
+    sample: str
+
+    @property
+    def train_tokens_per_s(self) -> float:
+        return self.train_tokens / self.train_seconds
+
+
+def as_data(study: dict[str, Any], models: list[ModelResult], facts: dict[str, Any]) -> dict[str, Any]:
+    """All of it as plain data: what results.json holds and the report is drawn from."""
+    rows = [asdict(model) | {"train_tokens_per_s": model.train_tokens_per_s} for model in models]
+    return json.loads(json.dumps({"study": study, "models": rows, **facts}))
+
+
+def write_results(folder: Path, data: dict[str, Any]) -> Path:
+    path = folder / RESULTS
+    write_text(path, json.dumps(data, indent=1) + "\n")
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` at `path`, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
+def machine() -> dict[str, Any]:
+    """The processor and what runs on it."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

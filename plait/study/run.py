@@ -1,0 +1,95 @@
+"""Doing a study: train each pattern, measure each, write the numbers and the page."""
+
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from plait.data import Shards, Tokenizer
+from plait.data import prepare as prepare_shards
+from plait.design.count import parameters
+from plait.design.model import ModelConfig
+from plait.study.config import Study
+from plait.study.measure import measure
+from plait.study.report import write_report
+from plait.study.results import as_data, machine, write_results, write_text
+from plait.train import RunConfig, train
+from plait.train.inputs import open_tokenizer
+
+STUDY = "study.json"
+
+
+def run_study(
+    study: Study, *, command: str = "", fresh: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Train and measure every pattern; what is returned is also in the folder's results.json and drawn in report.html.
+
+    Runs of this very study that are finished are measured again and not trained again, and one that was interrupted
+    goes on where it stopped; `fresh` starts over. Runs of another study in the same folder are deleted first: a folder
+    holds one study. `command` is what the report says to run to get it again.
+    Raises what `train` raises, and ValueError for patterns that cannot be made equally large.
+    """
+    console = console or Console(stderr=True)
+    started = datetime.now(UTC)
+    tokenizer, shards = open_text(study, console)
+    runs = {name: study.run(name, tokenizer.vocab) for name in study.patterns}
+    claim(study, runs, shards, fresh, console)
+    models = []
+    for number, (name, run) in enumerate(runs.items(), start=1):
+        design = ModelConfig.from_dict(run.design)
+        console.print(
+            f"{number}/{len(runs)} {name}: {design.pattern}, {parameters(design):,} parameters, {run.steps} steps",
+            markup=False,
+            soft_wrap=True,
+        )
+        result = train(run, console=console)
+        with console.status(f"measuring {name}"):
+            models.append(measure(study, name, result))
+    facts = {
+        "command": command,
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": (datetime.now(UTC) - started).total_seconds(),
+        "tokenizer": tokenizer.name,
+        "machine": machine(),
+    }
+    data = as_data(study.to_dict(), models, facts)
+    write_results(Path(study.folder), data)
+    write_report(Path(study.folder), data)
+    return data
+
+
+def open_text(study: Study, console: Console) -> tuple[Tokenizer, Shards]:
+    """The tokenizer and the token shards, made where they are not cached yet."""
+    with console.status("reading the text") as status:
+        tokenizer = open_tokenizer(study.data)
+
+        def progress(done: int, total: int | None) -> None:
+            status.update(f"tokenizing: {done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f}" if total else ""))
+
+        shards = prepare_shards(
+            study.data.source, tokenizer, study.data.cache, heldout=study.data.heldout, progress=progress
+        )
+    meta = shards.meta
+    console.print(
+        f"text: {meta.source}, {meta.bytes / 1e6:.1f} MB in {meta.documents:,} documents, of them held out "
+        f"{meta.heldout_documents}; {tokenizer.name}, {meta.tokens:,} tokens",
+        markup=False,
+        soft_wrap=True,
+    )
+    return tokenizer, shards
+
+
+def claim(study: Study, runs: dict[str, RunConfig], shards: Shards, fresh: bool, console: Console) -> None:
+    """Make the folder this study's: runs of another one, or that are to be made afresh, are deleted."""
+    folder = Path(study.folder)
+    ours = {"runs": {name: run.to_dict() for name, run in runs.items()}, "text": shards.key}
+    path = folder / STUDY
+    theirs = json.loads(path.read_text()) if path.is_file() else ours
+    if theirs != ours or fresh:
+        console.print(f"{folder} held other runs, which are replaced", markup=False, soft_wrap=True)
+        for name in theirs["runs"]:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    write_text(path, json.dumps(ours, indent=1) + "\n")

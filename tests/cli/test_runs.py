@@ -1,0 +1,191 @@
+"""The commands that do the work, on a model of two steps."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from plait.cli import demo as demo_command
+
+
+def test_train_says_what_it_wrote_and_goes_on(plait, run_folder):
+    ran = plait("train", str(run_folder), "--json")
+    assert ran.code == 0
+    assert len(ran.out.splitlines()) == 1
+    assert ran.json["step"] == 2
+    assert ran.json["bits_per_byte"] > 0
+    assert "wrote " in ran.err
+    assert f"next: plait generate {run_folder}" in ran.err
+
+
+def test_train_takes_changes_only(plait, tmp_path, run_folder):
+    text = run_folder.parent / "text.txt"
+    ran = plait(
+        *("train", "design=tiny", "design.dim=64", f"folder={tmp_path}/x", f"data.source={text}", "data.length=16"),
+        *(f"data.cache={tmp_path}/cache", "steps=1", "batch=1", "eval_tokens=16", "device=cpu", "--json"),
+    )
+    assert ran.code == 0, ran.err
+    config = json.loads((tmp_path / "x" / "checkpoints" / "step-000001" / "config.json").read_text())
+    assert (config["design"]["dim"], config["design"]["pattern"]) == (64, "DF AF DF AF")
+
+
+def test_train_reaches_into_a_file_s_design(run_folder, tmp_path):
+    from plait.cli.train import run_config
+
+    (tmp_path / "a.yaml").write_text('design: "[M|A]F"\nsteps: 7\n')
+    run = run_config([str(tmp_path / "a.yaml"), "design.dim=64", "design.layers.A.kv_heads=1", "lr=3e-4"])
+    assert (run.steps, run.lr, run.folder) == (7, 3e-4, "runs/a")
+    assert run.design["layers"]["A"] == {"kind": "attention", "kv_heads": 1}
+    assert (run.design["pattern"], run.design["dim"]) == ("[M|A]F", 64)
+
+
+def test_generate_prints_the_continuation(plait, run_folder):
+    import plait as library
+
+    asked = ("generate", str(run_folder), "def ", "--max-tokens", "8", "--device", "cpu")
+    ran = plait(*asked)
+    assert ran.code == 0
+    model, tokenizer = library.load(run_folder), library.load_tokenizer(run_folder / "checkpoints" / "step-000002")
+    expected = library.generate(model, tokenizer, "def ", max_tokens=8)
+    assert ran.out == expected + "\n"
+    again = plait(*asked, "--json")
+    assert again.json["text"] == expected
+    assert len(again.out.splitlines()) == 1
+    assert expected in again.err
+
+
+def test_generate_samples_by_seed_and_reads_stdin(plait, run_folder, monkeypatch):
+    asked = (
+        "generate",
+        str(run_folder),
+        "-",
+        "--max-tokens",
+        "8",
+        "--temperature",
+        "1",
+        "--top-k",
+        "50",
+        "--device",
+        "cpu",
+    )
+    texts = []
+    for seed in ("1", "1", "2"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("x = "))
+        ran = plait(*asked, "--seed", seed, "--json")
+        assert ran.json["prompt"] == "x = "
+        texts.append(ran.json["text"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_doctor_names_every_op_and_form(plait):
+    ran = plait("doctor", "--json")
+    assert ran.code == 0
+    ops = {path.parent.name for path in Path(demo_command.__file__).parents[1].glob("ops/*/reference.py")}
+    forms = {(row["op"], row["form"]) for row in ran.json["kernels"]}
+    assert {op for op, _ in forms} == ops
+    assert all((op, "reference") in forms for op in ops)
+    assert {row["op"] for row in ran.json["kernels"] if row["reason"] == "used"} == ops
+    assert ran.json["devices"][0]["device"] == "cpu"
+
+
+def test_selfcheck_passes_and_fails(plait, monkeypatch):
+    asked = ("selfcheck", "--device", "cpu", "--pattern", "DF", "--law", "causal", "--dtype", "float32", "--json")
+    ran = plait(*asked)
+    assert ran.code == 0
+    assert ran.json["passed"]
+    assert [result["law"] for result in ran.json["results"]] == ["causal"]
+    from plait.evaluate import laws
+
+    def broken(*arguments):
+        raise RuntimeError("the kernel died")
+
+    monkeypatch.setitem(laws.LAWS, "causal", broken)
+    ran = plait(*asked)
+    assert ran.code == 1
+    assert not ran.json["passed"]
+    assert ran.json["results"][0]["error"] is None
+    assert "the kernel died" in ran.err
+
+
+def test_demo_writes_a_report(plait, run_folder, tmp_path, monkeypatch):
+    from plait.study import Study
+    from plait.study import demo as settings
+
+    def small(text: str, folder: str) -> Study:
+        full = demo_study(text, folder).to_dict()
+        training = full["training"] | {"batch": 1, "eval_tokens": 64}
+        data = full["data"] | {"length": 32, "tokenizer": "bytes"}
+        smaller = {"dim": 64, "tokens": 64, "parameters": 400_000, "decode_contexts": [8, 64], "sample_tokens": 4}
+        return Study(**(full | smaller | {"training": training, "data": data}))
+
+    demo_study = settings.demo_study
+    monkeypatch.setattr(settings, "demo_study", small)
+    ran = plait("demo", "--text", str(run_folder.parent / "text.txt"), "--out", str(tmp_path / "demo"), "--json")
+    assert ran.code == 0, ran.err
+    assert [model["pattern"] for model in ran.json["models"]] == list(settings.PATTERNS.values())
+    assert f"wrote {tmp_path}/demo/report.html" in ran.err
+    assert "next: plait generate" in ran.err
+    assert "text.txt" in (tmp_path / "demo" / "report.html").read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_saves_and_says_how_to_go_on(run_folder, tmp_path):
+    arguments = [
+        *(
+            "train",
+            "design=AF",
+            "design.dim=64",
+            f"folder={tmp_path}/long",
+            "steps=100000",
+            "batch=1",
+            "data.length=16",
+        ),
+        *(f"data.source={run_folder.parent}/text.txt", f"data.cache={tmp_path}/cache", "device=cpu", "eval_tokens=16"),
+    ]
+    program = f"from plait.cli import main; main({arguments!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "long" / "metrics.jsonl"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert f"plait train {tmp_path}/long" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert list((tmp_path / "long" / "checkpoints").glob("step-*"))
+
+
+def test_eval_measures_heldout_text_and_any_text(plait, run_folder, tmp_path):
+    trained = plait("train", str(run_folder), "--json").json
+    ran = plait("eval", str(run_folder), "ppl", "--device", "cpu", "--json")
+    assert ran.code == 0
+    assert ran.json["context"] == 32
+    assert ran.json["bits_per_byte"] == pytest.approx(trained["bits_per_byte"], rel=0.05)
+    assert (
+        plait("eval", str(run_folder), "--tokens", "8", "--device", "cpu", "--json").json["tokens"] < ran.json["tokens"]
+    )
+    (tmp_path / "a.txt").write_text("def one():\n    return 1\n" * 4)
+    (tmp_path / "b.txt").write_text("x")
+    (tmp_path / "c.bin").write_bytes(bytes(range(256)))
+    one = plait("eval", str(run_folder), "--text", str(tmp_path / "a.txt"), "--device", "cpu", "--json").json
+    assert (
+        plait("eval", str(run_folder), "--text", str(tmp_path), "--device", "cpu", "--json").json["loss"] == one["loss"]
+    )
+
+
+def test_eval_of_a_model_without_a_run_needs_text(plait, run_folder, tmp_path):
+    shutil.copytree(run_folder / "checkpoints" / "step-000002", tmp_path / "model")
+    ran = plait("eval", str(tmp_path / "model"))
+    assert (ran.code, "give --text" in ran.err) == (1, True)
+    for name, text in (("empty.txt", b""), ("binary.txt", b"\0\xff" * 9)):
+        (tmp_path / name).write_bytes(text)
+        ran = plait("eval", str(tmp_path / "model"), "--text", str(tmp_path / name))
+        assert (ran.code, ran.err.count("\n"), name in ran.err) == (1, 1, True)

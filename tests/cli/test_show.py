@@ -1,0 +1,58 @@
+import pytest
+
+from plait.design import PRESETS, load_design
+from plait.design.count import flops_per_token, parameters, state_bytes
+
+
+def test_without_a_design_it_lists_presets_and_letters(plait):
+    ran = plait("show")
+    assert ran.code == 0
+    for word in (*PRESETS, "Mamba2", "GatedDeltaNet", "merge_attention", "[D|A]"):
+        assert word in ran.out
+    assert set(plait("show", "--json").json["presets"]) == set(PRESETS)
+
+
+def test_a_pattern_is_counted_slot_by_slot(plait):
+    ran = plait("show", "((DF)3 AF)2", "dim=128", "vocab=1000", "layers.A.kv_heads=1")
+    assert ran.code == 0
+    design = load_design("((DF)3 AF)2", **{"dim": 128, "vocab": 1000, "layers.A": {"kind": "attention", "kv_heads": 1}})
+    for word in ("((DF)3 AF)2", "D#5", "A#1", "F#7", "embed", "head", "16 slots", "128k"):
+        assert word in ran.out
+    data = plait("show", "((DF)3 AF)2", "dim=128", "vocab=1000", "layers.A.kv_heads=1", "--json").json
+    assert data["hash"] == design.hash
+    assert data["parameters"] == parameters(design)
+    assert data["flops_per_token"]["4k"] == flops_per_token(design, 4096)
+    assert data["state_bytes"]["128k"] == state_bytes(design, 131_072)
+    assert [slot["address"] for slot in data["slots"]] == [slot.address for slot in design.slots]
+
+
+def test_a_model_too_wide_to_be_built_is_only_counted(plait):
+    assert plait("show", "(AF)100", "dim=16384", "--json").json["parameters"] > 10**11
+
+
+def test_branches_are_shown_as_they_are_written(plait):
+    assert "[M|A]#0" in plait("show", "[M|A]F", "dim=64").out
+
+
+def test_brackets_in_a_change_are_no_yaml_list(plait):
+    assert plait("show", "tiny", "pattern=[D|A]", "--json").json["pattern"] == "[D|A]"
+
+
+@pytest.mark.parametrize("name", ["design.yaml", "run.yaml"])
+def test_files_hold_designs_or_runs(plait, tmp_path, name):
+    text = "vocab: 300\ndim: 64\npattern: DF AF\n"
+    path = tmp_path / name
+    path.write_text(
+        text if name == "design.yaml" else "design:\n  " + text.replace("\n", "\n  ").rstrip() + "\nsteps: 3\n"
+    )
+    assert plait("show", str(path), "--json").json["design"]["vocab"] == 300
+
+
+def test_a_run_and_its_model_are_shown(plait, run_folder):
+    shown = plait("show", str(run_folder), "--json").json
+    assert shown["pattern"] == "DFAF"
+    assert shown["hash"] == plait("show", str(run_folder / "checkpoints" / "step-000002"), "--json").json["hash"]
+
+
+def test_what_to_run_next_trains_what_was_shown(plait):
+    assert 'next: plait train "design=(DF)2 AF" design.dim=64' in plait("show", "(DF)2 AF", "dim=64").err

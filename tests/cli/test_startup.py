@@ -1,0 +1,36 @@
+"""The first thing a user types must answer at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "tokenizers", "numpy", "matplotlib", "jinja2")
+PROGRAM = """
+import json, sys, time
+started = time.process_time()
+from plait.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as ended:
+    assert ended.code == 0, ended.code
+print(json.dumps([time.process_time() - started, sorted(name for name in sys.modules if "." not in name)]))
+"""
+
+
+def start(*arguments: str) -> tuple[float, set[str]]:
+    """CPU seconds that importing and running took, and the modules that were loaded."""
+    ended = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
+    seconds, modules = json.loads(ended.stdout.splitlines()[-1])
+    return seconds, set(modules)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["show"], ["show", "((DF)3 AF)6", "dim=768"], ["train", "--help"]])
+def test_nothing_heavy_is_loaded(arguments):
+    _, modules = start(*arguments)
+    assert not modules & set(HEAVY)
+
+
+def test_help_answers_in_under_a_third_of_a_second():
+    assert min(start("--help")[0] for _ in range(3)) < 0.3

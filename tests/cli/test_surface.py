@@ -1,0 +1,37 @@
+"""The commands and flags there are: a change here is a change for everyone's scripts."""
+
+from typer.main import get_command
+
+from plait.cli.app import app
+
+SURFACE = {
+    "show": ["spec", "changes"],
+    "train": ["arguments"],
+    "generate": [
+        *("run", "prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
+        *("--repetition-penalty", "--stop", "--seed", "--device"),
+    ],
+    "eval": ["run", "measures", "--text", "--context", "--tokens", "--device"],
+    "demo": ["--text", "--out", "--fresh"],
+    "doctor": [],
+    "selfcheck": ["--device", "--pattern", "--law", "--dtype"],
+}
+
+
+def names(command) -> list[str]:
+    return [p.opts[0] if p.param_type_name == "option" else p.name for p in command.params]
+
+
+def test_the_commands_and_their_flags():
+    commands = get_command(app).commands
+    assert {name: names(command) for name, command in commands.items()} == {
+        name: [*flags, "--json", "--debug"] for name, flags in SURFACE.items()
+    }
+
+
+def test_every_command_says_what_it_does():
+    for name, command in get_command(app).commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.help, (name, parameter.name)

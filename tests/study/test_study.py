@@ -1,0 +1,124 @@
+"""A small study, end to end."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from plait.study import Study, run_study
+
+QUIET = Console(quiet=True)
+
+
+def small(text, folder, **changes) -> Study:
+    data = {"source": str(text), "tokenizer": {"bpe": 300}, "length": 32, "cache": f"{folder}/cache"}
+    training = {"batch": 2, "device": "cpu", "eval_every": 2, "eval_tokens": 128, "sample_every": 0, "save_every": 0}
+    settings = {
+        "patterns": {"attention": "(AF)2", "both": "[D|A]F"},
+        "folder": str(folder),
+        "dim": 64,
+        "parameters": 160_000,
+        "tokens": 260,
+        "data": data,
+        "training": training,
+        "decode_contexts": (4, 64),
+        "state_contexts": (64, 1_024),
+        "sample_tokens": 4,
+    }
+    return Study(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def done(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return folder, run_study(small(text, folder), command="a test", console=QUIET)
+
+
+def test_every_model_reads_the_same_tokens(done):
+    _, data = done
+    assert [model["name"] for model in data["models"]] == ["attention", "both"]
+    for model in data["models"]:
+        assert model["train_tokens"] == 256
+        assert [point[0] for point in model["losses"]] == [64, 128, 192, 256]
+        assert [point[0] for point in model["heldout"]] == [128, 256]
+        assert model["heldout_tokens"] == data["models"][0]["heldout_tokens"] > 0
+
+
+def test_what_is_measured_makes_sense(done):
+    for model in done[1]["models"]:
+        assert abs(model["parameters"] / 160_000 - 1) <= 0.03
+        assert 0 < model["bits_per_byte"] < 10
+        assert set(model["decode_ms"]) == {"4", "64"}
+        assert all(value > 0 for value in model["decode_ms"].values())
+        assert model["state_bytes"]["1024"] > model["state_bytes"]["64"] > 0
+        assert model["train_tokens_per_s"] > 0
+
+
+def test_results_and_report_are_written(done):
+    folder, data = done
+    assert json.loads((folder / "results.json").read_text()) == data
+    report = (folder / "report.html").read_text()
+    assert "a test" in report
+    assert not list(folder.glob(".*"))
+
+
+def test_again_nothing_is_trained_twice(done, text):
+    folder, before = done
+    weights = folder / "both" / "checkpoints" / "step-000004" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    after = run_study(small(text, folder), console=QUIET)
+    assert weights.stat().st_mtime_ns == written
+    for name in ("bits_per_byte", "losses", "sample", "train_seconds"):
+        assert [model[name] for model in after["models"]] == [model[name] for model in before["models"]]
+
+
+def test_fresh_starts_over(text, tmp_path):
+    study = small(text, tmp_path, patterns={"both": "[D|A]F"})
+    run_study(study, console=QUIET)
+    weights = tmp_path / "both" / "checkpoints" / "step-000004" / "model.safetensors"
+    first, written = weights.read_bytes(), weights.stat().st_mtime_ns
+    run_study(study, fresh=True, console=QUIET)
+    assert weights.stat().st_mtime_ns > written
+    assert weights.read_bytes() == first
+
+
+def test_an_interrupted_study_goes_on(text, tmp_path, monkeypatch):
+    from plait.study import run as runs
+    from plait.train import Interrupted
+
+    train = runs.train
+
+    def stopped(run, **options):
+        if run.folder.endswith("both"):
+            raise Interrupted("stopped", tmp_path, None)
+        return train(run, **options)
+
+    monkeypatch.setattr(runs, "train", stopped)
+    with pytest.raises(Interrupted):
+        run_study(small(text, tmp_path), console=QUIET)
+    weights = tmp_path / "attention" / "checkpoints" / "step-000004" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    monkeypatch.undo()
+    assert len(run_study(small(text, tmp_path), console=QUIET)["models"]) == 2
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_another_study_takes_the_folder_over(done, text, tmp_path):
+    one = {"attention": "(AF)2"}
+    run_study(small(text, tmp_path, patterns=one), console=QUIET)
+    (tmp_path / "mine.txt").write_text("kept")
+    data = run_study(small(text, tmp_path, patterns={"both": "[D|A]F"}, tokens=128), console=QUIET)
+    assert [model["name"] for model in data["models"]] == ["both"]
+    assert not (tmp_path / "attention").exists()
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_settings_that_cannot_be_meant(text, tmp_path):
+    with pytest.raises(ValueError, match="less than one step"):
+        run_study(small(text, tmp_path, tokens=60), console=QUIET)
+    with pytest.raises(ValueError, match="no patterns"):
+        small(text, tmp_path, patterns={})
+    with pytest.raises(ValueError, match="training.steps"):
+        small(text, tmp_path, training={"steps": 3})
+    with pytest.raises(ValueError, match="did you mean 'parameters'"):
+        small(text, tmp_path, paramters=3)
