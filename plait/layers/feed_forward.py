@@ -33,8 +33,8 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = hidden.chunk(2, -1)
         dhidden = torch.empty_like(hidden)
         dgate, dup = dhidden.chunk(2, -1)
-        torch.mul(F.silu(gate), dy, out=dup)
-        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        dup.copy_(F.silu(gate)).mul_(dy)
+        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
         return dhidden
 
 

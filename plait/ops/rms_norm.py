@@ -12,7 +12,8 @@ from torch import Tensor
 
 def rms_norm(x: Float[Tensor, "*n d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "*n d"]:
     """The sum of squares is taken in float32 at least; the result has x's dtype."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or x.dtype in (torch.bfloat16, torch.float16):
+    plain = x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if plain or x.dtype in (torch.bfloat16, torch.float16):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return _RMSNorm.apply(x, weight.to(x.dtype), eps)
 

@@ -37,7 +37,7 @@ class _ShiftedSum(torch.autograd.Function):
         for back in range(1, min(len(taps), x.shape[1])):
             late = dy[:, back:] if offsets is None else dy[:, back:] * (offsets[:, back:] >= back)
             dx[:, :-back].addcmul_(late, taps[back])
-            torch.mul(late, x[:, :-back], out=product[:, back:])
+            product[:, back:].copy_(late).mul_(x[:, :-back])
             product[:, :back] = 0  # a sum over whole rows is several times faster than one over a slice
             dtaps[back] = product.flatten(0, 1).sum(0)
         dweight = dtaps.T.flip(1).to(weight.dtype)

@@ -53,9 +53,10 @@ class _Chunked(torch.autograd.Function):
         L = (k @ k.mT).mul_(P).tril_(-1)
         UW = v.new_empty(*v.shape[:2], v.shape[-1] + k.shape[-1])
         U, W = UW.split([v.shape[-1], k.shape[-1]], -1)
-        torch.mul(v, beta[..., None], out=U)
-        torch.mul(k, (a * beta)[..., None], out=W)
-        _solve(L * beta[..., None], UW)
+        U.copy_(v).mul_(beta[..., None])
+        W.copy_(k).mul_((a * beta)[..., None])
+        UW = _solve(L * beta[..., None], UW)
+        U, W = UW.split([v.shape[-1], k.shape[-1]], -1)
         # where decays are strong, W runs down the chunk as their product: stop it before it is subnormal, which is slow
         W.copy_(hardshrink(W, torch.finfo(W.dtype).tiny ** 0.5))
         keys, last = k * to_end[..., None], a[:, -1, None, None]
@@ -82,8 +83,9 @@ class _Chunked(torch.autograd.Function):
         dV, dafter, dS = _through_time(ctx.rows, do, dS, q, k, a, to_end, B, UW)
         dq, dk, dG = _output_gradients(do, q, k, a, P, to_end, B, V, before, dafter)
         Zv.copy_(dV)
-        torch.neg(torch.bmm(dV, before), out=Zk)
-        _solve(L * beta[..., None], Z, transposed=True)
+        Zk.copy_(torch.bmm(dV, before)).neg_()
+        Z = _solve(L * beta[..., None], Z, transposed=True)
+        Zv, Zk = Z.split([v.shape[-1], k.shape[-1]], -1)
         dA = torch.bmm(Z, UW.mT).neg_()
         along_k = vecdot(Zk, k) * a
         dLL = dA * L
@@ -94,11 +96,11 @@ class _Chunked(torch.autograd.Function):
         return dq, dk, Zv * beta[..., None], from_sums(dG, k.dtype), dbeta, dS, None
 
 
-def _solve(A: Float[Tensor, "n c c"], X: Float[Tensor, "n c m"], transposed: bool = False) -> None:
-    """X <- (I + A)^-1 X, or (I + A)^-T X, in place. Given as X^T (I + A)^T = B^T, since the solver wants columns to be
+def _solve(A: Float[Tensor, "n c c"], B: Float[Tensor, "n c m"], transposed: bool = False) -> Float[Tensor, "n c m"]:
+    """X = (I + A)^-1 B, or (I + A)^-T B. Given as X^T (I + A)^T = B^T, since the solver wants columns to be
     contiguous where our rows are: anything else costs copies, and a result that later products are slow on."""
     left = A if transposed else A.mT
-    torch.linalg.solve_triangular(left, X.mT, upper=not transposed, left=False, unitriangular=True, out=X.mT)
+    return torch.linalg.solve_triangular(left, B.mT, upper=not transposed, left=False, unitriangular=True).mT
 
 
 def _through_time(
