@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from plait.train import RunConfig
@@ -55,7 +56,7 @@ def quiet() -> Console:
 
 @pytest.fixture
 def interrupt_once() -> Callable[..., Callable[..., str]]:
-    """A sampler that sends this process a signal the first time it is asked."""
+    """A sampler that sends this process a signal the first time it is asked, and draws a random number."""
 
     def make(number: int = signal.SIGINT) -> Callable[..., str]:
         sent = []
@@ -64,7 +65,7 @@ def interrupt_once() -> Callable[..., Callable[..., str]]:
             if not sent:
                 sent.append(True)
                 signal.raise_signal(number)
-            return prompt
+            return f"{prompt} {torch.rand(1).item()}"
 
         return sample
 

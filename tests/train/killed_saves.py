@@ -19,8 +19,11 @@ from rich.console import Console
 
 from plait.train import Interrupted, RunConfig, checkpoints, latest, load_run, train
 from plait.train import loop as loop_module
+from plait.train.checkpoint import Checkpoint
+from plait.train.folder import step_of
 
-CALLS = ("fsync", "replace", "unlink", "rmdir", "mkdir")
+CALLS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate")  # names of audit events
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def quietly(run: RunConfig, **more) -> None:
@@ -44,27 +47,29 @@ def in_fork(work: Callable[[], None]) -> int:
 def killed_save(run: RunConfig, at: int) -> None:
     """Train; the save of step 10 is killed just before its `at`-th call."""
     count, inside = 0, False
-    save = loop_module.save_checkpoint
+    save, fsync = loop_module.save_checkpoint, os.fsync
 
-    def counting(name: str) -> None:
-        original = getattr(os, name)
+    def counted() -> None:
+        nonlocal count
+        if inside and count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += inside
 
-        def call(*args, **kwargs):
-            nonlocal count
-            if inside and count == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += inside
-            return original(*args, **kwargs)
+    def heard(event: str, args: tuple) -> None:
+        if event in CALLS or (event == "open" and args[2] & WRITES):
+            counted()
 
-        setattr(os, name, call)
+    def sync(descriptor: int) -> None:
+        counted()
+        fsync(descriptor)
 
     def watched(config, position, *rest):
         nonlocal inside
         inside = position.step == 10
         return save(config, position, *rest)
 
-    for name in CALLS:
-        counting(name)
+    sys.addaudithook(heard)
+    os.fsync = sync  # the one call that is not audited
     loop_module.save_checkpoint = watched
     quietly(run)
 
@@ -84,7 +89,9 @@ def main(config: str, folder: Path) -> None:
         if status == 0:
             shutil.rmtree(run.folder)
             break
-        resumed = int(latest(Path(run.folder)).name.rpartition("-")[2])
+        for checkpoint in checkpoints(Path(run.folder)):
+            Checkpoint.open(checkpoint)  # raises if it is not whole
+        resumed = step_of(latest(Path(run.folder)))
         assert in_fork(lambda run=run: quietly(run)) == 0
         assert len(checkpoints(Path(run.folder))) == 1
         report.append([status, resumed])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from plait.train import Interrupted, checkpoints, latest, load_run, train
@@ -43,12 +44,13 @@ def contents(run: Path) -> dict[str, object]:
 def test_resumed_equals_never_stopped(make_run, quiet, interrupt_once, pattern, changes):
     changes |= {"sample_every": 10}
     whole = make_run(pattern, "whole", **changes)
-    train(whole, sample=lambda model, tokenizer, prompt: prompt, console=quiet)
+    train(whole, sample=lambda model, tokenizer, prompt: f"{prompt} {torch.rand(1).item()}", console=quiet)
     halves = make_run(pattern, "halves", **changes)
     sample = interrupt_once()
     with pytest.raises(Interrupted) as stopped:
         train(halves, sample=sample, console=quiet)
     assert stopped.value.checkpoint.name == "step-000010"
+    torch.manual_seed(99)
     result = train(halves, sample=sample, console=quiet)
     assert result.step == 20
     assert contents(Path(whole.folder)) == contents(Path(halves.folder))
@@ -129,7 +131,7 @@ def test_killed_at_any_moment_of_a_save(make_run, quiet, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) >= 12  # each file, each folder, the rename, the removals
+    assert len(report) >= 30  # each file opened, synced and renamed, each folder, the removals
     assert {resumed for _, resumed in report} == {5, 10}
     assert all(status == -signal.SIGKILL for status, _ in report)
     for number in range(len(report)):
