@@ -11,6 +11,8 @@ import torch
 
 from plait.design.load import read_mapping
 from plait.design.model import ModelConfig
+from plait.design.spec import BYTES
+from plait.design.spelling import suggest
 from plait.model.build import cast
 from plait.model.language_model import LanguageModel
 from plait.state.files import write_atomic
@@ -70,7 +72,9 @@ def model_folder(folder: str | Path) -> Path:
         return folder
     found = sorted(p.parent for p in folder.glob(f"checkpoints/step-*/{CONFIG}"))
     if not found:
-        raise FileNotFoundError(f"{folder}: holds neither {CONFIG} nor checkpoints/step-*; expected a saved model or a run")
+        raise FileNotFoundError(
+            f"{folder}: holds neither {CONFIG} nor checkpoints/step-*; expected a saved model or a run"
+        )
     return found[-1]
 
 
@@ -81,6 +85,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG}: model_type is {config.get('model_type')!r}, expected 'plait'")
     if "design" not in config:
         raise ValueError(f"{folder / CONFIG}: 'design' is missing")
+    if config.get("dtype") not in BYTES:
+        raise ValueError(
+            f"{folder / CONFIG}: dtype {config.get('dtype')!r}; {suggest(str(config.get('dtype')), BYTES)}"
+        )
     return config
 
 
@@ -113,5 +121,7 @@ def _fill(model: LanguageModel, tensors: dict[str, torch.Tensor], path: Path) ->
         raise ValueError(f"{path}: missing tensors {missing[:3]}, unused tensors {unused[:3]} (first three of each)")
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+            )
         parameter.data.copy_(tensors[name])
