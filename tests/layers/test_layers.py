@@ -1,0 +1,217 @@
+"""Layers on their own: what the laws cannot see because every call form would have it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import plait
+from plait.layers import context_for
+from plait.layers.merge import MERGES
+from plait.layers.norm import Norm
+from plait.layers.rope import turn
+from plait.layers.stack import LAYERS
+from plait.ops.attention import attention
+
+DIM = 8
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+class TestNorm:
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_plain(self, grad):
+        norm, x = Norm(DIM, plait.RMSNorm(eps=1e-3)).double(), randn(2, 3, DIM)
+        norm.weight.data = randn(DIM)
+        with torch.set_grad_enabled(grad):
+            want = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * norm.weight
+            assert torch.allclose(norm(x), want)
+
+    def test_zero_centred(self):
+        norm, x = Norm(DIM, plait.RMSNorm(zero_centered=True)).double(), randn(2, DIM)
+        assert norm.weight.count_nonzero() == 0
+        assert torch.allclose(norm(x), F.rms_norm(x, (DIM,), eps=1e-6))
+
+    def test_gradients(self):
+        norm, x = Norm(DIM, plait.RMSNorm()).double(), randn(2, 3, DIM).requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, norm.weight)
+        )
+
+    def test_bfloat16_sums_in_float32(self):
+        norm = Norm(4096, plait.RMSNorm())
+        x = torch.randn(3, 4096).bfloat16()
+        want = F.rms_norm(x.float(), (4096,), eps=1e-6)
+        assert torch.allclose(norm.bfloat16()(x).float(), want, rtol=2**-7)
+
+
+class TestRoPE:
+    def turned(self, x, rope, before=0):
+        tokens = torch.zeros(x.shape[:2], dtype=torch.long)
+        return turn(x, rope, context_for(tokens, (before,) * len(x)))
+
+    def test_only_distance_matters(self):
+        q, k = randn(1, 1, 2, 16), randn(1, 1, 2, 16)
+        rope = plait.RoPE(theta=100.0)
+
+        def score(i, j):
+            return (self.turned(q, rope, i) * self.turned(k, rope, j)).sum(-1)
+
+        assert torch.allclose(score(9, 4), score(105, 100))
+        assert not torch.allclose(score(9, 4), score(9, 5))
+
+    def test_pairs_turn_by_their_frequency(self):
+        x = torch.zeros(1, 1, 1, 8, dtype=torch.float64)
+        x[..., 1] = 1.0  # pair (1, 5): frequency theta^(-2/8)
+        y = self.turned(x, plait.RoPE(theta=16.0), before=3)
+        angle = 3 * 16.0 ** (-2 / 8)
+        want = torch.zeros(8, dtype=torch.float64)
+        want[1], want[5] = math.cos(angle), math.sin(angle)
+        assert torch.allclose(y.flatten(), want)
+
+    def test_part_of_a_head(self):
+        x = randn(1, 5, 2, 16)
+        y = self.turned(x, plait.RoPE(fraction=0.25))
+        assert torch.equal(y[..., 4:], x[..., 4:])
+        assert not torch.allclose(y[:, 1:, :, :4], x[:, 1:, :, :4])
+        assert torch.allclose(y[..., :4], self.turned(x[..., :4], plait.RoPE()))
+
+    def test_far_positions_in_bfloat16(self):
+        """bfloat16 has no number between 4096 and 4112."""
+        x = torch.ones(1, 1, 1, 16)
+        y = self.turned(x.bfloat16(), plait.RoPE(), before=4097)
+        assert torch.allclose(y.float(), self.turned(x, plait.RoPE(), before=4097), atol=2**-6)
+
+    def test_gradients(self):
+        x = randn(1, 3, 2, 6).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: self.turned(x, plait.RoPE(fraction=0.7)), (x,))
+
+
+class TestMerges:
+    branches = 3
+
+    def merge(self, kind, **config):
+        config = kind(**config)
+        merge = MERGES[kind](config, DIM, self.branches).double()
+        return merge, randn(2, 5, DIM), [randn(2, 5, DIM) for _ in range(self.branches)]
+
+    def test_sum_and_average(self):
+        merge, u, branches = self.merge(plait.Sum)
+        assert torch.allclose(merge(u, branches), torch.stack(branches).sum(0))
+        merge, u, branches = self.merge(plait.Average)
+        assert torch.allclose(merge(u, branches), torch.stack(branches).mean(0))
+
+    def test_projection(self):
+        merge, u, branches = self.merge(plait.Projection)
+        assert torch.allclose(merge(u, branches), torch.cat(branches, -1) @ merge.out_proj.weight.T)
+
+    def test_gated_starts_as_the_average(self):
+        merge, u, branches = self.merge(plait.Gated)
+        assert torch.allclose(merge(u, branches), torch.stack(branches).mean(0))
+        merge.gate.data = randn(self.branches, DIM)
+        weights = (u @ merge.gate.T).softmax(-1)  # (b, t, n)
+        assert torch.allclose(merge(u, branches), (torch.stack(branches, -1) * weights[..., None, :]).sum(-1))
+
+    def test_merge_attention(self):
+        """Written as attention: one learned query, the branches as keys and values."""
+        merge, u, branches = self.merge(plait.MergeAttention)
+        keys = torch.stack(branches, 2) @ merge.k_proj.weight.T  # (b, t, n, d)
+        values = torch.stack(branches, 2) @ merge.v_proj.weight.T
+        weights = (keys @ merge.query * DIM**-0.5).softmax(-1)  # (b, t, n)
+        assert torch.allclose(merge(u, branches), (weights[..., None, :] @ values).squeeze(-2))
+
+    def test_every_merge_has_a_module(self):
+        assert set(MERGES) == set(plait.design.merges.MERGE_KINDS.values())
+
+
+def build_one(letter, config, **design):
+    design = plait.ModelConfig(vocab=5, dim=16, pattern=letter, layers={letter: config}, **design)
+    return LAYERS[type(config)](design.bound[letter], design).double()
+
+
+def test_every_layer_has_a_module():
+    assert set(LAYERS) == set(plait.design.layers.KINDS.values())
+
+
+def test_attention_written_out():
+    """Gate, norms and grouping in the order of Qwen3-Next: norm, turn, attend, gate, project."""
+    config = plait.Attention(
+        heads=4, kv_heads=2, head_dim=6, qk_norm=True, output_gate=True, rope=plait.RoPE(fraction=0.5)
+    )
+    layer, x = build_one("A", config), randn(2, 7, 16)
+    layer.q_norm.weight.data, layer.k_norm.weight.data = randn(6), randn(6)
+    context = context_for(torch.zeros(2, 7, dtype=torch.long))
+    q, k, v, gate = (x @ layer.qkv_proj.weight.T).split([24, 12, 12, 24], -1)
+    q, k, v = (y.unflatten(-1, (-1, 6)) for y in (q, k, v))
+    q, k = layer.q_norm(q), layer.k_norm(k)
+    q, k = turn(q, config.rope, context), turn(k, config.rope, context)
+    o = attention(q, k, v).flatten(2) * torch.sigmoid(gate)
+    assert torch.allclose(layer(x, context, None)[0], o @ layer.o_proj.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("config", "act"),
+    [
+        (plait.SwiGLU(hidden=6, bias=True), lambda h: F.silu(h[..., :6]) * h[..., 6:]),
+        (plait.GELU(hidden=6), lambda h: F.gelu(h, approximate="tanh")),
+        (plait.ReLU2(hidden=6), lambda h: h.clamp_min(0) ** 2),
+    ],
+)
+def test_feed_forward(config, act):
+    layer, x = build_one("F", config), randn(2, 3, 16)
+    want = F.linear(
+        act(F.linear(x, layer.up_proj.weight, layer.up_proj.bias)), layer.down_proj.weight, layer.down_proj.bias
+    )
+    assert torch.allclose(layer(x, context_for(torch.zeros(2, 3, dtype=torch.long)), None)[0], want)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: layer(x, context_for(torch.zeros(2, 3, dtype=torch.long)), None)[0], (x,))
+
+
+def test_a_branch_is_a_residual_chain():
+    """[DF|A]: the feed-forward layer reads the norm of u plus what D said, and the branch says what both added."""
+    design = plait.ModelConfig(vocab=5, dim=64, pattern="[DF|A]:sum", merge=plait.Sum(branch_norm=False))
+    slot = plait.build(design, dtype=torch.float64).slots[0].mixer
+    u, context = randn(1, 6, 64), context_for(torch.zeros(1, 6, dtype=torch.long))
+    delta, feed_forward = slot.branches[0].layers
+    first = delta(u, context, None)[0]
+    second = feed_forward(slot.branches[0].norms[0](u + first), context, None)[0]
+    other = slot.branches[1].layers[0](u, context, None)[0]
+    assert torch.allclose(slot(u, context, None)[0], first + second + other)
+
+
+def test_branches_are_normed_unless_told_otherwise():
+    for merge, norms in ((plait.Average(), 2), (plait.Average(branch_norm=False), 0)):
+        slot = plait.build(plait.ModelConfig(vocab=5, dim=64, pattern="[D|A]", merge=merge)).slots[0].mixer
+        assert len(slot.norms or ()) == norms
+
+
+def test_shared_layers_share_weights_but_not_norms():
+    layers = {"F": plait.SwiGLU(shared=True), "D": plait.GatedDeltaNet()}
+    model = plait.build(plait.ModelConfig(vocab=5, dim=64, pattern="FD[F|D]", layers=layers))
+    first, _, third = (slot.mixer for slot in model.slots)
+    assert third.branches[0].layers[0] is first
+    assert third.branches[1].layers[0] is not model.slots[1].mixer
+    assert model.slots[0].norm is not model.slots[2].norm
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) == len(set(names))
+
+
+def test_decays_of_fresh_layers():
+    model = plait.build(plait.ModelConfig(vocab=5, dim=1024, pattern="MD"))
+    mamba, delta = (slot.mixer for slot in model.slots)
+    step = F.softplus(mamba.dt_bias)
+    assert step.min() > 0.9e-3
+    assert step.max() < 0.11
+    assert mamba.A_log.exp().min() >= 1
+    assert mamba.A_log.exp().max() <= 16
+    assert torch.equal(mamba.D, torch.ones(32))
+    assert delta.A_log.exp().max() <= 16
+    assert torch.equal(delta.dt_bias, torch.ones(8))
