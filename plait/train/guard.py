@@ -16,7 +16,7 @@ def places(model: LanguageModel) -> list[tuple[str, nn.Module]]:
 
 def weights_finite(model: LanguageModel) -> bool:
     """Whether every weight is a number."""
-    return bool(torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all())
+    return bool(torch.stack(torch._foreach_norm(list(model.parameters()), torch.inf)).isfinite().all())
 
 
 def first_nonfinite(model: LanguageModel, batch: Batch, precision: str) -> str:
