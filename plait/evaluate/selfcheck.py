@@ -12,8 +12,11 @@ from plait.design.model import ModelConfig
 from plait.design.pattern import parse
 from plait.design.spelling import suggest
 from plait.evaluate.laws import DESIGNS, EXACT, LAWS, TOLERANCES, LawBroken, packages, small
+from plait.evaluate.laws.models import compiled, has_compiler
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
+
+GENERATED = ("AF", "DF", "MF")  # designs that inductor also makes code of, which takes it half a minute each
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,9 @@ def _checks(
                 # compilation takes seconds and does not care about digits
                 if name != "packages" and (name != "compiled" or dtype == dtypes[0]):
                     checks.append((name, pattern, dtype, partial(LAWS[name], design, device, DTYPES[dtype])))
+        if "compiled" in names and pattern in GENERATED and has_compiler():
+            run = partial(compiled, design, device, DTYPES[dtypes[0]], backend="inductor")
+            checks.append(("compiled", f"{pattern}, inductor", dtypes[0], run))
     if "packages" in names:
         checks.append(("packages", "all of them", "float32", partial(packages, list(designs.values()))))
     return checks

@@ -1,6 +1,7 @@
 """Laws 9 to 11 and 13: weights survive files, counts are measured, one graph, and packages nobody asked for."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,11 @@ def counts(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
 def _counted(law: str, what: str, said: int, measured: int) -> None:
     if said != measured:
         raise LawBroken(law, f"{what}: counted {said:,}, measured {measured:,}")
+
+
+def has_compiler() -> bool:
+    """Whether inductor can turn its C++ and the launchers of its kernels into code here."""
+    return any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 def compiled(design: ModelConfig, device: str, dtype: torch.dtype, backend: str = "aot_eager") -> float:
