@@ -16,9 +16,13 @@ def test_law(law, design, dtype):
     LAWS[law](design, "cpu", dtype)
 
 
-@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
-def test_compiles_as_one_graph(design):
-    compiled(design, "cpu", torch.float32)
+# tracing takes as long as a design is deep; these two repeat what others have
+DEEP = ("((DF)3 AF)2", "[WF|DAF]:average [A|[M|D]:gated]")
+
+
+@pytest.mark.parametrize("name", [name for name in DESIGNS if name not in DEEP])
+def test_compiles_as_one_graph(name):
+    compiled(DESIGNS[name], "cpu", torch.float32)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler")

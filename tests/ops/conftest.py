@@ -1,12 +1,13 @@
 """Memory that nobody wrote is NaN here, so that an op that reads it cannot pass; and words that all op tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from plait.ops.kernels import Call, Kernel
 from plait.ops.packing import Packing
 
 LENGTHS = (1, 2, 63, 64, 65, 100, 257)
@@ -48,8 +49,13 @@ def run_with_gradients(
     outputs = [x for x in run(**leaves) if x is not None]
     generator = torch.Generator().manual_seed(3)
     loss = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in outputs)
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return {str(i): x.detach() for i, x in enumerate(outputs)} | dict(zip(leaves, gradients, strict=True))
+
+
+def forms(kernels: Sequence[Kernel], tokens: int) -> list[str]:
+    """The names of all forms that fit a call of so many tokens; the reference is the last."""
+    return [kernel.name for kernel in kernels if kernel.supports(Call(tokens, "cpu", torch.float64)) is None]
 
 
 def packing(lengths=DOCUMENTS) -> Packing:

@@ -9,35 +9,47 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plait.ops import attention, conv, delta, ssd
 from plait.ops.decay import chunk_decay
-from plait.ops.delta import KERNELS
-from plait.ops.kernels import Call, choose, explain, forced
+from plait.ops.kernels import Call, Kernel, always, choose, explain, forced, many_tokens
 from plait.ops.packing import chunks
 from tests.ops.conftest import packing
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
-def test_one_token_takes_the_loop():
-    assert choose(KERNELS, torch.zeros(1, 1, 2, 3)).name == "reference"
-    assert choose(KERNELS, torch.zeros(1, 2, 2, 3)).name == "chunked"
+KERNELS = (Kernel("chunked", lambda: 1, many_tokens), Kernel("reference", lambda: 2, always))
+ONE, MANY = torch.zeros(1, 1, 2, 3), torch.zeros(1, 9, 2, 3)
+
+
+def test_the_first_form_that_fits():
+    assert choose(KERNELS, ONE).name == "reference"
+    assert choose(KERNELS, MANY).name == "chunked"
 
 
 def test_explain_says_why_not():
-    assert explain(KERNELS, Call(1, "cpu", torch.float32)) == [
-        ("chunked", "one token: the loop takes one step"),
-        ("reference", "used"),
-    ]
+    (name, why), used = explain(KERNELS, Call(1, "cpu", torch.float32))
+    assert name == "chunked"
+    assert "one token" in why
+    assert used == ("reference", "used")
     assert explain(KERNELS, Call(2, "cpu", torch.float32))[1] == ("reference", "fits, but a faster form comes first")
 
 
+@pytest.mark.parametrize("op", [attention, conv, delta, ssd])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_every_call_has_a_form_and_the_reference_is_the_last_resort(op, device):
+    assert op.KERNELS[-1].name == "reference"
+    for tokens in (1, 2, 5000):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            assert op.KERNELS[-1].supports(Call(tokens, device, dtype)) is None
+
+
 def test_forced_form_and_back():
-    x = torch.zeros(1, 9, 2, 3)
     with forced("reference"):
-        assert choose(KERNELS, x).name == "reference"
+        assert choose(KERNELS, MANY).name == "reference"
         with forced(None):
-            assert choose(KERNELS, x).name == "chunked"
-    assert choose(KERNELS, x).name == "chunked"
+            assert choose(KERNELS, MANY).name == "chunked"
+    assert choose(KERNELS, MANY).name == "chunked"
 
 
 def test_forced_by_the_environment():
@@ -50,7 +62,7 @@ def test_forced_by_the_environment():
 
 def test_a_form_that_does_not_exist():
     with forced("referense"), pytest.raises(ValueError, match="no such kernel; did you mean 'reference'"):
-        choose(KERNELS, torch.zeros(1, 9, 2, 3))
+        choose(KERNELS, MANY)
 
 
 @given(lengths, st.integers(1, 50))
