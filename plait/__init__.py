@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from plait.model import save as save
     from plait.state import ModelState as ModelState
     from plait.state import StaleState as StaleState
-    from plait.train import train as train
 
 __version__ = "0.1.0"
 
@@ -45,7 +44,6 @@ _LAZY = {
     "StaleState": "plait.state",
     "generate": "plait.engine",
     "load_tokenizer": "plait.data",
-    "train": "plait.train",
 }
 
 

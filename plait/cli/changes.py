@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 
 from plait.design.layers import LETTERS
+from plait.design.load import read_yaml
 
 KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 TEXT = ("pattern", "design")  # "[M|A]" would be a list in YAML
 
 
@@ -25,11 +25,8 @@ def read_changes(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def read_value(key: str, text: str) -> Any:
-    """A YAML value; "3e-4", which YAML 1.1 takes for text, is a number."""
-    if EXPONENT.fullmatch(text):
-        return float(text)
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{key}={text}: cannot be read as YAML: {' '.join(str(error).split())}") from None
 

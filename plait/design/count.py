@@ -22,7 +22,9 @@ class SlotCount:
 
 def state_spec(design: ModelConfig, batch: int = 1, length: int = 0, dtype: str = "float32") -> StateSpec:
     """The state of the whole model: one branch per slot."""
-    return StateSpec("model", branches=tuple(_item_state(design, slot.item, batch, length, dtype) for slot in design.slots))
+    return StateSpec(
+        "model", branches=tuple(_item_state(design, slot.item, batch, length, dtype) for slot in design.slots)
+    )
 
 
 def _item_state(design: ModelConfig, item: Item, batch: int, length: int, dtype: str) -> StateSpec:
@@ -49,7 +51,11 @@ def slot_counts(design: ModelConfig, context: int, dtype: str = "float32") -> li
         parameters = design.dim + _item_sum(design, slot.item, fresh) + _glue_parameters(design, slot.item)
         flops = _item_sum(design, slot.item, lambda _, layer: layer.flops(design.dim, context))
         state = _item_state(design, slot.item, 1, context, dtype).nbytes
-        name = type(design.bound[slot.item.name]).__name__ if isinstance(slot.item, Letter) else _merge_name(design, slot.item)
+        name = (
+            type(design.bound[slot.item.name]).__name__
+            if isinstance(slot.item, Letter)
+            else _merge_name(design, slot.item)
+        )
         rows.append(SlotCount(slot.address, name, parameters, flops + 2 * _glue_matrix(design, slot.item), state))
     return rows
 
@@ -61,7 +67,9 @@ def _merge_name(design: ModelConfig, item: Item) -> str:
 
 
 def _layer_names(design: ModelConfig, chain: Chain) -> list[str]:
-    return [type(design.bound[i.name]).__name__ if isinstance(i, Letter) else f"[{_merge_name(design, i)}]" for i in chain]
+    return [
+        type(design.bound[i.name]).__name__ if isinstance(i, Letter) else f"[{_merge_name(design, i)}]" for i in chain
+    ]
 
 
 def _item_sum(design: ModelConfig, item: Item, value: Callable[[str, Layer], int]) -> int:

@@ -88,7 +88,9 @@ class Attention(Layer, frozen=True, kw_only=True, tag="attention"):
             raise ValueError(f"Attention: heads {self.heads} do not divide dim {dim}; change heads or give head_dim")
         heads = self.heads or dim // head_dim
         if self.rope and head_dim % 2:
-            raise ValueError(f"Attention: head_dim {head_dim} is odd, which RoPE cannot turn; use an even one or rope: null")
+            raise ValueError(
+                f"Attention: head_dim {head_dim} is odd, which RoPE cannot turn; use an even one or rope: null"
+            )
         return self.replace(heads=heads, kv_heads=self.kv_heads or heads, head_dim=head_dim)
 
     def widths(self) -> tuple[int, int]:
@@ -148,7 +150,9 @@ class Mamba2(Layer, frozen=True, kw_only=True, tag="mamba2"):
     def parameters(self, dim: int) -> int:
         inner, conv = self.widths()
         heads = self.heads or 0
-        return dim * (inner + conv + heads) + conv * (self.conv_width + self.conv_bias) + 3 * heads + inner + inner * dim
+        return (
+            dim * (inner + conv + heads) + conv * (self.conv_width + self.conv_bias) + 3 * heads + inner + inner * dim
+        )
 
     def flops(self, dim: int, context: int) -> int:
         inner, conv = self.widths()
@@ -176,7 +180,9 @@ class GatedDeltaNet(Layer, frozen=True, kw_only=True, tag="gated_deltanet"):
 
     def resolve(self, dim: int) -> Self:
         if self.head_dim is None and self.heads and dim % self.heads:
-            raise ValueError(f"GatedDeltaNet: heads {self.heads} do not divide dim {dim}; change heads or give head_dim")
+            raise ValueError(
+                f"GatedDeltaNet: heads {self.heads} do not divide dim {dim}; change heads or give head_dim"
+            )
         head_dim = self.head_dim or (dim // self.heads if self.heads else default_head_dim(dim, "GatedDeltaNet"))
         if self.heads is None and dim % head_dim:
             raise ValueError(f"GatedDeltaNet: dim {dim} is not a multiple of head_dim {head_dim}; give heads")
@@ -205,7 +211,13 @@ class GatedDeltaNet(Layer, frozen=True, kw_only=True, tag="gated_deltanet"):
     def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
         key, value = self.widths()
         return recurrent_spec(
-            batch, self.value_heads or 0, self.value_head_dim or 0, self.head_dim or 0, self.conv_width, 2 * key + value, dtype
+            batch,
+            self.value_heads or 0,
+            self.value_head_dim or 0,
+            self.head_dim or 0,
+            self.conv_width,
+            2 * key + value,
+            dtype,
         )
 
 

@@ -1,6 +1,7 @@
 """Where a design comes from: a preset, a pattern, a file, or plain data."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,28 @@ from plait.design.pattern import PatternError, parse
 from plait.design.presets import PRESETS
 from plait.design.spelling import suggest
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML takes "3e-4" for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain data from YAML text."""
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
 DEFAULT_SIZE = {"vocab": 32_000, "dim": 512}  # for a bare pattern, as in `plait show "(MF)3 AF"`
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML or JSON file that holds one mapping."""
     try:
-        data = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        data = json.loads(path.read_text()) if path.suffix == ".json" else read_yaml(path.read_text())
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix.lstrip('.') or 'YAML'}: {one_line(error)}") from None
     if not isinstance(data, dict):

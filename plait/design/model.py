@@ -144,5 +144,3 @@ def full_dict(config: Struct) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in config.__struct_fields__}
     plain = {name: full_dict(value) if isinstance(value, Struct) else value for name, value in values.items()}
     return {"kind": type(config).__name__} | plain
-
-

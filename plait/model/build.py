@@ -12,7 +12,11 @@ WIDE = ("A_log", "dt_bias", "D")  # never below float32: a decay rounded to bflo
 
 
 def build(
-    design: ModelConfig | str | dict, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    design: ModelConfig | str | dict,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
     """A model with weights that depend on `seed` alone, not on the device or on torch's own random state."""
     with torch.random.fork_rng(devices=[]):

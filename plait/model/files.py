@@ -70,7 +70,7 @@ def model_folder(folder: str | Path) -> Path:
         raise FileNotFoundError(f"{folder}: no such folder; expected a saved model or a training run")
     if (folder / CONFIG).is_file():
         return folder
-    found = sorted(p.parent for p in folder.glob(f"checkpoints/step-*/{CONFIG}"))
+    found = sorted((p.parent for p in folder.glob(f"checkpoints/step-*/{CONFIG}")), key=lambda p: (len(p.name), p.name))
     if not found:
         raise FileNotFoundError(
             f"{folder}: holds neither {CONFIG} nor checkpoints/step-*; expected a saved model or a run"

@@ -12,10 +12,10 @@ from plait.design import count
 from plait.design.layers import Attention
 from plait.design.model import ModelConfig
 from plait.design.spec import StateSpec
+from plait.design.summary import summary
 from plait.layers import Context, build_stack, context_for
 from plait.layers.norm import Norm
 from plait.model.padding import Padding, packed_lengths
-from plait.design.summary import summary
 from plait.state import KV, Branches, ModelState, Nothing, Recurrent, SlotState, Window
 
 
@@ -56,9 +56,7 @@ class LanguageModel(nn.Module):
         attention_mask (b, t): 1 for tokens, 0 for padding on either side; logits at padding mean nothing.
         stats: a dict that layers leave numbers about this call in.
         """
-        hidden, state = self.features(
-            tokens, state, cu_seqlens=cu_seqlens, attention_mask=attention_mask, stats=stats
-        )
+        hidden, state = self.features(tokens, state, cu_seqlens=cu_seqlens, attention_mask=attention_mask, stats=stats)
         return self.head(hidden), state
 
     def features(
@@ -133,9 +131,13 @@ class LanguageModel(nn.Module):
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ValueError(f"tokens must be integers of shape (batch, time), got {tuple(tokens.shape)} {tokens.dtype}")
+            raise ValueError(
+                f"tokens must be integers of shape (batch, time), got {tuple(tokens.shape)} {tokens.dtype}"
+            )
         if tokens.numel() == 0:
-            raise ValueError(f"tokens are empty, shape {tuple(tokens.shape)}: a call needs at least one row of one token")
+            raise ValueError(
+                f"tokens are empty, shape {tuple(tokens.shape)}: a call needs at least one row of one token"
+            )
         # a device would have to be asked for the largest id, which costs more than the call is worth
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(x) for x in torch.aminmax(tokens))

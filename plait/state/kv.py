@@ -75,7 +75,11 @@ class KV:
             )
 
     def extend(
-        self, k: Float[Tensor, "b t h k"], v: Float[Tensor, "b t h k"], rows: Int[Tensor, "..."] | None, at: Tensor | None
+        self,
+        k: Float[Tensor, "b t h k"],
+        v: Float[Tensor, "b t h k"],
+        rows: Int[Tensor, "..."] | None,
+        at: Tensor | None,
     ) -> tuple[Self, Tensor, Tensor]:
         """The handle after these tokens, and all keys and values up to the longest row.
 

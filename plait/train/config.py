@@ -1,6 +1,5 @@
 """What a run is, as data: read from YAML or JSON, written back beside the run. No torch here."""
 
-import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,7 +13,6 @@ from plait.design.struct import Struct, check_keys, convert, positive
 from plait.train.folder import CONFIG
 
 CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "precision": ("float32", "bfloat16")}
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class DataConfig(Struct, frozen=True, kw_only=True, tag=False):
@@ -180,18 +178,9 @@ def load_run(spec: str | Path, **overrides: Any) -> RunConfig:
         raise FileNotFoundError(f"{path}: no such file; expected a run in YAML or JSON")
     try:
         data = override({"folder": f"runs/{path.stem}"} | read_mapping(path) | own, overrides)
-        return RunConfig.from_dict(_numbers(data))
+        return RunConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{error}" if str(error).startswith(str(path)) else f"{path}: {error}") from None
-
-
-def _numbers(data: Any) -> Any:
-    """YAML 1.1 reads 3e-4, which has no dot, and 1.5e4, which has no sign, as text."""
-    if isinstance(data, dict):
-        return {key: _numbers(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_numbers(value) for value in data]
-    return float(data) if isinstance(data, str) and EXPONENT.fullmatch(data) else data
 
 
 def resolve_design(spec: str | dict[str, Any], vocab: int) -> ModelConfig:
