@@ -30,7 +30,7 @@ class AttentionLayer(nn.Module):
         self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | None
     ) -> tuple[Float[Tensor, "b t d"], KV | Window | None]:
         c = self.config
-        qk, v, *gate = self.qkv_proj(x).split(self.widths, -1)
+        qk, v, *gate = self.qkv_proj(x).split_with_sizes(self.widths, -1)
         qk, v = qk.unflatten(-1, (-1, c.head_dim)), v.unflatten(-1, (c.kv_heads, -1))  # (b, t, h, k)
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, : c.heads]), self.k_norm(qk[:, :, c.heads :])], 2)

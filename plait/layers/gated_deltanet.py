@@ -12,6 +12,8 @@ from plait.layers.mamba2 import reset_conv
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
 from plait.ops.delta import gated_delta
+from plait.ops.kernels import cast
+from plait.ops.rms_norm import l2norm
 from plait.state import Recurrent
 
 
@@ -23,12 +25,14 @@ class GatedDeltaNetLayer(nn.Module):
         self.config = config
         key, value = config.widths()
         self.widths = [2 * key + value, value, config.value_heads, config.value_heads]
-        self.conv_widths = [key, key, value]
+        self.conv_widths = [2 * key, value]
         self.in_proj = nn.Linear(design.dim, sum(self.widths), bias=False)
         self.conv1d_weight = nn.Parameter(torch.empty(2 * key + value, config.conv_width))
         self.A_log = nn.Parameter(torch.empty(config.value_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.value_heads))
-        self.norm = Norm(config.value_head_dim, design.norm.replace(zero_centered=False))
+        # queries are scaled by 1/sqrt(k); here outputs stay that much larger, and the bound inside the norm grows with them
+        eps = design.norm.eps * config.head_dim
+        self.norm = Norm(config.value_head_dim, design.norm.replace(zero_centered=False, eps=eps))
         self.out_proj = nn.Linear(value, design.dim, bias=False)
         self.reset_parameters()
 
@@ -42,18 +46,14 @@ class GatedDeltaNetLayer(nn.Module):
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c = self.config
-        qkv, z, b, a = self.in_proj(x).split(self.widths, -1)
+        qkv, z, b, a = self.in_proj(x).split_with_sizes(self.widths, -1)
         qkv, conv = causal_conv(qkv, self.conv1d_weight, state=state and state.conv, packing=context.packing)
-        q, k, v = F.silu(qkv).split(self.conv_widths, -1)
-        q, k = (l2norm(y.unflatten(-1, (-1, c.head_dim))) for y in (q, k))  # (b, t, g, k)
+        qk, v = F.silu(qkv).split_with_sizes(self.conv_widths, -1)
+        q, k = l2norm(qk.unflatten(-1, (2, -1, c.head_dim))).unbind(2)  # (b, t, g, k)
         v = v.unflatten(-1, (-1, c.value_head_dim))  # (b, t, h, v)
-        beta = torch.sigmoid(b.to(self.A_log.dtype))
-        g = -self.A_log.exp() * F.softplus(a.to(self.A_log.dtype) + self.dt_bias)
-        o, s = gated_delta(q * c.head_dim**-0.5, k, v, g, beta, state=state and state.s, packing=context.packing)
+        A_log = self.A_log
+        g = -A_log.exp() * F.softplus(cast(a, A_log.dtype) + self.dt_bias)
+        beta = torch.sigmoid(cast(b, A_log.dtype))
+        o, s = gated_delta(q, k, v, g, beta, state=state and state.s, packing=context.packing)
         o = self.norm(o) * F.silu(z.unflatten(-1, (-1, c.value_head_dim)))
         return self.out_proj(o.flatten(2)), None if state is None else Recurrent(s, conv)
-
-
-def l2norm(x: Float[Tensor, "*n k"]) -> Float[Tensor, "*n k"]:
-    """x / |x|, the norm bounded away from 0."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

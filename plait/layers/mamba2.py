@@ -12,6 +12,7 @@ from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
+from plait.ops.kernels import cast
 from plait.ops.ssd import ssd
 from plait.state import Recurrent
 
@@ -23,7 +24,8 @@ class Mamba2Layer(nn.Module):
         super().__init__()
         self.config = config
         inner, conv = config.widths()
-        self.widths = [inner, conv, config.heads]
+        keys = config.groups * config.state_dim
+        self.widths, self.conv_widths = [inner, conv, config.heads], [inner, keys, keys]
         self.in_proj = nn.Linear(design.dim, sum(self.widths), bias=False)
         self.conv1d_weight = nn.Parameter(torch.empty(conv, config.conv_width))
         self.conv1d_bias = nn.Parameter(torch.empty(conv)) if config.conv_bias else None
@@ -46,18 +48,17 @@ class Mamba2Layer(nn.Module):
         self, u: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c = self.config
-        z, xBC, dt = self.in_proj(u).split(self.widths, -1)
+        z, xBC, dt = self.in_proj(u).split_with_sizes(self.widths, -1)
         xBC, conv = causal_conv(
             xBC, self.conv1d_weight, self.conv1d_bias, state=state and state.conv, packing=context.packing
         )
-        keys = c.groups * c.state_dim
-        x, B, C = F.silu(xBC).split([self.widths[0], keys, keys], -1)
+        x, B, C = F.silu(xBC).split_with_sizes(self.conv_widths, -1)
         x = x.unflatten(-1, (-1, c.head_dim))  # (b, t, h, p)
         B, C = (y.unflatten(-1, (c.groups, -1)) for y in (B, C))  # (b, t, g, n)
-        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (b, t, h)
+        dt = F.softplus(cast(dt, self.dt_bias.dtype) + self.dt_bias)  # (b, t, h)
         g = -self.A_log.exp() * dt
-        y, s = ssd(C, B, x * dt[..., None].to(x.dtype), g, state=state and state.s, packing=context.packing)
-        y = torch.addcmul(y, x, self.D[:, None].to(x.dtype)).flatten(2)
+        y, s = ssd(C, B, x * cast(dt[..., None], x.dtype), g, state=state and state.s, packing=context.packing)
+        y = torch.addcmul(y, x, cast(self.D[:, None], x.dtype)).flatten(2)
         out = self.out_proj(norm_per_group(y * F.silu(z), self.norm, c.groups))
         return out, None if state is None else Recurrent(s, conv)
 

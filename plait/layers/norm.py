@@ -21,5 +21,4 @@ class Norm(nn.Module):
         nn.init.constant_(self.weight, 0.0 if self.config.zero_centered else 1.0)
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        weight = 1 + self.weight if self.config.zero_centered else self.weight
-        return rms_norm(x, weight, self.config.eps)
+        return rms_norm(x, self.weight, self.config.eps, self.config.zero_centered)

@@ -6,9 +6,9 @@ The choice depends on the tensors' device, dtype and shapes alone, never on what
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from plait.design.spelling import suggest
 _forced: str | None = os.environ.get("PLAIT_KERNELS")
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What a choice may depend on."""
 
     tokens: int
@@ -40,8 +39,12 @@ def always(call: Call) -> str | None:
     return None
 
 
+def one_token(call: Call) -> str | None:
+    return None if call.tokens == 1 else "only for a single token"
+
+
 def many_tokens(call: Call) -> str | None:
-    return None if call.tokens > 1 else "one token: the loop takes one step"
+    return None if call.tokens > 1 else "one token fills no chunk"
 
 
 def choose(kernels: Sequence[Kernel], x: Tensor) -> Kernel:
@@ -79,6 +82,18 @@ def forced(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """No autocast inside the block. Entering torch's own switch costs as much as several small ops."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)  # type: ignore[return-value]  # a context manager without a value
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, without its cost where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from plait.layers.norm import Norm
 from plait.layers.rope import turn
 from plait.layers.stack import LAYERS
 from plait.ops.attention import attention
+from plait.ops.rms_norm import l2norm
 
 DIM = 8
 
@@ -45,6 +46,13 @@ class TestNorm:
         assert torch.autograd.gradcheck(
             lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, norm.weight)
         )
+
+    def test_unit_vectors(self):
+        x = randn(2, 3, 8).requires_grad_()
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert torch.allclose(l2norm(x), x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt())
+        assert torch.autograd.gradcheck(l2norm, x)
 
     def test_bfloat16_sums_in_float32(self):
         norm = Norm(4096, plait.RMSNorm())

@@ -63,6 +63,13 @@ def test_chunked_is_reference(op, length, state, close):
     both(op, inputs(op, length, state=state), close)
 
 
+def test_a_state_in_another_layout(op, close):
+    for length in (1, 70):
+        tensors = inputs(op, length)
+        tensors["state"] = tensors["state"].mT.contiguous().mT
+        both(op, tensors, close)
+
+
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
 def test_packed(op, state, close):
     tensors = inputs(op, sum(DOCUMENTS), batch=1, rows=len(DOCUMENTS), state=state)

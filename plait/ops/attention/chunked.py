@@ -49,6 +49,12 @@ def run(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    b, t, h, dk = q.shape
+    if t == 1:  # the heads that share a key head are as good as queries of it, and its keys are read once for all
+        o = F.scaled_dot_product_attention(
+            q.reshape(b, k.shape[2], -1, dk), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+        )
+        return o.reshape(b, 1, h, v.shape[3])
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa).transpose(1, 2)

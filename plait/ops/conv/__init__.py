@@ -4,11 +4,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.ops.conv import chunked, reference
-from plait.ops.kernels import Kernel, always, choose, many_tokens
+from plait.ops.conv import chunked, reference, step
+from plait.ops.kernels import Kernel, always, cast, choose, many_tokens, one_token
 from plait.ops.packing import Packing
 
-KERNELS = (Kernel("chunked", chunked.run, many_tokens), Kernel("reference", reference.run, always))
+KERNELS = (
+    Kernel("step", step.run, one_token),
+    Kernel("chunked", chunked.run, many_tokens),
+    Kernel("reference", reference.run, always),
+)
 
 
 def causal_conv(
@@ -27,8 +31,8 @@ def causal_conv(
     if state is None:
         return run(x, weight, bias, None, packing), None
     rows = x if packing is None else packing.to_rows(x)  # (n, t, d)
-    past = torch.cat([state.to(x.dtype), rows], 1)
+    past = torch.cat([cast(state, x.dtype), rows], 1)
     y = run(past, weight, bias, state.shape[1], None)
     if packing is None:
-        return y, past[:, past.shape[1] - state.shape[1] :].to(state.dtype)
+        return y, cast(past.narrow(1, x.shape[1], state.shape[1]), state.dtype)
     return packing.from_rows(y), packing.last(past, state.shape[1]).to(state.dtype)

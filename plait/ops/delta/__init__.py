@@ -1,14 +1,17 @@
 """The gated delta rule (arXiv 2412.06464, eq. 10): S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.ops.delta import chunked, reference
-from plait.ops.kernels import Kernel, always, choose, many_tokens, wide
+from plait.ops.delta import chunked, reference, step
+from plait.ops.kernels import Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
 from plait.ops.packing import Packing
 
-KERNELS = (Kernel("chunked", chunked.run, many_tokens), Kernel("reference", reference.run, always))
+KERNELS = (
+    Kernel("step", step.run, one_token),
+    Kernel("chunked", chunked.run, many_tokens),
+    Kernel("reference", reference.run, always),
+)
 
 
 def gated_delta(
@@ -26,8 +29,6 @@ def gated_delta(
     g is the log decay, log a <= 0. `g` key heads serve h value heads in order (h a multiple). Computed in float32, or
     float64 for float64 inputs. n is the batch, or the number of documents with `packing`.
     """
-    if q.shape[2] != v.shape[2]:
-        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         o, state = choose(KERNELS, v).run(wide(q), wide(k), wide(v), wide(g), wide(beta), state=state, packing=packing)
-    return o.to(v.dtype), state
+    return cast(o, v.dtype), state

@@ -25,8 +25,9 @@ SIZE = 64  # tokens in a chunk: products of 64 x 64 fill a core's vector units, 
 def run(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor | None, packing: Packing | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Shapes as in `gated_delta`, q and k with h heads."""
+    """Shapes as in `gated_delta`."""
     b, t, h, dv = v.shape
+    q, k = (x if x.shape[2] == h else x.repeat_interleave(h // x.shape[2], 2) for x in (q, k))
     layout = chunks(b, t, SIZE, packing)
     q, k, v, g, beta = (layout.split(x).flatten(0, 1) for x in (q, k, v, g, beta))  # (n h, c, ...)
     rows = tuple(alive * h for alive in layout.alive)

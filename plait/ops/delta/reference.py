@@ -9,7 +9,7 @@ from plait.ops.packing import Packing, each_document
 def run(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor | None, packing: Packing | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Shapes as in `gated_delta`, q and k with h heads."""
+    """Shapes as in `gated_delta`."""
     if packing is not None:
         return each_document(_loop, (q, k, v, g, beta), state, packing)
     return _loop(q, k, v, g, beta, state)
@@ -20,6 +20,7 @@ def _loop(
 ) -> tuple[Tensor, Tensor | None]:
     b, t, h, dv = v.shape
     S = v.new_zeros(b * h, dv, k.shape[-1]) if state is None else state.flatten(0, 1)  # (b h, v, k)
+    q, k = (x.repeat_interleave(h // x.shape[2], 2) for x in (q, k))
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (b h, t, k | v)
     a, beta = (x.transpose(1, 2).flatten(0, 1)[..., None, None] for x in (g.exp(), beta))  # (b h, t, 1, 1)
     outputs = []

@@ -1,14 +1,17 @@
 """State space duality (Mamba-2, arXiv 2405.21060, section 6): S_t = a_t S_{t-1} + v_t k_t^T, o_t = S_t q_t."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.ops.kernels import Kernel, always, choose, many_tokens, wide
+from plait.ops.kernels import Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
 from plait.ops.packing import Packing
-from plait.ops.ssd import chunked, reference
+from plait.ops.ssd import chunked, reference, step
 
-KERNELS = (Kernel("chunked", chunked.run, many_tokens), Kernel("reference", reference.run, always))
+KERNELS = (
+    Kernel("step", step.run, one_token),
+    Kernel("chunked", chunked.run, many_tokens),
+    Kernel("reference", reference.run, always),
+)
 
 
 def ssd(
@@ -22,9 +25,10 @@ def ssd(
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v k"] | None]:
     """Outputs and, where a state was given, the state after the last token.
 
-    In Mamba-2's letters q is C, k is B, v is dt x and g = dt A, the log decay, one per head. `g` groups of q and k serve h heads in
-    order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the documents packed.
+    In Mamba-2's letters q is C, k is B, v is dt x and g = dt A, the log decay, one per head. `g` groups of q and k serve
+    h heads in order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the documents
+    packed.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         o, state = choose(KERNELS, v).run(wide(q), wide(k), wide(v), wide(g), state=state, packing=packing)
-    return o.to(v.dtype), state
+    return cast(o, v.dtype), state
