@@ -10,6 +10,7 @@ from plait.layers.context import Context
 from plait.layers.norm import Norm
 from plait.layers.rope import turn
 from plait.ops.attention import attention
+from plait.ops.kernels import cast
 from plait.state import KV, Window
 
 
@@ -36,7 +37,7 @@ class AttentionLayer(nn.Module):
             qk = torch.cat([self.q_norm(qk[:, :, : c.heads]), self.k_norm(qk[:, :, c.heads :])], 2)
         if c.rope is not None:
             qk = turn(qk, c.rope, context)
-        q, k = qk[:, :, : c.heads], qk[:, :, c.heads :]
+        q, k = qk.split_with_sizes((c.heads, c.kv_heads), 2)
         if state is None:
             o = attention(q, k, v, window=c.window, softcap=c.softcap, packing=context.packing)
         elif isinstance(state, Window):
@@ -51,7 +52,7 @@ class AttentionLayer(nn.Module):
         if not context.ragged:
             state, k, v = state.extend(k, v, None, None)
             return attention(
-                q, k.to(q.dtype), v.to(q.dtype), q_start=context.lengths[0], softcap=self.config.softcap
+                q, cast(k, q.dtype), cast(v, q.dtype), q_start=context.lengths[0], softcap=self.config.softcap
             ), state
         state, keys, values = state.extend(k, v, context.rows, context.positions)
         packing = context.packing

@@ -26,7 +26,8 @@ def run(
         return _fused(q, k, v, mask) if softcap is None else weigh(q, k, v, mask, softcap)
     gap = q_start - k_start  # query i stands where key i + gap does
     if window is None and softcap is None and k_start >= 0:
-        k, v = k[:, : gap + t], v[:, : gap + t]
+        if k.shape[1] > gap + t:
+            k, v = k[:, : gap + t], v[:, : gap + t]
         if t == 1:
             return _fused(q, k, v, None)
         if gap == 0:
