@@ -1,8 +1,11 @@
 """Products of decays inside a chunk, from their logs."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import threshold_
 
 # Smaller products are set to 0. Each is added to a term with decay 1, beside which e^-20 = 2e-9 is a thirtieth of
 # float32's rounding, and e^-40 = 4e-18 of float64's. Kept, they would be multiplied with one another down to subnormal numbers,
@@ -20,25 +23,29 @@ def chunk_decay(
     """
     G = g.double().cumsum(-1)
     to_end = _exp((G[..., -1:] - G).to(g.dtype))
-    gap = (G[..., :, None] - G[..., None, :]).to(g.dtype)
-    future = torch.ones(gap.shape[-2:], dtype=torch.bool, device=g.device).triu(1)
-    pairs = gap.masked_fill((gap < FLOOR[g.dtype]) | future, -torch.inf).exp()
+    pairs = _exp((G[..., :, None] - G[..., None, :]).to(g.dtype)).tril_()
     return _exp(G.to(g.dtype)), pairs, to_end
 
 
 def _exp(x: Tensor) -> Tensor:
-    return x.masked_fill(x < FLOOR[x.dtype], -torch.inf).exp()
+    """exp(x) in place for x <= 0, 0 below the floor. Infinities would do the same, but exp is slow on them."""
+    floor = FLOOR[x.dtype]
+    return threshold_(x.clamp_(floor, 0).exp_(), math.exp(floor) * (1 + 1e-6), 0.0)
 
 
-def pair_sums(dlogP: Float[Tensor, "*n c c"]) -> Float[Tensor, "*n c"]:
-    """The gradient of the running sums G from that of log P_ij = G_i - G_j, in float64: see `from_sums`."""
-    return dlogP.sum(-1, dtype=torch.float64) - dlogP.sum(-2, dtype=torch.float64)
+def from_pairs(dlogP: Float[Tensor, "*n c c"]) -> Float[Tensor, "*n c"]:
+    """The gradient of g from that of log P_ij, the sum of g_m over j < m <= i; dlogP is 0 where P is.
+
+    Summed over the pairs that enclose m, all of which count: as a difference of what rows and columns sum to, it
+    would drown in their rounding where decays are strong.
+    """
+    before = torch.ones(dlogP.shape[-2:], dtype=dlogP.dtype, device=dlogP.device).triu_(1)  # [j < m]
+    return (dlogP @ before).tril_().sum(-2)
 
 
 def from_sums(dG: Float[Tensor, "*n c"], dtype: torch.dtype) -> Float[Tensor, "*n c"]:
     """The gradient of g from that of its running sums G: G_i holds g_j for all j <= i.
 
-    Where decays are strong, what pairs of tokens give to G_i and take from G_j is far larger than what remains, so dG
-    must be in float64 for the rest to survive the sum.
+    What a token gives to G_i and takes from the chunk's last can cancel almost wholly, so dG must be in float64.
     """
     return dG.flip(-1).cumsum(-1).flip(-1).to(dtype)

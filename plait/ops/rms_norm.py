@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from plait.ops.graph import whole
 
 
 def rms_norm(
@@ -21,7 +24,7 @@ def rms_norm(
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, 1 + weight if zero_centered else weight, eps)
+        return _rms_norm(x, 1 + weight if zero_centered else weight, eps)
     y = x * _scale(x, eps, 1 / x.shape[-1])
     return y.addcmul_(y, weight) if zero_centered else y.mul_(weight)
 
@@ -58,6 +61,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, scale = ctx.saved_tensors
         normed = x * scale
@@ -77,7 +81,11 @@ class _L2Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         y, scale = ctx.saved_tensors
         along = torch.linalg.vecdot(dy, y)[..., None]
         return torch.addcmul(dy, y, along, value=-1).mul_(scale), None
+
+
+_rms_norm = whole(_RMSNorm)

@@ -5,14 +5,16 @@ Written with its own gradient: autograd would keep a shifted copy of the input p
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from plait.ops.graph import whole
 from plait.ops.packing import Packing
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None, skip: int | None, packing: Packing | None) -> Tensor:
     """Shapes as in `reference.run`."""
     offsets = None if packing is None else packing.offsets[..., None]
-    y = _ShiftedSum.apply(x, weight, bias, offsets)
+    y = _shifted_sum(x, weight, bias, offsets)
     return y[:, skip:] if skip else y
 
 
@@ -28,6 +30,7 @@ class _ShiftedSum(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, offsets = ctx.saved_tensors
         taps = weight.to(x.dtype).flip(1).T.contiguous()
@@ -48,3 +51,6 @@ def _earlier(x: Tensor, back: int, offsets: Tensor | None) -> Tensor:
     """What each token from `back` on sees `back` tokens earlier; nothing across a document's start."""
     earlier = x[:, :-back]
     return earlier if offsets is None else earlier * (offsets[:, back:] >= back)
+
+
+_shifted_sum = whole(_ShiftedSum)

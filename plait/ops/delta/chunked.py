@@ -13,10 +13,12 @@ and no more memory than the forward pass, where autograd would keep every scaled
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.linalg import vecdot
 from torch.nn.functional import hardshrink
 
-from plait.ops.decay import chunk_decay, from_sums, pair_sums
+from plait.ops.decay import chunk_decay, from_pairs, from_sums
+from plait.ops.graph import whole
 from plait.ops.packing import Packing, chunks
 
 SIZE = 64  # tokens in a chunk: products of 64 x 64 fill a core's vector units, and the triangular solve stays small
@@ -32,7 +34,7 @@ def run(
     q, k, v, g, beta = (layout.split(x).flatten(0, 1) for x in (q, k, v, g, beta))  # (n h, c, ...)
     rows = tuple(alive * h for alive in layout.alive)
     S = v.new_zeros(rows[0], dv, k.shape[-1]) if state is None else layout.sort(state).flatten(0, 1)
-    o, S = _Chunked.apply(q, k, v, g, beta, S, rows)
+    o, S = _chunked(q, k, v, g, beta, S, rows)
     return layout.join(o.unflatten(0, (-1, h))), None if state is None else layout.unsort(S.unflatten(0, (-1, h)))
 
 
@@ -67,7 +69,7 @@ class _Chunked(torch.autograd.Function):
             step = slice(first, first + count)
             before[step] = S[:count]
             torch.baddbmm(U[step], W[step], before[step].mT, alpha=-1, out=V[step])
-            after = torch.baddbmm(before[step] * last[step], V[step].mT, keys[step])
+            after = (before[step] * last[step]).baddbmm_(V[step].mT, keys[step])
             S = after if len(S) == count else torch.cat([after, S[count:]])
             first += count
         B = (q @ k.mT).mul_(P)
@@ -77,12 +79,13 @@ class _Chunked(torch.autograd.Function):
         return o, S
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodoverride]
         q, k, v, beta, a, P, to_end, L, B, UW, V, before = ctx.saved_tensors
         Z = torch.empty_like(UW)
         Zv, Zk = Z.split([v.shape[-1], k.shape[-1]], -1)
         dV, dafter, dS = _through_time(ctx.rows, do, dS, q, k, a, to_end, B, UW)
-        dq, dk, dG = _output_gradients(do, q, k, a, P, to_end, B, V, before, dafter)
+        dq, dk, dlogP, dG = _output_gradients(do, q, k, a, P, to_end, B, V, before, dafter)
         Zv.copy_(dV)
         Zk.copy_(torch.bmm(dV, before)).neg_()
         Z = _solve(L * beta[..., None], Z, transposed=True)
@@ -91,10 +94,12 @@ class _Chunked(torch.autograd.Function):
         along_k = vecdot(Zk, k) * a
         dLL = dA * L
         dbeta = dLL.sum(-1) + vecdot(Zv, v) + along_k
-        dG += pair_sums(dLL.mul_(beta[..., None])) + beta * along_k
+        dlogP.addcmul_(dLL, beta[..., None])
+        dG += beta * along_k
         dKK = dA.mul_(beta[..., None]).mul_(P).tril_(-1)
         dk.baddbmm_(dKK, k).baddbmm_(dKK.mT, k).addcmul_(Zk, (a * beta)[..., None])
-        return dq, dk, Zv * beta[..., None], from_sums(dG, k.dtype), dbeta, dS, None
+        dg = from_sums(dG, k.dtype).add_(from_pairs(dlogP))
+        return dq, dk, Zv * beta[..., None], dg, dbeta, dS, None
 
 
 def _solve(A: Float[Tensor, "n c c"], B: Float[Tensor, "n c m"], transposed: bool = False) -> Float[Tensor, "n c m"]:
@@ -126,7 +131,7 @@ def _through_time(
         step = slice(first, first + count)
         dafter[step] = dS[:count]
         dV[step].baddbmm_(keys[step], dafter[step].mT)
-        live = torch.baddbmm(dbefore[step].addcmul_(dafter[step], last[step]), dV[step].mT, W[step], alpha=-1)
+        live = dbefore[step].addcmul_(dafter[step], last[step]).baddbmm_(dV[step].mT, W[step], alpha=-1)
         dS = live if len(dS) == count else torch.cat([live, dS[count:]])
     return dV, dafter, dS
 
@@ -142,14 +147,18 @@ def _output_gradients(
     V: Tensor,
     before: Tensor,
     dafter: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What O and the states after chunks give to q, k and G."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What O and the states after chunks give to q, k, log P and G."""
     read, written = torch.bmm(do, before), torch.bmm(V, dafter)  # (n, c, k)
     dB = torch.bmm(do, V.mT)
     into_end = (vecdot(k, written) * to_end).double()
-    dG = pair_sums(dB * B) + vecdot(q, read) * a - into_end
+    dG = vecdot(q, read) * a - into_end
     dG[:, -1] += into_end.sum(-1) + a[:, -1] * vecdot(before.flatten(1), dafter.flatten(1))
+    dlogP = dB * B
     dB.mul_(P)
-    dq = torch.baddbmm(read.mul_(a[..., None]), dB, k)
-    dk = torch.baddbmm(written.mul_(to_end[..., None]), dB.mT, q)
-    return dq, dk, dG
+    dq = read.mul_(a[..., None]).baddbmm_(dB, k)
+    dk = written.mul_(to_end[..., None]).baddbmm_(dB.mT, q)
+    return dq, dk, dlogP, dG
+
+
+_chunked = whole(_Chunked)

@@ -12,9 +12,11 @@ rule: autograd would keep every scaled copy of v and fill zeros around each step
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.linalg import vecdot
 
-from plait.ops.decay import chunk_decay, from_sums, pair_sums
+from plait.ops.decay import chunk_decay, from_pairs, from_sums
+from plait.ops.graph import whole
 from plait.ops.packing import Packing, chunks
 
 SIZE = 64
@@ -28,7 +30,7 @@ def run(
     layout = chunks(b, t, SIZE, packing)
     q, k, v, g = (layout.split(x) for x in (q, k, v, g))  # (n, g, c, k), (n, h, c, v), (n, h, c)
     S = v.new_zeros(layout.alive[0], h, dv, k.shape[-1]) if state is None else layout.sort(state)
-    o, S = _Chunked.apply(q, k, v, g, S, layout.alive)
+    o, S = _chunked(q, k, v, g, S, layout.alive)
     return layout.join(o), None if state is None else layout.unsort(S)
 
 
@@ -65,6 +67,7 @@ class _Chunked(torch.autograd.Function):
         return o, S
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, a, P, to_end, B, before, read = ctx.saved_tensors
         n, groups, dk = len(v), q.shape[1], k.shape[-1]
@@ -76,14 +79,15 @@ class _Chunked(torch.autograd.Function):
         from_end = _ungrouped(k_flat @ dstates.mT, v)  # (n, h, c, v)
         into_end = (vecdot(v, from_end) * to_end).double()
         dB = (do.flatten(0, 1) @ v.flatten(0, 1).mT).view(B.shape)
-        dG = pair_sums(dB * B) + vecdot(do, read) * a - into_end
+        dG = vecdot(do, read) * a - into_end
         dG[..., -1] += into_end.sum(-1) + a[..., -1] * vecdot(before.flatten(2), dafter.flatten(2))
 
+        dg = from_sums(dG, v.dtype).add_(from_pairs(dB * B))
         dqk = dB.mul_(P).unflatten(1, (groups, -1)).sum(2).flatten(0, 1)  # (n g, c, c)
-        dq = torch.baddbmm(do_read @ states, dqk, k_flat)
-        dk_ = torch.baddbmm(_grouped(v * to_end[..., None], groups) @ dstates, dqk.mT, q_flat)
+        dq = (do_read @ states).baddbmm_(dqk, k_flat)
+        dk_ = (_grouped(v * to_end[..., None], groups) @ dstates).baddbmm_(dqk.mT, q_flat)
         dv = (B.flatten(0, 1).mT @ do.flatten(0, 1)).view(v.shape).addcmul_(from_end, to_end[..., None])
-        return dq.view(q.shape), dk_.view(k.shape), dv, from_sums(dG, v.dtype), dS, None
+        return dq.view(q.shape), dk_.view(k.shape), dv, dg, dS, None
 
 
 def _through_time(rows: tuple[int, ...], dbefore: Tensor, dS: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,3 +115,6 @@ def _ungrouped(x: Float[Tensor, "n*g c h/g*v"], like: Float[Tensor, "n h c v"]) 
 
 def _per_head(qk: Float[Tensor, "n g c c"], P: Float[Tensor, "n h c c"]) -> Float[Tensor, "n h c c"]:
     return (qk[:, :, None] * P.unflatten(1, (qk.shape[1], -1))).flatten(1, 2)
+
+
+_chunked = whole(_Chunked)
