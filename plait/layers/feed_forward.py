@@ -4,15 +4,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from plait.design.layers import GELU, FeedForward, ReLU2, SwiGLU
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
+from plait.ops.graph import whole
 from plait.state import Nothing
 
 
 def swiglu(hidden: Float[Tensor, "b t 2*h"]) -> Float[Tensor, "b t h"]:
-    return _SwiGLU.apply(hidden) if torch.is_grad_enabled() else _silu_times(*hidden.chunk(2, -1))
+    return _swiglu(hidden) if torch.is_grad_enabled() else _silu_times(*hidden.chunk(2, -1))
 
 
 def _silu_times(gate: Tensor, up: Tensor) -> Tensor:
@@ -28,6 +30,7 @@ class _SwiGLU(torch.autograd.Function):
         return _silu_times(*hidden.chunk(2, -1))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (hidden,) = ctx.saved_tensors
         gate, up = hidden.chunk(2, -1)
@@ -47,6 +50,9 @@ def relu2(hidden: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {SwiGLU: swiglu, GELU: gelu, ReLU2: relu2}
+
+
+_swiglu = whole(_SwiGLU)
 
 
 class FeedForwardLayer(nn.Module):

@@ -19,7 +19,10 @@ def turn(x: Float[Tensor, "b t h k"], rope: RoPE, context: Context) -> Float[Ten
 
 
 def _angles(rope: RoPE, rotated: int, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos (b, t, 1, 1, r/2) and sin with the sign of either member (b, t, 1, 2, r/2). Angles are float32 at least: bfloat16 cannot tell position 256 from 257."""
+    """cos (b, t, 1, 1, r/2), and sin with the sign of either member (b, t, 1, 2, r/2).
+
+    Angles are float32 at least: bfloat16 cannot tell position 256 from 257.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     ramp = torch.arange(0, rotated, 2, device=context.positions.device, dtype=wide) / rotated
     angles = context.positions[..., None, None, None].to(wide) * rope.theta**-ramp

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from plait.model.language_model import LanguageModel
+from plait.ops.graph import whole
 
 IGNORE = -100  # a target that is not scored, as everywhere in the field
 SLICE = 2**25  # logits in one slice: 128 MiB of float32
@@ -26,7 +28,7 @@ def token_loss(
         raise ValueError(f"targets must have the inputs' shape {tuple(inputs.shape)}, got {tuple(targets.shape)}")
     hidden, _ = model.features(inputs, cu_seqlens=cu_seqlens, attention_mask=attention_mask, stats=stats)
     train = torch.is_grad_enabled()
-    total = _HeadLoss.apply(hidden.flatten(0, 1), model.head_weight, targets.flatten(), train)
+    total = _head_loss(hidden.flatten(0, 1), model.head_weight, targets.flatten(), train)
     return total, int((targets != IGNORE).sum())
 
 
@@ -58,6 +60,10 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dtotal: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         dhidden, dweight = ctx.saved_tensors
         return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.weight_dtype), None, None
+
+
+_head_loss = whole(_HeadLoss)
