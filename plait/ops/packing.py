@@ -88,7 +88,9 @@ class Chunks:
             padded = F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1))
             return padded[self.index].transpose(1, 2)  # (n, h, c, *k)
         steps = len(self.alive)
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, steps * self.size - self.length))
+        missing = steps * self.size - self.length
+        if missing:  # a pad of nothing copies all the same, and so does its gradient
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
         x = x.unflatten(1, (steps, self.size)).transpose(0, 1)  # (steps, b, c, h, *k)
         return x.transpose(2, 3).flatten(0, 1)
 
@@ -97,7 +99,8 @@ class Chunks:
         if self.back is not None:
             return y.transpose(1, 2).flatten(0, 1)[self.back][None]
         y = y.unflatten(0, (len(self.alive), self.batch)).permute(1, 0, 3, 2, 4)  # (b, steps, c, h, v)
-        return y.flatten(1, 2)[:, : self.length]
+        y = y.flatten(1, 2)
+        return y if y.shape[1] == self.length else y[:, : self.length]
 
     def sort(self, state: Tensor) -> Tensor:
         """A state per sequence, in the order in which the chunks advance."""
