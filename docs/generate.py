@@ -1,0 +1,58 @@
+"""Write docs/reference.md from the docstrings and defaults of the configs: `make docs`."""
+
+import inspect
+import json
+from pathlib import Path
+
+from plait.design import PRESETS, ModelConfig, RMSNorm, RoPE, load_design
+from plait.design.count import parameters
+from plait.design.layers import KINDS, LETTERS
+from plait.design.merges import MERGE_KINDS
+from plait.design.summary import si
+from plait.train.config import DataConfig, RunConfig
+
+HERE = Path(__file__).parent
+
+
+def describe(name: str, cls: type) -> list[str]:
+    """A heading, the docstring, and the fields with their defaults."""
+    defaults = dict(zip(cls.__struct_fields__[::-1], cls.__struct_defaults__[::-1], strict=False))
+    lines = [f"### `{name}`", "", "```", inspect.cleandoc(cls.__doc__ or ""), "```", ""]
+    fields = []
+    for field in cls.__struct_fields__:
+        shown = repr(defaults.get(field)).replace("<factory>", "{}")
+        fields.append(f"`{field}` {'= ' + shown if field in defaults else '(required)'}")
+    return [*lines, ", ".join(fields), ""]
+
+
+def main() -> None:
+    lines = ["# Reference", "", "Written by `make docs` from the code. Values left out have the defaults shown.", ""]
+    lines += [
+        "## Designs",
+        "",
+        *describe("ModelConfig", ModelConfig),
+        *describe("norm", RMSNorm),
+        *describe("rope", RoPE),
+    ]
+    lines += [
+        "## Layers",
+        "",
+        "Default letters: " + ", ".join(f"`{k}` {type(v).__name__}" for k, v in LETTERS.items()) + ".",
+        "",
+    ]
+    for kind, cls in KINDS.items():
+        lines += describe(f"{cls.__name__}, kind: {kind}", cls)
+    lines += ["## Merges", ""]
+    for kind, cls in MERGE_KINDS.items():
+        lines += describe(f"{cls.__name__}, kind: {kind}", cls)
+    lines += ["## Presets", "", "| name | parameters | design |", "|---|---|---|"]
+    lines += [
+        f"| `{name}` | {si(parameters(load_design(name)))} | `{json.dumps(data)}` |" for name, data in PRESETS.items()
+    ]
+    lines += ["", "## Runs", "", *describe("run.yaml", RunConfig), *describe("data", DataConfig)]
+    (HERE / "reference.md").write_text("\n".join(lines))
+    print(f"wrote {HERE / 'reference.md'}")
+
+
+if __name__ == "__main__":
+    main()
