@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from plait.data import Shards, Tokenizer
@@ -32,7 +35,22 @@ def run_study(
     holds one study. `command` is what the report says to run to get it again.
     Raises what `train` raises, and ValueError for patterns that cannot be made equally large.
     """
-    console = console or Console(stderr=True)
+    with threads(study.threads):
+        return _run(study, command, fresh, console or Console(stderr=True))
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """torch's CPU threads inside the block; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(study: Study, command: str, fresh: bool, console: Console) -> dict[str, Any]:
     started = datetime.now(UTC)
     tokenizer, shards = open_text(study, console)
     runs = {name: study.run(name, tokenizer.vocab) for name in study.patterns}
