@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from plait.data.atomic import write_text
 from plait.data.errors import DataError
+from plait.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\ufffd"

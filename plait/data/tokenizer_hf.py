@@ -12,9 +12,9 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from plait.data.atomic import write_text
 from plait.data.errors import DataError
 from plait.data.tokenizer import END_OF_TEXT, PiecewiseStream, TextStream, Tokenizer
+from plait.files import write_text
 
 
 class HuggingFaceTokenizer:

@@ -14,11 +14,11 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from plait.data.atomic import sync_folder
 from plait.data.corpus import Source, open_source
 from plait.data.errors import DataError, NotFound, NotText
 from plait.data.shards import FORMAT, Meta, Shards
 from plait.data.tokenizer import Tokenizer
+from plait.files import sync_folder
 
 BATCH = 1 << 20  # characters tokenized at once; Hugging Face tokenizers need some 200 bytes for each
 LINE_SEARCH = 4096  # tokens searched for the end of a line when one document must be cut in two

@@ -13,9 +13,9 @@ from plait.design.load import read_mapping
 from plait.design.model import ModelConfig
 from plait.design.spec import BYTES
 from plait.design.spelling import suggest
+from plait.files import write_atomic
 from plait.model.build import cast
 from plait.model.language_model import LanguageModel
-from plait.state.files import write_atomic
 
 CONFIG, WEIGHTS, ENDS = "config.json", "model.safetensors", "generation_config.json"
 

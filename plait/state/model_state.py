@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from plait.state.files import write_atomic
+from plait.files import write_atomic
 from plait.state.kv import KV
 from plait.state.values import Branches, Nothing, Recurrent, SlotState, Window
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from plait.state.files import write_atomic
+from plait.files import write_atomic
 
 RESULTS = "results.json"
 PACKAGES = ("plait", "torch", "numpy", "transformers", "tokenizers")

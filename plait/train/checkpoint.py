@@ -15,10 +15,10 @@ from torch import Tensor
 
 from plait.data import Loader, Shards, Tokenizer
 from plait.design import ModelConfig
+from plait.files import sync_folder
 from plait.model import LanguageModel
 from plait.model import load as load_model
 from plait.model import save as save_model
-from plait.state.files import sync_folder
 from plait.train.config import FIXED, FREE, RunConfig
 from plait.train.folder import checkpoint_path, checkpoints, step_of
 from plait.train.optim import Optimizers

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from plait.data import Batch, Loader, Shards, Tokenizer
+from plait.files import write_atomic
 from plait.model import LanguageModel, build
-from plait.state.files import write_atomic
 from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
 from plait.train.config import RunConfig, to_yaml
 from plait.train.display import Display

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from plait.state.files import write_atomic
+from plait.files import write_atomic
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ import safetensors.torch
 import torch
 
 import plait
+from plait.files import write_atomic
 from plait.state import ModelState, StaleState
-from plait.state.files import write_atomic
 
 DESIGN = plait.ModelConfig(
     vocab=17, dim=64, pattern="M [A|WF]F D", layers={"W": plait.Attention(window=4), "F": plait.SwiGLU(hidden=8)}
