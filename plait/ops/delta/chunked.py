@@ -64,14 +64,16 @@ class _Chunked(torch.autograd.Function):
         W.copy_(hardshrink(W, torch.finfo(W.dtype).tiny ** 0.5))
         keys, last = k * to_end[..., None], a[:, -1, None, None]
         V, before = torch.empty_like(v), v.new_empty(len(v), *S.shape[1:])
+        before[: rows[0]] = S[: rows[0]]
         first = 0
-        for count in rows:
-            step = slice(first, first + count)
-            before[step] = S[:count]
+        for count, following in zip(rows, (*rows[1:], 0), strict=True):
+            step, first = slice(first, first + count), first + count
+            room = before[first : first + count] if following == count else None  # where the next step looks for it
             torch.baddbmm(U[step], W[step], before[step].mT, alpha=-1, out=V[step])
-            after = (before[step] * last[step]).baddbmm_(V[step].mT, keys[step])
-            S = after if len(S) == count else torch.cat([after, S[count:]])
-            first += count
+            after = torch.mul(before[step], last[step], out=room).baddbmm_(V[step].mT, keys[step])
+            if room is None:
+                S = after if len(S) == count else torch.cat([after, S[count:]])
+                before[first : first + following] = S[:following]
         B = (q @ k.mT).mul_(P)
         o = torch.bmm(B, V).baddbmm_(q * a[..., None], before.mT)
         ctx.save_for_backward(q, k, v, beta, a, P, to_end, L, B, UW, V, before)
@@ -103,10 +105,11 @@ class _Chunked(torch.autograd.Function):
 
 
 def _solve(A: Float[Tensor, "n c c"], B: Float[Tensor, "n c m"], transposed: bool = False) -> Float[Tensor, "n c m"]:
-    """X = (I + A)^-1 B, or (I + A)^-T B. Given as X^T (I + A)^T = B^T, since the solver wants columns to be
+    """X = (I + A)^-1 B, or (I + A)^-T B; B is lost. Given as X^T (I + A)^T = B^T, since the solver wants columns to be
     contiguous where our rows are: anything else costs copies, and a result that later products are slow on."""
-    left = A if transposed else A.mT
-    return torch.linalg.solve_triangular(left, B.mT, upper=not transposed, left=False, unitriangular=True).mT
+    left, X = A if transposed else A.mT, B.mT
+    place = None if torch.compiler.is_compiling() else X  # B's own memory saves most of the time; Dynamo refuses it
+    return torch.linalg.solve_triangular(left, X, upper=not transposed, left=False, unitriangular=True, out=place).mT
 
 
 def _through_time(
@@ -126,13 +129,17 @@ def _through_time(
     dafter = torch.empty_like(dbefore)
     keys, last, W = k * to_end[..., None], a[:, -1, None, None], UW[..., do.shape[-1] :]
     first = len(do)
-    for count in reversed(rows):
+    dafter[first - rows[-1] :] = dS[: rows[-1]]
+    for count, following in zip(rows[::-1], (*rows[-2::-1], 0), strict=True):
         first -= count
         step = slice(first, first + count)
-        dafter[step] = dS[:count]
+        room = dafter[first - count : first] if following == count else None
         dV[step].baddbmm_(keys[step], dafter[step].mT)
-        live = dbefore[step].addcmul_(dafter[step], last[step]).baddbmm_(dV[step].mT, W[step], alpha=-1)
-        dS = live if len(dS) == count else torch.cat([live, dS[count:]])
+        live = torch.addcmul(dbefore[step], dafter[step], last[step], out=room)
+        live.baddbmm_(dV[step].mT, W[step], alpha=-1)
+        if room is None:
+            dS = live if len(dS) == count else torch.cat([live, dS[count:]])
+            dafter[first - following : first] = dS[:following]
     return dV, dafter, dS
 
 

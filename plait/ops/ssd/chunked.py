@@ -52,13 +52,15 @@ class _Chunked(torch.autograd.Function):
         groups = q.shape[1]
         written = (_grouped(v * to_end[..., None], groups).mT @ k.flatten(0, 1)).view(len(v), *S.shape[1:])
         before = torch.empty_like(written)
+        before[: rows[0]] = S[: rows[0]]
         first = 0
-        for count in rows:
-            step = slice(first, first + count)
-            before[step] = S[:count]
-            after = torch.addcmul(written[step], before[step], a[step, :, -1, None, None])
-            S = after if len(S) == count else torch.cat([after, S[count:]])
-            first += count
+        for count, following in zip(rows, (*rows[1:], 0), strict=True):
+            step, first = slice(first, first + count), first + count
+            room = before[first : first + count] if following == count else None  # where the next step looks for it
+            after = torch.addcmul(written[step], before[step], a[step, :, -1, None, None], out=room)
+            if room is None:
+                S = after if len(S) == count else torch.cat([after, S[count:]])
+                before[first : first + following] = S[:following]
         B = _per_head(q @ k.mT, P)
         read = _ungrouped(q.flatten(0, 1) @ before.view(len(v) * groups, -1, k.shape[-1]).mT, v)
         o = (B.flatten(0, 1) @ v.flatten(0, 1)).view(v.shape).addcmul_(read, a[..., None])
@@ -94,12 +96,15 @@ def _through_time(rows: tuple[int, ...], dbefore: Tensor, dS: Tensor, a: Tensor)
     """Gradients of the state after each chunk, and of the first state: the loop run backwards."""
     dafter = torch.empty_like(dbefore)
     first = len(dbefore)
-    for count in reversed(rows):
+    dafter[first - rows[-1] :] = dS[: rows[-1]]
+    for count, following in zip(rows[::-1], (*rows[-2::-1], 0), strict=True):
         first -= count
         step = slice(first, first + count)
-        dafter[step] = dS[:count]
-        live = torch.addcmul(dbefore[step], dafter[step], a[step, :, -1, None, None])
-        dS = live if len(dS) == count else torch.cat([live, dS[count:]])
+        room = dafter[first - count : first] if following == count else None
+        live = torch.addcmul(dbefore[step], dafter[step], a[step, :, -1, None, None], out=room)
+        if room is None:
+            dS = live if len(dS) == count else torch.cat([live, dS[count:]])
+            dafter[first - following : first] = dS[:following]
     return dafter, dS
 
 
