@@ -51,6 +51,12 @@ class Layer(Struct, frozen=True, kw_only=True):
         return StateSpec("none")
 
 
+def told(number: int | None) -> int:
+    """A number that `resolve` has filled in."""
+    assert number is not None, "resolve(dim) first"
+    return number
+
+
 def default_head_dim(dim: int, layer: str) -> int:
     """64, as most small published models; 128 from width 512 on where it divides."""
     if dim % 64:

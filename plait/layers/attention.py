@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plait.design.layers import Attention
+from plait.design.layers import Attention, told
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.layers.norm import Norm
@@ -24,20 +24,21 @@ class AttentionLayer(nn.Module):
         self.widths = [query + key, key] + [query] * config.output_gate
         self.qkv_proj = nn.Linear(design.dim, sum(self.widths), bias=config.bias)
         self.o_proj = nn.Linear(query, design.dim, bias=config.bias)
-        self.q_norm = Norm(config.head_dim, design.norm) if config.qk_norm else None
-        self.k_norm = Norm(config.head_dim, design.norm) if config.qk_norm else None
+        self.heads, self.kv_heads, head_dim = told(config.heads), told(config.kv_heads), told(config.head_dim)
+        self.q_norm = Norm(head_dim, design.norm) if config.qk_norm else None
+        self.k_norm = Norm(head_dim, design.norm) if config.qk_norm else None
 
     def forward(
         self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | None
     ) -> tuple[Float[Tensor, "b t d"], KV | Window | None]:
         c = self.config
         qk, v, *gate = self.qkv_proj(x).split_with_sizes(self.widths, -1)
-        qk, v = qk.unflatten(-1, (-1, c.head_dim)), v.unflatten(-1, (c.kv_heads, -1))  # (b, t, h, k)
+        qk, v = qk.unflatten(-1, (self.heads + self.kv_heads, -1)), v.unflatten(-1, (self.kv_heads, -1))  # (b, t, h, k)
         if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, : c.heads]), self.k_norm(qk[:, :, c.heads :])], 2)
+            qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], 2)
         if c.rope is not None:
             qk = turn(qk, c.rope, context)
-        q, k = qk.split_with_sizes((c.heads, c.kv_heads), 2)
+        q, k = qk.split_with_sizes((self.heads, self.kv_heads), 2)
         if state is None:
             o = attention(q, k, v, window=c.window, softcap=c.softcap, packing=context.packing)
         elif isinstance(state, Window):

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from plait.design.layers import GELU, FeedForward, ReLU2, SwiGLU
+from plait.design.layers import GELU, FeedForward, ReLU2, SwiGLU, told
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.ops.graph import whole
@@ -61,8 +61,8 @@ class FeedForwardLayer(nn.Module):
     def __init__(self, config: FeedForward, design: ModelConfig):
         super().__init__()
         self.act = ACTIVATIONS[type(config)]
-        self.up_proj = nn.Linear(design.dim, config.inputs() * config.hidden, bias=config.bias)
-        self.down_proj = nn.Linear(config.hidden, design.dim, bias=config.bias)
+        self.up_proj = nn.Linear(design.dim, config.inputs() * told(config.hidden), bias=config.bias)
+        self.down_proj = nn.Linear(told(config.hidden), design.dim, bias=config.bias)
 
     def forward(
         self, x: Float[Tensor, "b t d"], context: Context, state: Nothing | None

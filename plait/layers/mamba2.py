@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plait.design.layers import Mamba2
+from plait.design.layers import Mamba2, told
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
 from plait.ops.kernels import cast
 from plait.ops.ssd import ssd
-from plait.state import Recurrent
+from plait.state import Recurrent, recurrent
 
 
 class Mamba2Layer(nn.Module):
@@ -25,13 +25,14 @@ class Mamba2Layer(nn.Module):
         self.config = config
         inner, conv = config.widths()
         keys = config.groups * config.state_dim
-        self.widths, self.conv_widths = [inner, conv, config.heads], [inner, keys, keys]
+        heads = told(config.heads)
+        self.widths, self.conv_widths = [inner, conv, heads], [inner, keys, keys]
         self.in_proj = nn.Linear(design.dim, sum(self.widths), bias=False)
         self.conv1d_weight = nn.Parameter(torch.empty(conv, config.conv_width))
         self.conv1d_bias = nn.Parameter(torch.empty(conv)) if config.conv_bias else None
-        self.A_log = nn.Parameter(torch.empty(config.heads))
-        self.dt_bias = nn.Parameter(torch.empty(config.heads))
-        self.D = nn.Parameter(torch.empty(config.heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
         self.norm = Norm(inner, design.norm.replace(zero_centered=False))
         self.out_proj = nn.Linear(inner, design.dim, bias=False)
         self.reset_parameters()
@@ -60,7 +61,7 @@ class Mamba2Layer(nn.Module):
         y, s = ssd(C, B, x * cast(dt[..., None], x.dtype), g, state=state and state.s, packing=context.packing)
         y = torch.addcmul(y, x, cast(self.D[:, None], x.dtype)).flatten(2)
         out = self.out_proj(norm_per_group(y * F.silu(z), self.norm, c.groups))
-        return out, None if state is None else Recurrent(s, conv)
+        return out, recurrent(s, conv)
 
 
 def norm_per_group(x: Float[Tensor, "b t d"], norm: Norm, groups: int) -> Float[Tensor, "b t d"]:

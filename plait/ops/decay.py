@@ -5,7 +5,6 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import threshold_
 
 # Smaller products are set to 0. Each is added to a term with decay 1, beside which e^-20 = 2e-9 is a thirtieth of
 # float32's rounding, and e^-40 = 4e-18 of float64's. Kept, they would be multiplied with one another down to subnormal numbers,
@@ -30,7 +29,7 @@ def chunk_decay(
 def _exp(x: Tensor) -> Tensor:
     """exp(x) in place for x <= 0, 0 below the floor. Infinities would do the same, but exp is slow on them."""
     floor = FLOOR[x.dtype]
-    return threshold_(x.clamp_(floor, 0).exp_(), math.exp(floor) * (1 + 1e-6), 0.0)
+    return torch.nn.functional.threshold_(x.clamp_(floor, 0).exp_(), math.exp(floor) * (1 + 1e-6), 0.0)
 
 
 def from_pairs(dlogP: Float[Tensor, "*n c c"]) -> Float[Tensor, "*n c"]:

@@ -18,4 +18,5 @@ def whole(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     def apply(*args: Any) -> Any:
         return function.apply(*args)
 
-    return torch.compiler.allow_in_graph(apply)
+    torch.compiler.allow_in_graph(apply)  # marks the function, and gives it back
+    return apply

@@ -9,3 +9,4 @@ from plait.state.values import Nothing as Nothing
 from plait.state.values import Recurrent as Recurrent
 from plait.state.values import SlotState as SlotState
 from plait.state.values import Window as Window
+from plait.state.values import recurrent as recurrent

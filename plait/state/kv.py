@@ -118,7 +118,8 @@ class KV:
             else:
                 room = torch.cat([kept, kept.new_zeros(len(kept), max(after) - kept.shape[1], *kept.shape[2:])], 1)
                 grown.append(room.index_put((rows, at), new.to(room.dtype)))
-        return type(self).of(*grown, after), *grown
+        keys, values = grown
+        return type(self).of(keys, values, after), keys, values
 
     def tensors(self) -> dict[str, Tensor]:
         return {"k": self.buffer.k, "v": self.buffer.v}

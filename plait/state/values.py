@@ -40,6 +40,11 @@ class Recurrent:
         return type(self)(change(self.s), change(self.conv))
 
 
+def recurrent(s: Tensor | None, conv: Tensor | None) -> Recurrent | None:
+    """What the ops of a layer leave behind: a state where they were given one."""
+    return None if s is None or conv is None else Recurrent(s, conv)
+
+
 @dataclass(frozen=True, eq=False)
 class Nothing:
     """The state of a layer that has none."""

@@ -20,7 +20,7 @@ class Study(Struct, frozen=True, kw_only=True, tag=False):
     layers: what letters mean, for all patterns.    data, training: as in a run; `training` holds its other keys.
     decode_contexts: tokens of context at which decoding is timed.
     state_contexts: tokens of context at which the state is counted.
-    threads: CPU threads to compute with; null: as many as torch takes.
+    jobs: runs that are trained at a time.          threads: CPU threads of each, and of what is measured after.
     sample_prompt: what every model's sample continues, for `sample_tokens` tokens at `sample_temperature`.
     """
 
@@ -34,14 +34,15 @@ class Study(Struct, frozen=True, kw_only=True, tag=False):
     training: dict[str, Any] = {}
     decode_contexts: tuple[int, ...] = (256, 1_024, 4_096, 8_192)
     state_contexts: tuple[int, ...] = (1_024, 4_096, 16_384, 65_536, 131_072)
-    threads: int | None = None
+    jobs: int = 1
+    threads: int = 1
     sample_prompt: str = "def "
     sample_tokens: int = 96
     sample_temperature: float = 0.7
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "data", convert(self.data, DataConfig, "data"))
-        positive(self, "dim", "parameters", "tokens", "sample_tokens", "threads")
+        positive(self, "dim", "parameters", "tokens", "sample_tokens", "jobs", "threads")
         if not self.patterns:
             raise ValueError("study: no patterns; expected at least one, as in {'transformer': '(AF)4'}")
         for key in RESERVED:

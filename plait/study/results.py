@@ -28,8 +28,6 @@ class ModelResult:
     folder: str
     parameters: int
     bits_per_byte: float
-    heldout_tokens: int
-    heldout_bytes: int
     train_tokens: int
     train_seconds: float
     decode_ms: dict[int, float]

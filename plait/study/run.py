@@ -17,9 +17,10 @@ from plait.design.count import parameters
 from plait.design.model import ModelConfig
 from plait.study.config import Study
 from plait.study.measure import measure
+from plait.study.pool import train_all
 from plait.study.report import write_report
 from plait.study.results import as_data, machine, write_results, write_text
-from plait.train import RunConfig, train
+from plait.train import RunConfig
 from plait.train.inputs import open_tokenizer
 
 STUDY = "study.json"
@@ -40,10 +41,10 @@ def run_study(
 
 
 @contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """torch's CPU threads inside the block; None changes nothing."""
+def threads(count: int) -> Iterator[None]:
+    """torch's CPU threads inside the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -55,21 +56,25 @@ def _run(study: Study, command: str, fresh: bool, console: Console) -> dict[str,
     tokenizer, shards = open_text(study, console)
     runs = {name: study.run(name, tokenizer.vocab) for name in study.patterns}
     claim(study, runs, shards, fresh, console)
-    models = []
-    for number, (name, run) in enumerate(runs.items(), start=1):
+    for name, run in runs.items():
         design = ModelConfig.from_dict(run.design)
-        console.print(
-            f"{number}/{len(runs)} {name}: {design.pattern}, {parameters(design):,} parameters, {run.steps} steps",
-            markup=False,
-            soft_wrap=True,
-        )
-        result = train(run, console=console)
+        say(console, f"{name}: {design.pattern}, {parameters(design):,} parameters, {run.steps} steps")
+    train_all(runs, study.jobs, study.threads, console)
+    models = []
+    for name, run in runs.items():
         with console.status(f"measuring {name}"):
-            models.append(measure(study, name, result))
+            models.append(measure(study, name, run))
+        model = models[-1]
+        say(
+            console,
+            f"{name}: {model.bits_per_byte:.4f} bits per byte held out, {model.train_seconds:.0f} s of training",
+        )
+    meta = shards.meta
     facts = {
         "command": command,
         "date": started.isoformat(timespec="seconds"),
         "seconds": (datetime.now(UTC) - started).total_seconds(),
+        "text": {"documents": meta.documents, "heldout_documents": meta.heldout_documents, "bytes": meta.bytes},
         "tokenizer": tokenizer.name,
         "machine": machine(),
     }
@@ -77,6 +82,11 @@ def _run(study: Study, command: str, fresh: bool, console: Console) -> dict[str,
     write_results(Path(study.folder), data)
     write_report(Path(study.folder), data)
     return data
+
+
+def say(console: Console, text: str) -> None:
+    """One line of plain text."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def open_text(study: Study, console: Console) -> tuple[Tokenizer, Shards]:
@@ -91,11 +101,10 @@ def open_text(study: Study, console: Console) -> tuple[Tokenizer, Shards]:
             study.data.source, tokenizer, study.data.cache, heldout=study.data.heldout, progress=progress
         )
     meta = shards.meta
-    console.print(
+    say(
+        console,
         f"text: {meta.source}, {meta.bytes / 1e6:.1f} MB in {meta.documents:,} documents, of them held out "
         f"{meta.heldout_documents}; {tokenizer.name}, {meta.tokens:,} tokens",
-        markup=False,
-        soft_wrap=True,
     )
     return tokenizer, shards
 
@@ -107,7 +116,7 @@ def claim(study: Study, runs: dict[str, RunConfig], shards: Shards, fresh: bool,
     path = folder / STUDY
     theirs = json.loads(path.read_text()) if path.is_file() else ours
     if theirs != ours or fresh:
-        console.print(f"{folder} held other runs, which are replaced", markup=False, soft_wrap=True)
+        say(console, f"{folder} held other runs, which are replaced")
         for name in theirs["runs"]:
             shutil.rmtree(folder / name, ignore_errors=True)
     write_text(path, json.dumps(ours, indent=1) + "\n")
