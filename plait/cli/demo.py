@@ -40,9 +40,7 @@ def command(
     try:
         data = run_study(demo_study(text, str(out)), command=again, fresh=fresh, console=screen)
     except Interrupted as stop:
-        raise Interrupted(
-            f"stopped; what is trained is kept, to go on: {again}", stop.folder, stop.checkpoint
-        ) from None
+        raise Interrupted(f"stopped and saved; to go on: {again}", stop.folder, stop.checkpoint) from None
     for model in data["models"]:
         show_sample(screen, model)
     screen.print(table(data))

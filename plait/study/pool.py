@@ -48,10 +48,15 @@ class Job:
         return cls(name, run, process, errors)
 
     def stop(self) -> None:
-        """Let it finish its step and save."""
+        """Ask it to finish its step and save."""
         assert self.process.stdin is not None
         self.process.stdin.close()
+
+    def close(self) -> None:
+        """Wait for its end."""
+        self.stop()
         self.process.wait()
+        self.errors.close()
 
     def check(self) -> bool:
         """Whether it has ended. Raises TrainingStopped with its last words where it did not end well."""
@@ -113,12 +118,14 @@ def train_all(runs: dict[str, RunConfig], jobs: int, threads: int, console: Cons
                     board.show(job)
                     if job.check():
                         going.remove(job)
+                        job.close()
     except KeyboardInterrupt:
         raise Interrupted("stopped, saved; run it again to go on", Path(), None) from None
     finally:
         for job in going:
             job.stop()
-            job.errors.close()
+        for job in going:
+            job.close()
 
 
 def finished(run: RunConfig) -> bool:

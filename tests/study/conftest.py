@@ -14,8 +14,6 @@ def fake_model(name: str, pattern: str, index: int) -> dict[str, Any]:
         "folder": f"runs/fake/{name}",
         "parameters": 1_000_000 + index,
         "bits_per_byte": 2.0 + index / 10,
-        "heldout_tokens": 32_768,
-        "heldout_bytes": 90_000,
         "train_tokens": 64_000,
         "train_seconds": 10.0,
         "train_tokens_per_s": 6_400.0,
@@ -34,6 +32,8 @@ def fake_results() -> dict[str, Any]:
         "study": {
             "parameters": 1_000_000,
             "dim": 128,
+            "jobs": 2,
+            "threads": 1,
             "data": {"source": "fake text", "length": 256},
             "training": {"optimizer": "muon", "lr": 0.01},
         },
@@ -42,6 +42,7 @@ def fake_results() -> dict[str, Any]:
         "date": "2026-01-02T03:04:05+00:00",
         "seconds": 60.0,
         "tokenizer": "bpe-1024",
+        "text": {"documents": 600, "heldout_documents": 20, "bytes": 10_000_000},
         "machine": {
             "cpu": "A Processor",
             "cores": 2,
