@@ -23,7 +23,14 @@ import plait
 from plait.model import token_loss
 
 VOCAB, DIM, BLOCKS, HIDDEN = 4096, 256, 8, 704
-COMMON = {"vocab_size": VOCAB, "hidden_size": DIM, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": DIM,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": HIDDEN}
 A = {"kind": "attention", "heads": 4, "kv_heads": 2, "head_dim": 64}
 F = {"kind": "swiglu", "hidden": HIDDEN}
@@ -34,9 +41,10 @@ def llama() -> nn.Module:
 
 
 def qwen3_next() -> nn.Module:
+    """As wide in keys and twice as wide in values as the model, with the class's own heads of 128."""
     config = transformers.Qwen3NextConfig(
         **COMMON, **ATTENTION, num_hidden_layers=BLOCKS, mlp_only_layers=list(range(BLOCKS)), partial_rotary_factor=0.25,
-        linear_num_key_heads=4, linear_key_head_dim=64, linear_num_value_heads=8, linear_value_head_dim=64,
+        linear_num_key_heads=2, linear_num_value_heads=4,
     )  # fmt: skip
     return transformers.Qwen3NextForCausalLM(config)
 
@@ -44,7 +52,14 @@ def qwen3_next() -> nn.Module:
 def mamba2() -> nn.Module:
     """Twice the layers, since it has no feed-forward ones: 8.5M parameters against 9.1M of (MF)8."""
     config = transformers.Mamba2Config(
-        **COMMON, num_hidden_layers=2 * BLOCKS, num_heads=8, head_dim=64, state_size=128, n_groups=1, expand=2, conv_kernel=4
+        **COMMON,
+        num_hidden_layers=2 * BLOCKS,
+        num_heads=8,
+        head_dim=64,
+        state_size=128,
+        n_groups=1,
+        expand=2,
+        conv_kernel=4,
     )
     return transformers.Mamba2ForCausalLM(config)
 
@@ -65,7 +80,7 @@ def ours(pattern: str, **changes: Any) -> Callable[[], nn.Module]:
 QWEN = {
     "layers": {
         "A": A | {"qk_norm": True, "output_gate": True, "rope": {"fraction": 0.25}},
-        "D": {"kind": "gated_deltanet", "heads": 4, "head_dim": 64, "value_heads": 8, "value_head_dim": 64},
+        "D": {"kind": "gated_deltanet", "heads": 2, "head_dim": 128, "value_heads": 4},
     },
     "norm": {"zero_centered": True},
 }
@@ -192,7 +207,10 @@ def hybrids(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
                 "bar": HYBRIDS.get(pattern),
             }
         )
-        print(f"{pattern:<14} {rows[-1]['train_tokens_per_s']:7.0f} tokens/s, {rows[-1]['ratio']:.2f} of (AF)8", flush=True)
+        print(
+            f"{pattern:<14} {rows[-1]['train_tokens_per_s']:7.0f} tokens/s, {rows[-1]['ratio']:.2f} of (AF)8",
+            flush=True,
+        )
     return rows
 
 

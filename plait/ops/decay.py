@@ -29,7 +29,7 @@ def chunk_decay(
 def _exp(x: Tensor) -> Tensor:
     """exp(x) in place for x <= 0, 0 below the floor. Infinities would do the same, but exp is slow on them."""
     floor = FLOOR[x.dtype]
-    return torch.nn.functional.threshold_(x.clamp_(floor, 0).exp_(), math.exp(floor) * (1 + 1e-6), 0.0)
+    return torch.threshold_(x.clamp_(floor, 0).exp_(), math.exp(floor) * (1 + 1e-6), 0.0)
 
 
 def from_pairs(dlogP: Float[Tensor, "*n c c"]) -> Float[Tensor, "*n c"]:

@@ -18,6 +18,7 @@ from plait.design.model import ModelConfig
 from plait.evaluate.laws.compare import LawBroken, Values, agree, outcome, some_tokens, subject, with_gradients
 from plait.model import build, load, save
 from plait.model.build import WIDE, init_weights
+from plait.ops.graph import LOOKS_INSIDE
 from plait.ops.kernels import forced
 from plait.state import ModelState
 
@@ -133,7 +134,9 @@ def _decode(model: Callable, state: ModelState, tokens: torch.Tensor) -> Values:
     return outcome(list(logits), after)
 
 
-PACKAGES = ("fla", "mamba_ssm", "causal_conv1d", "flash_attn", "triton")
+PACKAGES = ["fla", "mamba_ssm", "causal_conv1d", "flash_attn", "triton"]
+if not LOOKS_INSIDE:  # there, marking functions for the compiler makes torch import its own Triton support
+    PACKAGES.remove("triton")
 
 _FAKE = """
 def __getattr__(name):
