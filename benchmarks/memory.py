@@ -75,8 +75,10 @@ def decode(patterns: tuple[str, ...], rounds: int) -> dict[str, dict[int, float]
     times: dict[tuple[str, int], list[float]] = {key: [] for key in states}
     for _ in range(rounds):
         for key, (model, state) in states.items():
+            token = torch.zeros(1, 1, dtype=torch.long)
+            model(token, state)  # brings these weights back into the caches, whichever model ran before
             start = time.perf_counter()
-            model(torch.zeros(1, 1, dtype=torch.long), state)
+            model(token, state)
             times[key].append((time.perf_counter() - start) * 1e3)
     return {p: {c: statistics.median(times[p, c]) for c in CONTEXTS} for p in patterns}
 
