@@ -24,8 +24,8 @@ check: $(SETUP)  ## format, lint, import order, types
 	$(BIN)/pyright
 
 bench: $(SETUP)  ## speed and memory beside transformers, in one process
-	$(BIN)/python benchmarks/cpu_models.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/cpu_models.py --out benchmarks/results/cpu_models.json
+	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory.json
 
 docs: $(SETUP)  ## the pages the code writes: layers, presets, commands
 	$(BIN)/python docs/generate.py

@@ -63,7 +63,7 @@ def memory(pattern: str) -> dict[int, float]:
 
 @torch.inference_mode()
 def decode(patterns: tuple[str, ...], rounds: int) -> dict[str, dict[int, float]]:
-    """Milliseconds per token by context; models and contexts take turns, so that a busy machine slows all alike."""
+    """Milliseconds per token by context; contexts take turns, so that a busy machine slows all alike."""
     states = {}
     for pattern in patterns:
         model = model_of(pattern)
@@ -73,13 +73,15 @@ def decode(patterns: tuple[str, ...], rounds: int) -> dict[str, dict[int, float]
                 _, state = model.features(torch.randint(VOCAB, (1, min(1024, context - state.lengths[0]))), state)
             states[pattern, context] = (model, state.fork())
     times: dict[tuple[str, int], list[float]] = {key: [] for key in states}
-    for _ in range(rounds):
-        for key, (model, state) in states.items():
-            token = torch.zeros(1, 1, dtype=torch.long)
-            model(token, state)  # brings these weights back into the caches, whichever model ran before
-            start = time.perf_counter()
-            model(token, state)
-            times[key].append((time.perf_counter() - start) * 1e3)
+    token = torch.zeros(1, 1, dtype=torch.long)
+    for pattern in patterns:
+        for turn in range(rounds):
+            for i in range(len(CONTEXTS)):  # a new order each round: whoever comes first finds colder caches
+                context = CONTEXTS[(turn + i) % len(CONTEXTS)]
+                model, state = states[pattern, context]
+                start = time.perf_counter()
+                model(token, state)
+                times[pattern, context].append((time.perf_counter() - start) * 1e3)
     return {p: {c: statistics.median(times[p, c]) for c in CONTEXTS} for p in patterns}
 
 
