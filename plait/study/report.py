@@ -10,6 +10,7 @@ from plait.study import plots
 from plait.study.results import write_text
 
 REPORT = "report.html"
+TRAINING = ("batch", "optimizer", "lr", "weight_decay", "schedule", "precision", "device")  # what changes numbers
 
 
 def write_report(folder: Path, data: dict[str, Any]) -> Path:
@@ -32,6 +33,7 @@ def render(data: dict[str, Any]) -> str:
     environment.filters |= {"si": si, "size": size}
     return environment.get_template("report.html.j2").render(
         **data,
+        training={key: data["study"]["training"][key] for key in TRAINING if key in data["study"]["training"]},
         decode_contexts=ends(models[0]["decode_ms"]),
         state_contexts=ends(models[0]["state_bytes"]),
         loss_svg=plots.losses(

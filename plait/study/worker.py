@@ -36,7 +36,8 @@ def main() -> int:
 
 
 def _stop_at_end_of_input() -> None:
-    sys.stdin.read()
+    while os.read(0, 4096):  # the descriptor itself: a thread inside sys.stdin would hold its lock when Python ends
+        pass
     os.kill(os.getpid(), signal.SIGINT)
 
 
