@@ -41,15 +41,15 @@ def command(
     for name, value in (("--context", context), ("--tokens", tokens)):
         if value is not None and value < 2:
             raise ValueError(f"{name} must be at least 2, got {value}")
-    from plait.cli.device import find
     from plait.data import load_tokenizer
     from plait.model import load, model_folder
+    from plait.model.device import find_device
 
     folder = model_folder(run)
     trained = run_of(folder)
     if text is None and trained is None:
         raise ValueError(f"{folder} is not part of a training run, so it has no held-out text: give --text")
-    model, tokenizer = load(folder, device=find(device)), load_tokenizer(folder)
+    model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
     context = context or (trained.data.length if trained else None)
     with screen.status("reading"):
         if text is not None:

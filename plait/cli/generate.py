@@ -29,14 +29,14 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
 ) -> Outcome:
     """Continue a prompt with a trained model, printed as it comes."""
-    from plait.cli.device import find
     from plait.data import load_tokenizer
     from plait.engine import stream
     from plait.model import load, model_folder
+    from plait.model.device import find_device
 
     text = sys.stdin.read() if prompt == "-" else prompt
     folder = model_folder(run)
-    model, tokenizer = load(folder, device=find(device)), load_tokenizer(folder)
+    model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
     started = time.perf_counter()
     pieces = []
     for piece in stream(

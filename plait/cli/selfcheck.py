@@ -31,10 +31,10 @@ def command(
     """Check on this device that every way of calling a model gives the same numbers, for many patterns."""
     import torch
 
-    from plait.cli.device import find
     from plait.evaluate.selfcheck import selfcheck
+    from plait.model.device import find_device
 
-    where = str(find(device))
+    where = str(find_device(device))
     name = torch.cuda.get_device_name(where) if where.startswith("cuda") else "cpu"
     with progress_bar(screen) as bar:
         task = bar.add_task("checking", total=None)

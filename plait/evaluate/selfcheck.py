@@ -13,6 +13,7 @@ from plait.design.pattern import parse
 from plait.design.spelling import suggest
 from plait.evaluate.laws import DESIGNS, EXACT, LAWS, TOLERANCES, LawBroken, packages, small
 from plait.evaluate.laws.models import compiled, has_compiler
+from plait.model.device import find_device
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
 
@@ -50,7 +51,7 @@ def selfcheck(
     device: "auto" takes the GPU where there is one. `progress(done, total, result)` is called after each check.
     Raises ValueError for a law, dtype, pattern or device that does not exist; a law that breaks is a result.
     """
-    checks = _checks(_device(device), dtypes, patterns, laws)
+    checks = _checks(str(find_device(device)), dtypes, patterns, laws)
     results = []
     with _full_precision():
         for done, check in enumerate(checks, 1):
@@ -96,17 +97,6 @@ def _design(pattern: str | ModelConfig) -> tuple[str, ModelConfig]:
         return pattern, DESIGNS[pattern]
     parse(pattern)
     return pattern, small(pattern)
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
-    return name
 
 
 def _run(law: str, pattern: str, dtype: str, check: Callable[[], float]) -> LawResult:

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from plait.data import Batch, Loader, Shards, Tokenizer
-from plait.files import write_atomic
+from plait.files import write_text
 from plait.model import LanguageModel, build
+from plait.model.device import find_device
 from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
 from plait.train.config import RunConfig, to_yaml
 from plait.train.display import Display
@@ -44,7 +45,7 @@ def train(run: RunConfig, *, sample: Sample | None = None, console: Console | No
         before = _open_folder(run)
         tokenizer, shards, design = open_inputs(run, display.reading)
         run = run.replace(design=design.to_dict())
-        device = _device(run.device)
+        device = find_device(run.device)
         if before is None:
             torch.manual_seed(run.seed)
             model, position = build(design, seed=run.seed, device=device), Position()
@@ -56,7 +57,7 @@ def train(run: RunConfig, *, sample: Sample | None = None, console: Console | No
         if before is not None:
             before.restore(optimizers, loader)
         tokenizer.save(folder / "tokenizer")
-        write_atomic(folder / CONFIG, lambda path: _write_text(path, to_yaml(run.replace(resume="auto"))))
+        write_text(folder / CONFIG, to_yaml(run.replace(resume="auto")))
         with Signals() as signals, MetricsLog(folder / METRICS, position.step) as log:
             return _Training(
                 run, model, tokenizer, shards, optimizers, loader, position, sample, display, signals, log
@@ -205,17 +206,3 @@ def _open_folder(run: RunConfig) -> Checkpoint | None:
             f"{folder} has a checkpoint, {newest.name}: give another folder, or resume=auto to go on from it"
         )
     return Checkpoint.open(newest)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r}: {reason}; expected auto, cpu, cuda or cuda:INDEX") from None
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

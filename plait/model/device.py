@@ -3,7 +3,7 @@
 import torch
 
 
-def find(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
