@@ -13,7 +13,7 @@ from plait.design.load import read_mapping
 from plait.design.model import ModelConfig
 from plait.design.spec import BYTES
 from plait.design.spelling import suggest
-from plait.files import write_atomic
+from plait.files import write_atomic, write_text
 from plait.model.build import cast
 from plait.model.language_model import LanguageModel
 
@@ -93,10 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(json.dumps(data, indent=2) + "\n")
-
-    write_atomic(path, write)
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def _read_weights(path: Path, design: ModelConfig) -> dict[str, torch.Tensor]:

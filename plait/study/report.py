@@ -6,8 +6,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from plait.design.summary import si, size
+from plait.files import write_text
 from plait.study import plots
-from plait.study.results import write_text
 
 REPORT = "report.html"
 TRAINING = ("batch", "optimizer", "lr", "weight_decay", "schedule", "precision", "device")  # what changes numbers

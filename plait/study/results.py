@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from plait.files import write_atomic
+from plait.files import write_text
 
 RESULTS = "results.json"
 PACKAGES = ("plait", "torch", "numpy", "transformers", "tokenizers")
@@ -52,15 +52,6 @@ def write_results(folder: Path, data: dict[str, Any]) -> Path:
     path = folder / RESULTS
     write_text(path, json.dumps(data, indent=1) + "\n")
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Put `text` at `path`, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomic(path, write)
 
 
 def machine() -> dict[str, Any]:
