@@ -1,6 +1,7 @@
-"""Hand-written gradients inside compiled graphs."""
+"""Hand-written gradients inside compiled graphs, and autograd inside custom ops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,3 +24,20 @@ def whole(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     torch.compiler.allow_in_graph(apply)  # marks the function, and gives it back
     return apply
+
+
+_AUTOGRAD_KEYS = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther)
+
+
+@contextmanager
+def autograd_inside() -> Iterator[None]:
+    """Autograd within the body of a custom op, where torch switches it off, dispatch keys and all."""
+    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in _AUTOGRAD_KEYS]
+    for key in _AUTOGRAD_KEYS:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for key, excluded in zip(_AUTOGRAD_KEYS, before, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)

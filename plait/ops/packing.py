@@ -81,6 +81,7 @@ class Chunks:
     index: Int[Tensor, "n c"] | None = None  # packed: source of each place, one past the end for padding
     back: Int[Tensor, " t"] | None = None  # packed: where each token went
     order: Int[Tensor, " d"] | None = None  # packed: documents, longest first
+    lengths: tuple[int, ...] = ()  # packed: of the documents
 
     def split(self, x: Float[Tensor, "b t h *k"]) -> Float[Tensor, "n h c *k"]:
         """Tokens into chunks, heads before time; places past a sequence's end are zero."""
@@ -101,6 +102,29 @@ class Chunks:
         y = y.unflatten(0, (len(self.alive), self.batch)).permute(1, 0, 3, 2, 4)  # (b, steps, c, h, v)
         y = y.flatten(1, 2)
         return y if y.shape[1] == self.length else y[:, : self.length]
+
+    def by_step(self, x: Float[Tensor, "b t *u"]) -> Float[Tensor, "c n *u"]:
+        """Tokens by their place in a chunk, so that one step advances all n chunks; places past an end are zero."""
+        if self.index is not None:
+            return F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1))[self.index.T]
+        steps = len(self.alive)
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, steps * self.size - self.length))
+        return x.unflatten(1, (steps, self.size)).transpose(0, 2).flatten(1, 2)
+
+    def from_steps(self, y: Float[Tensor, "c n *u"]) -> Float[Tensor, "b t *u"]:
+        """The inverse of `by_step`, padding dropped."""
+        if self.back is not None:
+            return y.transpose(0, 1).flatten(0, 1)[self.back][None]
+        y = y.unflatten(1, (len(self.alive), self.batch)).transpose(0, 2)
+        return y.flatten(1, 2)[:, : self.length]
+
+    @cached_property
+    def last(self) -> tuple[list[int], list[int]]:
+        """Where each sequence (in advancing order) ends: its place in a chunk, and the chunk."""
+        groups = [0, *accumulate(self.alive)]
+        lengths = sorted(self.lengths, reverse=True) if self.lengths else [self.length] * self.batch
+        ends = [(n - 1) // self.size for n in lengths]
+        return [(n - 1) % self.size for n in lengths], [groups[j] + row for row, j in enumerate(ends)]
 
     def sort(self, state: Tensor) -> Tensor:
         """A state per sequence, in the order in which the chunks advance."""
@@ -136,7 +160,7 @@ def _packed_chunks(packing: Packing, size: int) -> Chunks:
     back = torch.empty(total, dtype=torch.long)
     back[index[inside]] = torch.arange(index.numel()).view_as(index)[inside]
     to = packing.device
-    return Chunks(size, tuple(alive), 1, total, index.to(to), back.to(to), torch.tensor(order).to(to))
+    return Chunks(size, tuple(alive), 1, total, index.to(to), back.to(to), torch.tensor(order).to(to), lengths)
 
 
 def each_document(

@@ -1,0 +1,152 @@
+"""Nonlinear recurrences h_t = f(h_{t-1}, x_t) in parallel over time, by multiple shooting (docs/shooting.md)."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from plait.design.spelling import suggest
+from plait.ops.kernels import Call, Kernel, always, choose, full_precision, many_tokens, one_token, wide
+from plait.ops.packing import Packing
+from plait.ops.shooting import library, reference
+from plait.ops.shooting.cells import EMPTY as EMPTY
+from plait.ops.shooting.cells import GRU as GRU
+from plait.ops.shooting.cells import LSTM as LSTM
+from plait.ops.shooting.cells import RNN as RNN
+from plait.ops.shooting.cells import SLSTM as SLSTM
+from plait.ops.shooting.cells import Bound as Bound
+from plait.ops.shooting.cells import Cell as Cell
+
+SOLVERS = ("shooting", "deer", "quasi_deer", "elk", "quasi_elk", "sequential")
+
+# How far a joint may gape, in units of the state or of 1: a few roundings of what is computed in, or half a rounding of what
+# comes out.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+
+
+class Info(NamedTuple):
+    """How a call was solved, as tensors on its device. `gap`: the largest miss at a joint when the solver stopped;
+    `fell_back`: the passes did not close it, so the tokens ran one by one and the answer is exact all the same."""
+
+    passes: Tensor
+    gap: Tensor
+    fell_back: Tensor
+
+
+class NotConverged(RuntimeError):
+    """Raised in strict mode only."""
+
+
+class Options(NamedTuple):
+    solver: str
+    tol: float
+    max_passes: int | None
+
+
+def shooting(
+    cell: Bound,
+    x: Float[Tensor, "b t g h k"],
+    h0: Float[Tensor, "n s h k"] | None = None,
+    *,
+    resets: Bool[Tensor, "b t"] | None = None,
+    packing: Packing | None = None,
+    tol: float | None = None,
+    max_passes: int | None = None,
+    strict: bool = False,
+    solver: str = "shooting",
+) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "n s h k"], Info]:
+    """Outputs in x's dtype, the last states (at least float32), and how it was solved.
+
+    x: the projected inputs, g per unit, h heads of k units. h0: the states before the first token (the cell's own start if
+    left out), one row per batch row, or per packed document. `resets` marks tokens before which the state goes back to its
+    row's h0; they are read on the host. Computed in float32, float64 for float64. The result is within about `tol`
+    (TOLERANCES of x's dtype) of the loop over tokens; where `max_passes` do not get there, the loop itself is run.
+    strict: raise NotConverged instead (waits for the device).
+    solver: "shooting", or for comparison "deer", "quasi_deer", "elk", "quasi_elk" (Newton over all tokens), "sequential".
+    """
+    _check(cell, x, solver)
+    if resets is not None:
+        return _with_resets(cell, x, h0, resets, tol, max_passes, strict, solver)
+    rows = x.shape[0] if packing is None else len(packing.lengths)
+    with full_precision(x.device):
+        like = wide(x)[:, :0, 0] if x.dtype != torch.float64 else x[:, :0, 0]
+        first = cell.cell.start_like(like, rows) if h0 is None else wide(h0).to(like.dtype)
+        bound = cell.with_tensors([w.to(like.dtype) for w in cell.tensors()])
+        options = Options(solver, TOLERANCES[x.dtype] if tol is None else tol, max_passes)
+        h, final, info = choose(KERNELS, x).run(bound, x, first, packing, options)
+    if strict and bool(info[2] > 0):
+        raise NotConverged(
+            f"{type(cell.cell).__name__}: a gap of {float(info[1]):.1e} is left after {int(info[0])} passes, "
+            f"above tol {options.tol:.0e}; the cell is not contracting here (allow fall-back with strict=False, or bound its "
+            "recurrent weights with `clip`)"
+        )
+    return h, final, Info(info[0].int(), info[1], info[2] > 0)
+
+
+def _check(cell: Bound, x: Tensor, solver: str) -> None:
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; {suggest(solver, SOLVERS)}")
+    g, heads, k = cell.recurrent.shape[:3]
+    if x.ndim != 5 or x.shape[2:] != (g, heads, k):
+        raise ValueError(
+            f"{type(cell.cell).__name__}: x must be (batch, time, {g}, {heads}, {k}), a number per unit for each of "
+            f"{', '.join(cell.cell.inputs)}; got {tuple(x.shape)}"
+        )
+
+
+def _with_resets(cell: Bound, x: Tensor, h0: Tensor | None, resets: Tensor, *options: Any) -> Any:
+    """Rows cut where they reset, and laid end to end as documents."""
+    b, t = x.shape[:2]
+    if resets.shape != (b, t):
+        raise ValueError(f"resets must be ({b}, {t}), True where a state goes back to h0; got {tuple(resets.shape)}")
+    starts = resets.clone()
+    starts[:, 0] = True
+    places = starts.flatten().nonzero()[:, 0].tolist()
+    packing = Packing(tuple(end - start for start, end in zip(places, [*places[1:], b * t], strict=True)), x.device)
+    rows = torch.tensor([place // t for place in places], device=x.device)
+    tol, max_passes, strict, solver = options
+    h, final, info = shooting(
+        cell,
+        x.reshape(1, b * t, *x.shape[2:]),
+        None if h0 is None else h0[rows],
+        packing=packing,
+        tol=tol,
+        max_passes=max_passes,
+        strict=strict,
+        solver=solver,
+    )
+    last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])
+    return h.unflatten(1, (b, t))[0], final[last], info
+
+
+def _exact(like: Tensor) -> Tensor:
+    return torch.tensor([1.0, 0.0, 0.0], device=like.device)
+
+
+def _step(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
+    s = cell.step(wide(x[:, 0]), h0)
+    return s[:, 0].to(x.dtype)[:, None], s, _exact(x)
+
+
+def _reference(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
+    states, final = reference.run(cell, wide(x), h0, packing)
+    return states[:, :, 0].to(x.dtype), final, _exact(x)
+
+
+def _solver(kernel: str):
+    def run(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
+        lengths = None if packing is None else list(packing.lengths)
+        h, _, final, info = library.solve(
+            x, h0, cell.tensors(), library.remember(cell.cell), cell.bias is not None, lengths, kernel, *options
+        )
+        return h, final, info
+
+    return run
+
+
+KERNELS = (
+    Kernel("step", _step, one_token),
+    Kernel("chunked", _solver("chunked"), many_tokens),
+    Kernel("reference", _reference, always),
+)

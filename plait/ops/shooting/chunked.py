@@ -1,0 +1,263 @@
+"""Multiple shooting with chunks as a batch, on any device, for any cell.
+
+The tokens are cut into chunks; all chunks run at once, as rows of a batch, from guessed start states. Where the end of a
+chunk misses the start of the next, Newton's linear model moves the starts (with the exact Jacobian of a chunk where units are
+alone or heads small, with the path through the cell where they are not), and the chunks run again, until every joint is
+closed. Inside a chunk the recurrence is always exact, so the gap at the joints is all the error there is; after k passes the
+first k chunks are exact whatever the cell does. Where passes do not close the gap, the tokens run one by one.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plait.ops.graph import autograd_inside
+from plait.ops.packing import Chunks, Packing, chunks
+from plait.ops.shooting.cells import Bound
+from plait.ops.shooting.jacobian import apply, blocks, chunk_jacobians, multiply, partials, slices
+
+MAX_PASSES = 8  # contracting cells take 2 to 4 (shooting.md); more is a cell for which the loop is the better solver
+ALONE = 1 << 15  # numbers per token from which on a single token keeps the machine busy, so that chunks only add work
+
+
+class Solved(NamedTuple):
+    """Every state (c, n, s, h, k), and how it came about."""
+
+    states: Tensor
+    passes: int
+    gap: float
+    fell_back: bool
+
+
+def chunk_size(length: int, width: int) -> int:
+    """A power of two near the square root of the length: as many steps inside a chunk as there are joints to close."""
+    if width >= ALONE:
+        return length
+    return min(length, max(16, 2 ** round(math.log2(length) / 2)))
+
+
+def layout_of(x: Tensor, packing: Packing | None, size: int | None = None) -> Chunks:
+    """Chunks of a call; of `size` tokens if given, so that the longest sequence makes a single chunk."""
+    lengths = (x.shape[1],) if packing is None else packing.lengths
+    rows = x.shape[0] if packing is None else len(lengths)
+    size = size or chunk_size(max(lengths), rows * x[0, 0].numel())
+    return chunks(x.shape[0], x.shape[1], size, packing)
+
+
+def forward(
+    cell: Bound,
+    x: Tensor,
+    h0: Tensor,
+    packing: Packing | None,
+    tol: float,
+    max_passes: int | None,
+    size: int | None = None,
+) -> tuple[Tensor, Tensor, Solved]:
+    """x (b, t, g, h, k), h0 (n, s, h, k) -> states (b, t, s, h, k), the last of each sequence (n, s, h, k), the record."""
+    layout = layout_of(x, packing, size)
+    solved = solve(cell, layout.by_step(x), layout.sort(h0), layout, tol, max_passes or MAX_PASSES)
+    if solved.fell_back:
+        longest = x.shape[1] if packing is None else max(packing.lengths)
+        layout = layout_of(x, packing, longest)
+        solved = solved._replace(states=run(cell, layout.by_step(x), layout.sort(h0)))
+    final = layout.unsort(solved.states[layout.last])
+    return layout.from_steps(solved.states), final, solved
+
+
+def run(cell: Bound, x: Tensor, s: Tensor) -> Tensor:
+    """The recurrence through every chunk: x (c, n, g, h, k), starts s (n, s, h, k) -> states (c, n, s, h, k)."""
+    states = s.new_empty(len(x), *s.shape)
+    parts = s.unbind(1)
+    for tokens, into in zip(x.unbind(0), states.unbind(0), strict=True):
+        m = cell.mix(parts[0])
+        parts = cell.cell.step(tokens.unbind(1), m.unbind(1), parts, cell.weights)
+        torch.stack(parts, 1, out=into)
+    return states
+
+
+def solve(cell: Bound, x: Tensor, first: Tensor, layout: Chunks, tol: float, max_passes: int) -> Solved:
+    """Passes until the joints close; `fell_back` (states then mean nothing) where they do not."""
+    if len(layout.alive) == 1:
+        return Solved(run(cell, x, first), 1, 0.0, False)
+    burn = len(x) // 2  # a chunk's end remembers little of its start if the cell forgets: half a pass for a good guess
+    guess = cell.cell.start_like(first, x.shape[1])
+    s = following(run(cell, x[-burn:], guess)[-1], first, layout)
+    gaps: list[float] = []
+    while len(gaps) < max_passes:
+        states = run(cell, x, s)
+        gaps.append(_gap(states[-1], s, layout))
+        if gaps[-1] <= tol:
+            return Solved(states, len(gaps), gaps[-1], False)
+        if not math.isfinite(gaps[-1]) or len(gaps) == max_passes or (len(gaps) > 3 and gaps[-1] > gaps[-3] / 2):
+            break
+        before = torch.cat([s[None], states[:-1]])
+        s = close(chunk_jacobians(cell, x, before), states[-1], s, layout, blocks(cell))
+    return Solved(x, len(gaps), gaps[-1], True)
+
+
+def following(ends: Tensor, first: Tensor, layout: Chunks) -> Tensor:
+    """Each chunk's start from the end of the chunk before it; `first` (d, ...) for the first chunks."""
+    starts, groups = [first], ends.split(list(layout.alive))
+    for group, alive in zip(groups, layout.alive[1:], strict=False):
+        starts.append(group[:alive])
+    return torch.cat(starts)
+
+
+def _gap(ends: Tensor, s: Tensor, layout: Chunks) -> float:
+    """The largest miss at a joint, in units of the state or of 1, whichever is larger."""
+    d = layout.alive[0]
+    want = following(ends, s[:d], layout)
+    return float(((want - s).abs() / want.abs().clamp(min=1))[d:].amax())
+
+
+def close(J: Tensor, ends: Tensor, s: Tensor, layout: Chunks, block: bool) -> Tensor:
+    """Newton's starts: s'_{c+1} = e_c + J_c (s'_c - s_c) along the chunks of every sequence."""
+    counts = list(layout.alive)
+    products = J.split(counts, 0 if block else 2)
+    old, starts = s.split(counts), [s[: counts[0]]]
+    for c, alive in enumerate(counts[1:]):
+        moved = ends[sum(counts[:c]) : sum(counts[: c + 1])] + apply(products[c], starts[c] - old[c], block)
+        starts.append(moved[:alive])
+    return torch.cat(starts)
+
+
+# the way back: mu_t = J_t^T nu_t, nu_{t-1} = g_{t-1} + mu_t, linear, so nothing has to be guessed twice where J is exact
+
+
+class Local(NamedTuple):
+    """Derivatives at every token, P (s, s, c, n, h, k) and Q (s, g, c, n, h, k) as `partials` gives them."""
+
+    P: Tensor
+    Q: Tensor
+
+
+def backward(
+    cell: Bound,
+    x: Tensor,
+    h0: Tensor,
+    states: Tensor,
+    grad: Tensor,
+    grad_final: Tensor | None,
+    packing: Packing | None,
+    tol: float,
+    max_passes: int | None,
+    size: int | None = None,
+) -> list[Tensor]:
+    """Gradients at x, h0 and the cell's tensors. states (b, t, s, h, k) as solved; grad (b, t, h, k) at the outputs,
+    grad_final (n, s, h, k) at the last states."""
+    layout = layout_of(x, packing, size)
+    tokens, steps, first = layout.by_step(x), layout.by_step(states), layout.sort(h0)
+    before = torch.cat([following(steps[-1], first, layout)[None], steps[:-1]])
+    g = torch.zeros_like(steps)
+    g[:, :, 0] = layout.by_step(grad)
+    if grad_final is not None:
+        g[layout.last] += layout.sort(grad_final)
+    local = Local(*partials(cell, tokens, before))
+    solved = solve_back(cell, local, g, layout, tol, max_passes or MAX_PASSES)
+    if solved is None:
+        longest = x.shape[1] if packing is None else max(packing.lengths)
+        return backward(cell, x, h0, states, grad, grad_final, packing, tol, max_passes, longest)
+    nu, mu = solved
+    dx, tensors = pull(cell, tokens, before, nu)
+    return [layout.from_steps(dx), layout.unsort(mu[: layout.alive[0]]), *tensors]
+
+
+def run_back(cell: Bound, local: Local, g: Tensor, mu: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
+    """Every chunk in reverse, mu (n, s, h, k) coming in from behind: nu (c, n, s, h, k), and mu at the chunk's start."""
+    nus = torch.empty_like(g) if keep else g
+    for t in reversed(range(len(g))):
+        nu = g[t] + mu
+        if keep:
+            nus[t] = nu
+        mu = torch.einsum("ij...hk,...ihk->...jhk", local.P[:, :, t], nu)
+        r = torch.einsum("ig...hk,...ihk->...ghk", local.Q[:, :, t], nu)
+        mu[:, 0] += unmix(cell, r)
+    return nus, mu
+
+
+def unmix(cell: Bound, r: Tensor) -> Tensor:
+    """R^T r: (n, g, h, k) -> (n, h, k)."""
+    if cell.diagonal:
+        return (cell.recurrent * r).sum(1)
+    g, heads, k, _ = cell.recurrent.shape
+    rows = cell.recurrent.permute(1, 0, 2, 3).reshape(heads, g * k, k)
+    return torch.bmm(r.permute(2, 0, 1, 3).reshape(heads, -1, g * k), rows).transpose(0, 1)
+
+
+def solve_back(
+    cell: Bound, local: Local, g: Tensor, layout: Chunks, tol: float, max_passes: int
+) -> tuple[Tensor, Tensor] | None:
+    """nu (c, n, s, h, k) and mu (n, s, h, k) at every chunk's start, or None where the joints do not close."""
+    mu = torch.zeros_like(g[0])
+    if len(layout.alive) == 1:
+        return run_back(cell, local, g, mu)
+    burn = len(g) if cell.diagonal else len(g) // 2
+    part = Local(local.P[:, :, :burn], local.Q[:, :, :burn])
+    starts = run_back(cell, part, g[:burn], mu, keep=False)[1]
+    J = _products(cell, local)
+    mu = preceding(starts, layout)
+    if cell.diagonal:
+        mu = close_back(J, starts, torch.zeros_like(mu), layout)
+    gaps: list[float] = []
+    while len(gaps) < max_passes:
+        nu, starts = run_back(cell, local, g, mu)
+        want = preceding(starts, layout)
+        gaps.append(float((want - mu).abs().amax() / want.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)))
+        if gaps[-1] <= tol:
+            return nu, starts
+        if not math.isfinite(gaps[-1]) or (len(gaps) > 3 and gaps[-1] > gaps[-3] / 2):
+            return None
+        mu = close_back(J, starts, mu, layout)
+    return None
+
+
+def _products(cell: Bound, local: Local) -> Tensor:
+    """Each chunk's Jacobian, or its part through the cell, (s, s, n, h, k)."""
+    total = None
+    for t in range(local.P.shape[2]):
+        J = local.P[:, :, t]
+        if cell.diagonal:
+            J = J.clone()
+            J[:, 0] += torch.einsum("ig...,g...->i...", local.Q[:, :, t], cell.recurrent[:, None])
+        total = J if total is None else multiply(J, total)
+    assert total is not None
+    return total
+
+
+def preceding(starts: Tensor, layout: Chunks) -> Tensor:
+    """What comes into each chunk from behind: mu at the start of the chunk after it, 0 for the last of a sequence."""
+    counts, groups = list(layout.alive), starts.split(list(layout.alive))
+    into = torch.zeros_like(starts)
+    for c, group in enumerate(groups[1:]):
+        place = sum(counts[:c])
+        into[place : place + len(group)] = group
+    return into
+
+
+def close_back(J: Tensor, starts: Tensor, mu: Tensor, layout: Chunks) -> Tensor:
+    """mu'_c = starts_{c+1} + J_{c+1}^T (mu'_{c+1} - mu_{c+1}), from the last chunk to the first."""
+    counts = list(layout.alive)
+    places = [sum(counts[:c]) for c in range(len(counts))]
+    new = torch.zeros_like(mu)
+    for c in reversed(range(1, len(counts))):
+        chunk = slice(places[c], places[c] + counts[c])
+        value = starts[chunk] + apply(J[:, :, chunk], new[chunk] - mu[chunk], False, transposed=True)
+        new[places[c - 1] : places[c - 1] + counts[c]] = value
+    return new
+
+
+def pull(cell: Bound, x: Tensor, before: Tensor, nu: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Gradients at x (c, n, g, h, k) and the cell's tensors, from those at every state."""
+    dx, totals = torch.empty_like(x), [torch.zeros_like(w) for w in cell.tensors()]
+    for part in slices(x):
+        with autograd_inside():
+            tokens = x[part].detach().requires_grad_()
+            tensors = [w.detach().requires_grad_() for w in cell.tensors()]
+            new = cell.with_tensors(tensors).step(tokens, before[part].detach())
+            found = torch.autograd.grad(new, [tokens, *tensors], nu[part])
+        dx[part] = found[0]
+        for total, gradient in zip(totals, found[1:], strict=True):
+            total += gradient
+    return dx, totals

@@ -1,0 +1,148 @@
+"""The solvers as torch operators, so that a compiled graph holds each call as one step."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from plait.ops.packing import Packing
+from plait.ops.shooting import chunked
+from plait.ops.shooting.cells import Bound, Cell
+
+_CELLS: dict[str, Cell] = {}  # operators take text, so a cell goes in by its name
+
+
+def remember(cell: Cell) -> str:
+    """The name under which the operators find the cell."""
+    return _CELLS.setdefault(cell.key, cell).key
+
+
+def _bound(name: str, tensors: Sequence[Tensor], bias: bool) -> Bound:
+    return Bound(_CELLS[name], tensors[0], tensors[1] if bias else None, tuple(tensors[1 + bias :]))
+
+
+@lru_cache(64)
+def _packing(lengths: tuple[int, ...], device: torch.device) -> Packing:
+    return Packing(lengths, device)
+
+
+def _documents(lengths: Sequence[int] | None, x: Tensor) -> Packing | None:
+    return None if lengths is None else _packing(tuple(lengths), x.device)
+
+
+@torch.library.custom_op("plait::shooting", mutates_args=())
+def solve(
+    x: Tensor,
+    h0: Tensor,
+    tensors: Sequence[Tensor],
+    cell: str,
+    bias: bool,
+    lengths: Sequence[int] | None,
+    kernel: str,
+    solver: str,
+    tol: float,
+    max_passes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h (b, t, h, k) in x's dtype, the other states (b, t, s - 1, h, k), the last states (n, s, h, k), and
+    (passes, gap, fell back)."""
+    bound, packing = _bound(cell, tensors, bias), _documents(lengths, x)
+    if kernel == "triton":
+        from plait.ops.shooting import triton
+
+        return triton.forward(bound, x, h0, packing, tol, max_passes or chunked.MAX_PASSES)
+    states, final, record = _forward(bound, x.to(h0.dtype), h0, packing, solver, tol, max_passes)
+    info = torch.tensor([record.passes, record.gap, record.fell_back], dtype=torch.float32, device=x.device)
+    h = states[:, :, 0].to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+    return h, states[:, :, 1:].clone(memory_format=torch.contiguous_format), final, info
+
+
+def _forward(
+    cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, solver: str, tol: float, max_passes: int | None
+) -> tuple[Tensor, Tensor, chunked.Solved]:
+    if solver == "shooting":
+        return chunked.forward(cell, x, h0, packing, tol, max_passes)
+    longest = x.shape[1] if packing is None else max(packing.lengths)
+    if solver == "sequential":
+        return chunked.forward(cell, x, h0, packing, tol, max_passes, longest)
+    from plait.ops.shooting import newton
+
+    rows, lengths = (x, None) if packing is None else (packing.to_rows(x), packing.lengths)
+    states, passes, gap = newton.solve(cell, rows, h0, solver, tol, max_passes or longest, lengths)
+    if not gap <= tol:
+        states, final, record = chunked.forward(cell, x, h0, packing, tol, max_passes, longest)
+        return states, final, record._replace(passes=passes, gap=float(gap), fell_back=True)
+    ends = torch.tensor(lengths or [longest] * len(rows), device=x.device) - 1
+    final = states[torch.arange(len(rows), device=x.device), ends]
+    return (
+        states if packing is None else packing.from_rows(states),
+        final,
+        chunked.Solved(states, passes, float(gap), False),
+    )
+
+
+@solve.register_fake
+def _(x, h0, tensors, cell, bias, lengths, kernel, solver, tol, max_passes):
+    b, t, _, h, k = x.shape
+    return (
+        x.new_empty(b, t, h, k),
+        h0.new_empty(b, t, h0.shape[1] - 1, h, k),
+        torch.empty_like(h0),
+        x.new_empty(3).float(),
+    )
+
+
+@torch.library.custom_op("plait::shooting_backward", mutates_args=())
+def pull(
+    grad: Tensor | None,
+    grad_final: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    h: Tensor,
+    rest: Tensor,
+    tensors: Sequence[Tensor],
+    cell: str,
+    bias: bool,
+    lengths: Sequence[int] | None,
+    kernel: str,
+    tol: float,
+    max_passes: int | None,
+) -> list[Tensor]:
+    """Gradients at x, h0 and each of `tensors`."""
+    bound, packing = _bound(cell, tensors, bias), _documents(lengths, x)
+    if kernel == "triton":
+        from plait.ops.shooting import triton
+
+        dx, dh0, weights = triton.backward(bound, x, h0, h, rest, grad, grad_final, packing)
+        return [dx, dh0, *weights]
+    wide = h0.dtype
+    states = torch.cat([h.to(wide)[:, :, None], rest], 2)
+    grad = torch.zeros_like(h, dtype=wide) if grad is None else grad.to(wide)
+    dx, *others = chunked.backward(bound, x.to(wide), h0, states, grad, grad_final, packing, tol, max_passes)
+    return [dx.to(x.dtype), *others]
+
+
+@pull.register_fake
+def _(grad, grad_final, x, h0, h, rest, tensors, cell, bias, lengths, kernel, tol, max_passes):
+    return [torch.empty_like(x), torch.empty_like(h0), *(torch.empty_like(w) for w in tensors)]
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, h0, tensors, *options = inputs
+    h, rest, _, info = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rest, info)
+    ctx.save_for_backward(x, h0, h, rest, *tensors)
+    ctx.options = options
+
+
+def _backward(ctx, grad, _rest, grad_final, _info):
+    if grad is None and grad_final is None:
+        return (None,) * 10
+    x, h0, h, rest, *tensors = ctx.saved_tensors
+    cell, bias, lengths, kernel, _, tol, max_passes = ctx.options
+    dx, dh0, *weights = pull(grad, grad_final, x, h0, h, rest, tensors, cell, bias, lengths, kernel, tol, max_passes)
+    return dx, dh0, weights, None, None, None, None, None, None, None
+
+
+solve.register_autograd(_backward, setup_context=_setup)
