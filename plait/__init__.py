@@ -4,7 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from plait.design import GELU as GELU
+from plait.design import GRU as GRU
+from plait.design import LSTM as LSTM
 from plait.design import PRESETS as PRESETS
+from plait.design import RNN as RNN
+from plait.design import SLSTM as SLSTM
 from plait.design import Attention as Attention
 from plait.design import Average as Average
 from plait.design import Gated as Gated
@@ -26,16 +30,20 @@ from plait.design import render as render
 if TYPE_CHECKING:
     from plait.data import load_tokenizer as load_tokenizer
     from plait.engine import generate as generate
+    from plait.layers.register import register as register
     from plait.model import LanguageModel as LanguageModel
     from plait.model import build as build
     from plait.model import load as load
     from plait.model import save as save
+    from plait.ops.shooting import Cell as Cell
     from plait.state import ModelState as ModelState
     from plait.state import StaleState as StaleState
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Cell": "plait.ops.shooting",
+    "register": "plait.layers.register",
     "LanguageModel": "plait.model",
     "build": "plait.model",
     "load": "plait.model",

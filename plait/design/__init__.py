@@ -1,6 +1,10 @@
 """Architecture as data: patterns, layer configs, presets, counting. No tensors here."""
 
 from plait.design.layers import GELU as GELU
+from plait.design.layers import GRU as GRU
+from plait.design.layers import LSTM as LSTM
+from plait.design.layers import RNN as RNN
+from plait.design.layers import SLSTM as SLSTM
 from plait.design.layers import Attention as Attention
 from plait.design.layers import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers import Mamba2 as Mamba2

@@ -6,6 +6,10 @@ spends on one token and the state it keeps. Tests hold these against the real mo
 
 from typing import Self
 
+from plait.design.layer import Layer as Layer
+from plait.design.layer import default_head_dim
+from plait.design.layer import told as told
+from plait.design.recurrent import GRU, LSTM, RNN, SLSTM
 from plait.design.spec import StateSpec, TensorSpec, wide
 from plait.design.struct import Struct, positive
 
@@ -28,40 +32,6 @@ class RoPE(Struct, frozen=True, kw_only=True, tag=False):
     def rotated(self, head_dim: int) -> int:
         """How many of a head's channels turn; even."""
         return int(head_dim * self.fraction) // 2 * 2
-
-
-class Layer(Struct, frozen=True, kw_only=True):
-    """What all layers share. `shared`: every slot with this letter uses the same weights (state is never shared)."""
-
-    shared: bool = False
-
-    def resolve(self, dim: int) -> Self:
-        """The same config with every derived number filled in for a model of width `dim`."""
-        return self
-
-    def parameters(self, dim: int) -> int:
-        raise NotImplementedError
-
-    def flops(self, dim: int, context: int) -> int:
-        """Forward matrix-multiply FLOPs for one token that sees `context` tokens (2 per multiply-add)."""
-        raise NotImplementedError
-
-    def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
-        """What `batch` sequences of `length` tokens leave behind in a model of `dtype`."""
-        return StateSpec("none")
-
-
-def told(number: int | None) -> int:
-    """A number that `resolve` has filled in."""
-    assert number is not None, "resolve(dim) first"
-    return number
-
-
-def default_head_dim(dim: int, layer: str) -> int:
-    """64, as most small published models; 128 from width 512 on where it divides."""
-    if dim % 64:
-        raise ValueError(f"{layer}: dim {dim} is not a multiple of 64, so heads and head_dim must be given")
-    return 128 if dim >= 512 and dim % 128 == 0 else 64
 
 
 class Attention(Layer, frozen=True, kw_only=True, tag="attention"):
@@ -282,6 +252,10 @@ KINDS: dict[str, type[Layer]] = {
     "attention": Attention,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
+    "rnn": RNN,
+    "gru": GRU,
+    "lstm": LSTM,
+    "slstm": SLSTM,
     "swiglu": SwiGLU,
     "gelu": GELU,
     "relu2": ReLU2,
@@ -292,5 +266,8 @@ LETTERS: dict[str, Layer] = {
     "W": Attention(window=512),
     "M": Mamba2(),
     "D": GatedDeltaNet(),
+    "G": GRU(),
+    "H": LSTM(),
+    "S": SLSTM(),
     "F": SwiGLU(),
 }

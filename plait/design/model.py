@@ -133,7 +133,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
-        data = msgspec.to_builtins(self)
+        data = super().to_dict()
         if set(data.get("merge", ())) == {"kind"}:
             data["merge"] = data["merge"]["kind"]
         return data

@@ -8,11 +8,12 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a state. `dtype` is a torch dtype's name."""
+    """One tensor of a state. `dtype` is a torch dtype's name; `start` holds its first values along axis 1, empty: zeros."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    start: tuple[float, ...] = ()
 
     @property
     def nbytes(self) -> int:

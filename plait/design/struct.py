@@ -30,7 +30,7 @@ class Struct(msgspec.Struct, metaclass=_Checked, frozen=True, kw_only=True, omit
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back; values equal to the defaults are left out."""
-        return msgspec.to_builtins(self)
+        return msgspec.json.decode(msgspec.json.encode(self))  # JSON's types alone: a tuple would not equal its list
 
 
 def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str) -> None:

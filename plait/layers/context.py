@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,13 +16,14 @@ class Context:
     """Built once per call. `lengths` are the tokens each row has seen before it.
 
     `positions` restart at 0 at each document and go on where a state left off. `stats` is where layers leave numbers
-    about this call; nothing is left on modules.
+    about this call, each under its `address`; nothing is left on modules.
     """
 
     positions: Int[Tensor, "b t"]
     lengths: tuple[int, ...]
     packing: Packing | None = None
     stats: dict[str, Any] = field(default_factory=dict)
+    address: str = ""
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -31,23 +31,36 @@ class Context:
         """Whether rows stand at different positions, so that keys must be placed row by row."""
         return self.packing is not None or any(n != self.lengths[0] for n in self.lengths)
 
-    @cached_property
+    @property
     def starts(self) -> Int[Tensor, " b"]:
         """`lengths` on the device."""
-        return torch.tensor(self.lengths, device=self.positions.device)
+        return self.once("starts", lambda: torch.tensor(self.lengths, device=self.positions.device))
 
-    @cached_property
+    @property
     def rows(self) -> Int[Tensor, "b t"]:
         """Each token's row of the state."""
         if self.packing is not None:
             return self.packing.documents[None]
-        return torch.arange(len(self.lengths), device=self.positions.device)[:, None].expand_as(self.positions)
+        places = self.once("rows", lambda: torch.arange(len(self.lengths), device=self.positions.device))
+        return places[:, None].expand_as(self.positions)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """`compute()` for the first layer that asks for `key`, the same value for the others."""
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
+
+    def at(self, address: str) -> "Context":
+        """The same call as the layer at `address` sees it."""
+        return Context(self.positions, self.lengths, self.packing, self.stats, address, self._cache)
+
+    def inside(self, part: int) -> "Context":
+        """The same call as a part of the layer at this address sees it."""
+        return self.at(f"{self.address}.{part}")
+
+    def report(self, name: str, value: Any) -> None:
+        """Leave a number about this call: `stats[address][name]`."""
+        self.stats.setdefault(self.address, {})[name] = value
 
 
 def context_for(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from plait.design.layers import GELU, Attention, GatedDeltaNet, Layer, Mamba2, ReLU2, SwiGLU
 from plait.design.model import ModelConfig, Slot
 from plait.design.pattern import Chain, Item, Parallel
+from plait.design.recurrent import GRU, LSTM, RNN, SLSTM
 from plait.layers.attention import AttentionLayer
 from plait.layers.context import Context
 from plait.layers.feed_forward import FeedForwardLayer
@@ -15,12 +16,17 @@ from plait.layers.gated_deltanet import GatedDeltaNetLayer
 from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merge import MERGES
 from plait.layers.norm import Norm
+from plait.layers.recurrent import RecurrentLayer
 from plait.state import Branches, SlotState
 
 LAYERS: dict[type[Layer], Callable[..., nn.Module]] = {
     Attention: AttentionLayer,
     Mamba2: Mamba2Layer,
     GatedDeltaNet: GatedDeltaNetLayer,
+    RNN: RecurrentLayer,
+    GRU: RecurrentLayer,
+    LSTM: RecurrentLayer,
+    SLSTM: RecurrentLayer,
     SwiGLU: FeedForwardLayer,
     GELU: FeedForwardLayer,
     ReLU2: FeedForwardLayer,
@@ -39,7 +45,7 @@ class Sublayer(nn.Module):
         self.mixer = mixer
 
     def forward(self, x: Hidden, context: Context, state: SlotState | None) -> tuple[Hidden, SlotState | None]:
-        y, state = self.mixer(self.norm(x), context, state)
+        y, state = self.mixer(self.norm(x), context.at(self.address), state)
         return x + y, state
 
 
@@ -54,10 +60,11 @@ class ChainLayer(nn.Module):
 
     def forward(self, u: Hidden, context: Context, state: Branches | None) -> tuple[Hidden, Branches | None]:
         states = [None] * len(self.layers) if state is None else state.parts
-        total, first = self.layers[0](u, context, states[0])
+        contexts = [context] if len(self.layers) == 1 else [context.inside(i) for i in range(len(self.layers))]
+        total, first = self.layers[0](u, contexts[0], states[0])
         after = [first]
-        for norm, layer, before in zip(self.norms, list(self.layers)[1:], states[1:], strict=True):
-            y, new = layer(norm(u + total), context, before)
+        for norm, layer, here, before in zip(self.norms, list(self.layers)[1:], contexts[1:], states[1:], strict=True):
+            y, new = layer(norm(u + total), here, before)
             total = total + y
             after.append(new)
         return total, None if state is None else Branches(tuple(after))
@@ -76,8 +83,8 @@ class ParallelLayer(nn.Module):
     def forward(self, u: Hidden, context: Context, state: Branches | None) -> tuple[Hidden, Branches | None]:
         states = [None] * len(self.branches) if state is None else state.parts
         outputs, after = [], []
-        for branch, before in zip(self.branches, states, strict=True):
-            y, new = branch(u, context, before)
+        for i, (branch, before) in enumerate(zip(self.branches, states, strict=True)):
+            y, new = branch(u, context.inside(i), before)
             outputs.append(y)
             after.append(new)
         if self.norms is not None:

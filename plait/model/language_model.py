@@ -122,7 +122,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"init_state needs batch >= 1 and length >= 0, got {batch} and {length}")
         spec = self.state_spec(batch, length)
         lengths = (0,) * batch
-        slots = tuple(_zeros(part, lengths, self.device) for part in spec.branches)
+        slots = tuple(_start(part, lengths, self.device) for part in spec.branches)
         return ModelState(slots, lengths, self.design.hash)
 
     def state_spec(self, batch: int = 1, length: int = 0) -> StateSpec:
@@ -173,8 +173,11 @@ class LanguageModel(nn.Module):
 _VALUES = {"window": Window, "recurrent": Recurrent, "none": Nothing}
 
 
-def _zeros(spec: StateSpec, lengths: tuple[int, ...], device: torch.device) -> SlotState:
+def _start(spec: StateSpec, lengths: tuple[int, ...], device: torch.device) -> SlotState:
     if spec.branches:
-        return Branches(tuple(_zeros(part, lengths, device) for part in spec.branches))
+        return Branches(tuple(_start(part, lengths, device) for part in spec.branches))
     tensors = [torch.zeros(t.shape, dtype=getattr(torch, t.dtype), device=device) for t in spec.tensors]
+    for tensor, t in zip(tensors, spec.tensors, strict=True):
+        for i, value in enumerate(t.start):
+            tensor[:, i] = value
     return KV.of(tensors[0], tensors[1], lengths) if spec.kind == "kv" else _VALUES[spec.kind](*tensors)

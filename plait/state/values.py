@@ -27,7 +27,10 @@ class Window:
 
 @dataclass(frozen=True, eq=False)
 class Recurrent:
-    """A matrix per head, at least float32, and the last inputs of the short convolution."""
+    """What a recurrence remembers, at least float32, and the last inputs of the short convolution (w = 1: there is none).
+
+    A matrix (v, k) per head; of a nonlinear recurrence the states of each unit: (b, states, h, k).
+    """
 
     kind: ClassVar[str] = "recurrent"
     s: Float[Tensor, "b h v k"]
