@@ -114,12 +114,19 @@ def pull(
         from plait.ops.shooting import triton
 
         dx, dh0, weights = triton.backward(bound, x, h0, h, rest, grad, grad_final, packing)
-        return [dx, dh0, *weights]
+        return [_laid_out(dx, x), dh0, *weights]
     wide = h0.dtype
     states = torch.cat([h.to(wide)[:, :, None], rest], 2)
     grad = torch.zeros_like(h, dtype=wide) if grad is None else grad.to(wide)
     dx, *others = chunked.backward(bound, x.to(wide), h0, states, grad, grad_final, packing, tol, max_passes)
-    return [dx.to(x.dtype), *others]
+    return [_laid_out(dx, x), *others]
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """In the dtype and layout that the compiler was promised: x may be a transposed view."""
+    out = torch.empty_like(like)
+    same = gradient.dtype == out.dtype and gradient.stride() == out.stride()
+    return gradient if same else out.copy_(gradient)
 
 
 @pull.register_fake
