@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from plait.design.spelling import suggest
-from plait.ops.kernels import Call, Kernel, always, choose, full_precision, many_tokens, one_token, wide
+from plait.ops.kernels import Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.shooting import library, reference
 from plait.ops.shooting.cells import EMPTY as EMPTY
@@ -70,9 +70,9 @@ def shooting(
         return _with_resets(cell, x, h0, resets, tol, max_passes, strict, solver)
     rows = x.shape[0] if packing is None else len(packing.lengths)
     with full_precision(x.device):
-        like = wide(x)[:, :0, 0] if x.dtype != torch.float64 else x[:, :0, 0]
-        first = cell.cell.start_like(like, rows) if h0 is None else wide(h0).to(like.dtype)
-        bound = cell.with_tensors([w.to(like.dtype) for w in cell.tensors()])
+        like = wide(x[:0])
+        first = cell.cell.start_like(like, rows) if h0 is None else cast(h0, like.dtype)
+        bound = cell.with_tensors([cast(w, like.dtype) for w in cell.tensors()])
         options = Options(solver, TOLERANCES[x.dtype] if tol is None else tol, max_passes)
         h, final, info = choose(KERNELS, x).run(bound, x, first, packing, options)
     if strict and bool(info[2] > 0):

@@ -33,17 +33,17 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        """A name that tells this cell and its options from every other."""
-        return f"{type(self).__module__}.{self!r}"
+        """A name that tells this cell and its options from every other, and a class from one of its name before it."""
+        return f"{type(self).__module__}.{self!r}@{id(type(self)):x}"
 
     @property
     def start(self) -> tuple[float, ...]:
         return (0.0,) * len(self.states)
 
     def start_like(self, like: Tensor, rows: int) -> Tensor:
-        """(rows, s, h, k): the states before the first token."""
-        start = torch.tensor(self.start, dtype=like.dtype, device=like.device)
-        return start[:, None, None].expand(rows, *like.shape[-3:])
+        """(rows, s, h, k) before the first token, in the dtype, on the device and of the units of `like` (*, h, k)."""
+        parts = [like.new_full((rows, *like.shape[-2:]), value) for value in self.start]
+        return torch.stack(parts, 1)
 
     def step(self, x: Parts, m: Parts, s: Parts, w: Parts) -> Parts:
         """New states from inputs x, recurrence m and states s, a tensor per name, any shape; elementwise and smooth."""

@@ -19,6 +19,7 @@ from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.jacobian import apply, blocks, chunk_jacobians, multiply, partials, slices
 
 MAX_PASSES = 8  # contracting cells take 2 to 4 (shooting.md); more is a cell for which the loop is the better solver
+FORGETS = 1e-2  # a first gap below which a chunk is run again from the ends as they are: a Jacobian costs several passes
 ALONE = 1 << 15  # numbers per token from which on a single token keeps the machine busy, so that chunks only add work
 
 
@@ -92,6 +93,9 @@ def solve(cell: Bound, x: Tensor, first: Tensor, layout: Chunks, tol: float, max
             return Solved(states, len(gaps), gaps[-1], False)
         if not math.isfinite(gaps[-1]) or len(gaps) == max_passes or (len(gaps) > 3 and gaps[-1] > gaps[-3] / 2):
             break
+        if gaps[-1] < FORGETS and len(gaps) == 1:  # what half a chunk left over, a whole one most likely takes away
+            s = following(states[-1], first, layout)
+            continue
         before = torch.cat([s[None], states[:-1]])
         s = close(chunk_jacobians(cell, x, before), states[-1], s, layout, blocks(cell))
     return Solved(x, len(gaps), gaps[-1], True)
@@ -154,7 +158,7 @@ def backward(
     g[:, :, 0] = layout.by_step(grad)
     if grad_final is not None:
         g[layout.last] += layout.sort(grad_final)
-    local = Local(*partials(cell, tokens, before))
+    local = derivatives(cell, tokens, before)
     solved = solve_back(cell, local, g, layout, tol, max_passes or MAX_PASSES)
     if solved is None:
         longest = x.shape[1] if packing is None else max(packing.lengths)
@@ -162,6 +166,12 @@ def backward(
     nu, mu = solved
     dx, tensors = pull(cell, tokens, before, nu)
     return [layout.from_steps(dx), layout.unsort(mu[: layout.alive[0]]), *tensors]
+
+
+def derivatives(cell: Bound, x: Tensor, before: Tensor) -> Local:
+    """`partials` at every token, a slice at a time."""
+    found = [partials(cell, x[part], before[part]) for part in slices(x)]
+    return Local(*(torch.cat(both, 2) for both in zip(*found, strict=True)))
 
 
 def run_back(cell: Bound, local: Local, g: Tensor, mu: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from plait.ops.graph import autograd_inside
 from plait.ops.shooting.cells import Bound
 
 WHOLE_BLOCK = 32  # states times units of a head up to which a block Jacobian costs less than the passes it saves
-SLICE = 1 << 22  # numbers looked at at once, so that derivatives never take more memory than the sequence itself
+SLICE = 1 << 18  # numbers looked at at once, so that derivatives never take more memory than the sequence itself
 
 
 def slices(x: Tensor) -> Iterator[slice]:
