@@ -1,0 +1,178 @@
+"""Gradients: lambda_t = g_t + J_{t+1}^T lambda_{t+1} is linear, so no shape of kernel iterates."""
+
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
+# (it reads kernels as Python, in which triton's functions only raise)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plait.ops.shooting.triton.states import Work
+from plait.ops.shooting.triton.tiles import identity, place, read, steps_at, times, wide, write
+
+
+@triton.jit
+def transposed(a, S: tl.constexpr):
+    out = ()
+    for i in tl.static_range(S):
+        for j in tl.static_range(S):
+            out = out + (a[j * S + i],)
+    return out
+
+
+@triton.jit
+def states_at(h, rest, here, there, exists, S: tl.constexpr, D: tl.constexpr, BACK: tl.constexpr, N: tl.constexpr):
+    """All states of the N tokens BACK, BACK + 1, .. before the one at `here`, (step, state) flattened, unconverted."""
+    loaded = ()
+    for u in tl.static_range(N):
+        loaded = loaded + (tl.load((h + here) - (BACK + u) * D, mask=exists),)
+        for i in tl.static_range(1, S):
+            loaded = loaded + (tl.load((rest + there) - ((BACK + u) * (S - 1) - (i - 1)) * D, mask=exists),)
+    return loaded
+
+
+@triton.jit
+def gradients_at(dh, like, here, exists, D: tl.constexpr, N: tl.constexpr):
+    """The outputs' gradients of the N tokens from `here` back, or zeros."""
+    loaded = (like * 0.0,) * N
+    if dh is not None:
+        loaded = ()
+        for u in tl.static_range(N):
+            loaded = loaded + (tl.load((dh + here) - u * D, mask=exists),)
+    return loaded
+
+
+@triton.jit
+def back(
+    inputs, old, gradient, lam, total, maps, w, dx, stride_g, mask,
+    S: tl.constexpr, G: tl.constexpr, W: tl.constexpr, V: tl.constexpr, JACOBIAN: tl.constexpr, VJP: tl.constexpr,
+    MAPS: tl.constexpr,
+):  # fmt: skip
+    """One step: lambda before it, and either the map to there so far or the gradients that it leaves behind."""
+    lam = (lam[0] + gradient.to(tl.float32),) + lam[1:]
+    if MAPS:
+        _, by = JACOBIAN(inputs, old, w, V)
+        by = transposed(by, S)
+        lam = times(by, lam, S, 1)
+        maps = times(by, maps, S, S)
+    else:
+        lam, grads, more = VJP(inputs, old, w, lam, V)
+        for g in tl.static_range(G):
+            tl.store(dx + g * stride_g, grads[g].to(dx.dtype.element_ty), mask=mask)
+        sums = ()
+        for i in tl.static_range(W):
+            sums = sums + (total[i] + more[i],)
+        total = sums
+    return lam, total, maps
+
+
+@triton.jit
+def retreat(
+    x, h, rest, dh, h0, lams, weights, table, dx, dw, dstart, slopes,
+    stride_b, stride_g, stride_h, dx_b, dx_g, dx_h, tokens,
+    S: tl.constexpr, G: tl.constexpr, W: tl.constexpr, V: tl.constexpr, JACOBIAN: tl.constexpr, VJP: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
+    ST: tl.constexpr, DT: tl.constexpr, U: tl.constexpr, STARTS: tl.constexpr,
+):  # fmt: skip
+    """A program walks one item of `table` back for a block of channels, from the gradient `lams` at its end (by item; None
+    is zero) to the one at its start, `dstart`, by item. It writes dx and sums dw; with `slopes` it writes neither, but the
+    transposed Jacobian, by which a gradient at the end adds to `dstart`. STARTS: items are whole sequences.
+
+    The first step apart, whose old state may be h0, loads come U steps ahead, as in `advance`.
+    """
+    item, block, head, channel, unit, exists = place(tl.program_id(0), D, K, BD)
+    batch = tl.load(table + item * 4).to(tl.int64)
+    first = tl.load(table + item * 4 + 1).to(tl.int64)
+    length = tl.load(table + item * 4 + 2)
+    row = tl.load(table + item * 4 + 3)
+    w = read(weights, unit, exists, W, D)
+    zero = tl.zeros_like(w[0])
+    begins = row >= 0
+    if not STARTS:
+        begins = tl.load(table + item * 4 - 1, mask=item > 0, other=-1) != row
+    initial = read(h0 + row.to(tl.int64) * (S * D), unit, exists & begins, S, D)
+    lam = (zero,) * S
+    if lams is not None:
+        lam = read(lams + item.to(tl.int64) * (S * D), unit, exists, S, D)
+    total = (zero,) * W
+    maps = identity(zero, S)
+    MAPS: tl.constexpr = slopes is not None
+    last = first + length - 1
+    token = batch * tokens + last
+    px = x + (batch * stride_b + last * ST + head.to(tl.int64) * stride_h) + channel
+    pd = dx + (batch * dx_b + last * DT + head.to(tl.int64) * dx_h) + channel if not MAPS else px
+    here = token * D + unit
+    there = token * ((S - 1) * D) + unit
+    mask = None if EVEN else exists
+    whole = (length - 1) // U * U
+    some = exists & (whole > 0)
+    ahead = steps_at(px, some, stride_g, G, -ST, 0, U)
+    ahead_s = states_at(h, rest, here, there, some, S, D, 1, U)
+    ahead_g = gradients_at(dh, zero, here, some, D, U)
+    for t in range(0, whole, U):
+        now, now_s, now_g = ahead, ahead_s, ahead_g
+        more = tl.where(t + 2 * U <= whole, U, 0).to(tl.int64)
+        px -= more * ST
+        here -= more * D
+        there -= more * ((S - 1) * D)
+        ahead = steps_at(px, mask, stride_g, G, -ST, 0, U)
+        ahead_s = states_at(h, rest, here, there, mask, S, D, 1, U)
+        ahead_g = gradients_at(dh, zero, here, mask, D, U)
+        for u in tl.static_range(U):
+            lam, total, maps = back(
+                wide(now, u * G, G), wide(now_s, u * S, S), now_g[u], lam, total, maps, w, pd - u * DT, dx_g, mask,
+                S, G, W, V, JACOBIAN, VJP, MAPS,
+            )  # fmt: skip
+        pd -= U * DT
+    done = tl.where(whole > 0, U, 0).to(tl.int64)
+    px -= done * ST
+    here -= done * D
+    there -= done * ((S - 1) * D)
+    for t in range(whole, length):
+        inputs = wide(steps_at(px, exists, stride_g, G, -ST, 0, 1), 0, G)
+        at = exists & ((t + 1 < length) | (not begins))
+        old = wide(states_at(h, rest, here, there, at, S, D, 1, 1), 0, S)
+        states = ()
+        for i in tl.static_range(S):
+            states = states + (tl.where(at, old[i], initial[i]),)
+        gradient = gradients_at(dh, zero, here, exists, D, 1)
+        lam, total, maps = back(
+            inputs, states, gradient[0], lam, total, maps, w, pd, dx_g, exists, S, G, W, V, JACOBIAN, VJP, MAPS
+        )
+        px -= ST
+        pd -= DT
+        here -= D
+        there -= (S - 1) * D
+    write(dstart + item.to(tl.int64) * (S * D), unit, lam, exists, S, D)
+    if MAPS:
+        write(slopes + item.to(tl.int64) * (S * S * D), unit, maps, exists, S * S, D)
+    else:
+        write(dw + item.to(tl.int64) * (W * D), unit, total, exists, W, D)
+
+
+class Gradients:
+    """What a backward call reads and fills; `lams` are the gradients at the final states or None."""
+
+    def __init__(self, work: Work, h0: Tensor, h: Tensor, rest: Tensor, dh: Tensor | None, lams: Tensor | None) -> None:
+        self.work, self.h0, self.h, self.rest, self.dh, self.lams = work, h0, h, rest, dh, lams
+        self.dx = torch.empty_like(work.x)
+
+    def retreat(
+        self, table: Tensor, lams: Tensor | None, dstart: Tensor, dw: Tensor | None, slopes: Tensor | None
+    ) -> None:
+        work, x, dx = self.work, self.work.x, self.dx
+        retreat[(len(table) * work.at.blocks,)](
+            x, self.h, self.rest, self.dh, self.h0, lams, work.weights, table, dx, dw, dstart, slopes,
+            x.stride(0), x.stride(2), x.stride(3), dx.stride(0), dx.stride(2), dx.stride(3), x.shape[1],
+            JACOBIAN=work.device.jacobian, VJP=work.device.vjp, DT=dx.stride(1), U=work.plan.U,
+            STARTS=table is work.table, **work.constants(),
+        )  # fmt: skip
+
+    def sequential(self) -> tuple[Tensor, Tensor]:
+        """-> dh0 (n, s, d) and dw (items, w, d)."""
+        work = self.work
+        n = len(work.rows)
+        dh0, dw = work.empty(n, work.states), work.empty(n, work.sizes["W"])
+        self.retreat(work.table, self.lams, dh0, dw, None)
+        return dh0, dw
