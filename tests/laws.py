@@ -16,8 +16,8 @@ def test_law(law, design, dtype):
     LAWS[law](design, "cpu", dtype)
 
 
-# tracing takes as long as a design is deep; these two repeat what others have
-DEEP = ("((DF)3 AF)2", "[WF|DAF]:average [A|[M|D]:gated]")
+# tracing takes as long as a design is deep; these repeat what others have
+DEEP = ("((DF)3 AF)2", "((GF)3 AF)2", "((SF)3 AF)2", "[WF|DAF]:average [A|[M|D]:gated]")
 
 
 @pytest.mark.parametrize("name", [name for name in DESIGNS if name not in DEEP])

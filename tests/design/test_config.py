@@ -33,6 +33,17 @@ layers = {
     "D": st.builds(
         lambda heads, times: plait.GatedDeltaNet(heads=heads, head_dim=8, value_heads=heads * times), sizes, sizes
     ),
+    "G": st.builds(
+        plait.GRU,
+        heads=sizes,
+        head_dim=sizes,
+        recurrence=st.sampled_from(["diagonal", "heads", "dense"]),
+        conv_width=st.none() | sizes,
+        gate_bias=st.sampled_from([0.0, 1, (0.0, 3.0), [1, 2]]),
+        clip=st.none() | st.just(0.5),
+    ),
+    "H": st.builds(plait.LSTM, coupled=st.booleans(), peephole=st.booleans(), recurrent_bias=st.booleans()),
+    "S": st.builds(plait.SLSTM, output_gate=st.booleans(), solver=st.sampled_from(["shooting", "sequential"])),
     "F": st.one_of(
         *(st.builds(kind, hidden=st.none() | sizes, bias=st.booleans()) for kind in (plait.SwiGLU, plait.GELU))
     ),
@@ -42,7 +53,7 @@ designs = st.builds(
     ModelConfig,
     vocab=sizes,
     dim=st.sampled_from([64, 128, 192]),
-    pattern=st.sampled_from(["AF", "(MF)2 [M|A]F", "[MF|A]:gated D"]),
+    pattern=st.sampled_from(["AF", "(MF)2 [M|A]F", "[MF|A]:gated D", "GF [H|A] S"]),
     layers=st.fixed_dictionaries({}, optional=layers),
     merge=merges,
     norm=st.builds(plait.RMSNorm, zero_centered=st.booleans()),
@@ -158,6 +169,22 @@ def test_hash_is_of_what_is_built():
             {"pattern": "D", "layers": {"D": {"kind": "gated_deltanet", "heads": 2, "value_heads": 3}}},
             "heads 2 does not divide value_heads 3",
         ),
+        (
+            {"pattern": "G", "layers": {"G": {"kind": "gru", "heads": 6}}},
+            "GRU: heads 6 do not divide dim 64; change heads or give head_dim",
+        ),
+        (
+            {"pattern": "S", "layers": {"S": {"kind": "slstm", "head_dim": 24}}},
+            "not a multiple of head_dim 24; give heads",
+        ),
+        (
+            {"pattern": "G", "layers": {"G": {"kind": "gru", "heads": 3, "head_dim": 8, "projection": "heads"}}},
+            "GRU: heads 3 do not divide dim 64, which projection 'heads' needs",
+        ),
+        ({"layers": {"H": {"kind": "lstm", "recurrence": "diag"}}}, "Invalid enum value 'diag'"),
+        ({"layers": {"H": {"kind": "lstm", "clip": -1.0}}}, "LSTM.clip must be above 0"),
+        ({"layers": {"R": {"kind": "rnn", "gate_bias": 1.0}}}, "RNN has no gate that keeps, so gate_bias must be 0"),
+        ({"pattern": "S", "dim": 70}, "SLSTM: dim 70 is not a multiple of 64, so heads and head_dim must be given"),
     ],
 )
 def test_mistakes_are_named(data, message):

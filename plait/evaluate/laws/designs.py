@@ -2,6 +2,10 @@
 
 from plait.design import (
     GELU,
+    GRU,
+    LSTM,
+    RNN,
+    SLSTM,
     Attention,
     Average,
     GatedDeltaNet,
@@ -24,6 +28,9 @@ LAYERS: dict[str, Layer] = {
     "W": Attention(heads=2, head_dim=20, window=7),
     "M": Mamba2(heads=6, head_dim=10, state_dim=14),
     "D": GatedDeltaNet(heads=2, head_dim=18, value_heads=4, value_head_dim=22),
+    "G": GRU(heads=2, head_dim=15),
+    "H": LSTM(heads=2, head_dim=13),
+    "S": SLSTM(heads=2, head_dim=11),
     "F": SwiGLU(hidden=96),
     "Grouped": Attention(heads=4, kv_heads=2, head_dim=16, qk_norm=True, output_gate=True, rope=RoPE(fraction=0.25)),
     "Shared": GatedDeltaNet(heads=2, head_dim=18, shared=True),
@@ -67,11 +74,32 @@ DESIGNS: dict[str, ModelConfig] = {
         "MF", M=Mamba2(heads=6, head_dim=10, state_dim=14, groups=3, conv_bias=False, conv_width=6)
     ),
     "DF plain heads, convolution of two": small("DF", D=GatedDeltaNet(heads=3, head_dim=16, conv_width=2)),
+    "GF": small("GF"),
+    "HF": small("HF"),
+    "SF": small("SF"),
+    "HF coupled, peepholes, clipped": small("HF", H=LSTM(heads=2, head_dim=13, coupled=True, peephole=True, clip=0.2)),
+    "HF peepholes, dense": small("HF", H=LSTM(heads=3, head_dim=5, peephole=True, recurrence="dense")),
+    "SF diagonal, head-wise projection": small(
+        "SF", S=SLSTM(heads=4, head_dim=7, recurrence="diagonal", projection="heads", gate_bias=1.0)
+    ),
+    "SF large heads": small("SF", S=SLSTM(heads=2, head_dim=24, conv_width=2)),
+    "GF dense, two biases": small("GF", G=GRU(heads=1, head_dim=20, recurrence="dense", recurrent_bias=True)),
+    "GF heads, head-wise projection, no biases": small(
+        "GF", G=GRU(heads=4, head_dim=6, recurrence="heads", projection="heads", bias=False)
+    ),
+    "NF and XF, bare": small(
+        "NF XF",
+        N=RNN(heads=4, head_dim=9, recurrence="heads", conv_width=None, output_gate=False),
+        X=RNN(heads=4, head_dim=9, activation="relu", projection="heads", conv_width=None),
+    ),
     "GELU and ReLU2": small("AF DR", F=GELU(hidden=80, bias=True), R=ReLU2(hidden=72)),
     "zero-centred norms, untied": small("DF GroupedF", centred=True, tied=False),
     "shared layers": small("(SharedF)2 [Shared|A]", F=SwiGLU(hidden=96, shared=True)),
     "((DF)3 AF)2": small("((DF)3 AF)2"),
+    "((GF)3 AF)2": small("((GF)3 AF)2"),
+    "((SF)3 AF)2": small("((SF)3 AF)2"),
     "[M|A]F": small("[M|A]F"),
+    "[H|A]F": small("[H|A]F"),
     "[M|A]:sum F": small("[M|A]:sum F", merge=Sum(branch_norm=False)),
     "[MF|A]:gated F": small("[MF|A]:gated F"),
     "[A|M|D]:projection F": small("[A|M|D]:projection F"),
