@@ -24,8 +24,12 @@ CELLS: dict[type[Recurrent], type[Cell]] = {RNN: cells.RNN, GRU: cells.GRU, LSTM
 
 
 def cell_of(config: Recurrent) -> Cell:
-    """The cell that a config speaks of: its fields are among the config's."""
-    kind: Any = CELLS[type(config)]
+    """The cell that a config speaks of."""
+    return made(CELLS[type(config)], config)
+
+
+def made(kind: Any, config: Recurrent) -> Cell:
+    """A cell of this kind; its fields are among the config's."""
     return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
 
 

@@ -31,7 +31,7 @@ def register(letter: str, cell: type[Cell], **defaults: Any) -> type[Recurrent]:
     known: Any = KINDS.get(kind)
     config = known if known is not None and CELLS[known] is cell else _config(kind, cell)
     layer = config(**defaults)
-    _probe(_cell(cell, layer))
+    _probe(made(cell, layer))
     if known is not config:  # the class before it, if there was one, keeps its modules but loses its letters
         for name in [name for name, bound in LETTERS.items() if type(bound) is known]:
             del LETTERS[name]
@@ -69,10 +69,6 @@ def _check_names(letter: str, kind: str, cell: type[Cell]) -> None:
         raise ValueError(f"letter {letter!r} is {type(bound).__name__} already; choose another")
 
 
-def _cell(cell: type[Cell], config: Recurrent) -> Cell:
-    return cell(**{field.name: getattr(config, field.name) for field in fields(cell)})  # type: ignore[arg-type]
-
-
 def _config(kind: str, cell: type[Cell]) -> type[Recurrent]:
     """A config class like those of plait.design.recurrent, which counts by asking the cell."""
     types = get_type_hints(cell)
@@ -80,7 +76,7 @@ def _config(kind: str, cell: type[Cell]) -> type[Recurrent]:
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in own}
 
     def sizes(self: Recurrent) -> tuple[int, int, int]:
-        it = _cell(cell, self)
+        it = made(cell, self)
         return len(it.inputs), len(it.states), len(it.weights)
 
     namespace = {
@@ -89,7 +85,7 @@ def _config(kind: str, cell: type[Cell]) -> type[Recurrent]:
         "__annotations__": {f.name: types[f.name] for f in own},
         "keeps": getattr(cell, "keeps", None),
         "sizes": sizes,
-        "start": lambda self: tuple(_cell(cell, self).start),
+        "start": lambda self: tuple(made(cell, self).start),
         **{name: value for name, value in defaults.items() if value is not MISSING},
     }
     options = {"frozen": True, "kw_only": True, "tag": kind}

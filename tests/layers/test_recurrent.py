@@ -153,10 +153,7 @@ def para_lstm(x, a, p_f, p_o):
 @pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_cells_of_pararnn(kind, clip):
-    if kind == "gru":
-        made = cell(plait.GRU, clip=clip)
-    else:
-        made = cell(plait.LSTM, coupled=True, peephole=True, clip=clip)
+    made = cell(plait.GRU, clip=clip) if kind == "gru" else cell(plait.LSTM, coupled=True, peephole=True, clip=clip)
     x = randn(2, 90, DIM).requires_grad_()
     named, a = parts(made, x)
     if clip is not None:
