@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plait.design.layers import KINDS, LETTERS
 from plait.design.recurrent import Recurrent
-from plait.layers.recurrent import CELLS, RecurrentLayer
+from plait.layers.recurrent import CELLS, RecurrentLayer, made
 from plait.layers.stack import LAYERS
 from plait.ops.shooting import Cell
 
@@ -69,7 +69,7 @@ def _check_names(letter: str, kind: str, cell: type[Cell]) -> None:
         raise ValueError(f"letter {letter!r} is {type(bound).__name__} already; choose another")
 
 
-def _config(kind: str, cell: type[Cell]) -> type[Recurrent]:
+def _config(kind: str, cell: Any) -> type[Recurrent]:
     """A config class like those of plait.design.recurrent, which counts by asking the cell."""
     types = get_type_hints(cell)
     own = fields(cell)
