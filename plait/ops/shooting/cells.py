@@ -98,6 +98,14 @@ class Bound:
             m = torch.bmm(rows, columns).view(heads, -1, g, k).permute(1, 2, 0, 3).reshape(*h.shape[:-2], g, heads, k)
         return m if self.bias is None else m + self.bias
 
+    def unmix(self, r: Float[Tensor, "n g h k"]) -> Float[Tensor, "n h k"]:
+        """R^T r."""
+        if self.diagonal:
+            return (self.recurrent * r).sum(1)
+        g, heads, k, _ = self.recurrent.shape
+        rows = self.recurrent.transpose(0, 1).reshape(heads, g * k, k)
+        return torch.bmm(r.permute(2, 0, 1, 3).reshape(heads, -1, g * k), rows).transpose(0, 1)
+
     def step(self, x: Float[Tensor, "*n g h k"], s: Float[Tensor, "*n s h k"]) -> Float[Tensor, "*n s h k"]:
         """One token."""
         m = self.mix(s.select(-3, 0))

@@ -8,7 +8,8 @@ first k chunks are exact whatever the cell does. Where passes do not close the g
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.jacobian import apply, blocks, chunk_jacobians, multiply, partials, slices
 
 MAX_PASSES = 8  # contracting cells take 2 to 4 (shooting.md); more is a cell for which the loop is the better solver
-FORGETS = 1e-2  # a first gap below which a chunk is run again from the ends as they are: a Jacobian costs several passes
-ALONE = 1 << 15  # numbers per token from which on a single token keeps the machine busy, so that chunks only add work
+FORGETS = (
+    1e-2  # a first gap below which a chunk is run again from the ends as they are: a Jacobian costs several passes
+)
+# numbers per token from which on a single token keeps the machine busy, so that chunks only add work
+ALONE = {"cpu": 1 << 15, "cuda": 1 << 22}
 
 
 class Solved(NamedTuple):
@@ -32,9 +36,16 @@ class Solved(NamedTuple):
     fell_back: bool
 
 
-def chunk_size(length: int, width: int) -> int:
+class Engine(NamedTuple):
+    """How chunks advance: `run(cell, x, s)` as below, and `back(cell, x, before)` as `Back`."""
+
+    run: Callable[[Bound, Tensor, Tensor], Tensor]
+    back: Callable[[Bound, Tensor, Tensor], Any]
+
+
+def chunk_size(length: int, width: int, device: str) -> int:
     """A power of two near the square root of the length: as many steps inside a chunk as there are joints to close."""
-    if width >= ALONE:
+    if width >= ALONE.get(device, 1 << 15):
         return length
     return min(length, max(16, 2 ** round(math.log2(length) / 2)))
 
@@ -43,7 +54,7 @@ def layout_of(x: Tensor, packing: Packing | None, size: int | None = None) -> Ch
     """Chunks of a call; of `size` tokens if given, so that the longest sequence makes a single chunk."""
     lengths = (x.shape[1],) if packing is None else packing.lengths
     rows = x.shape[0] if packing is None else len(lengths)
-    size = size or chunk_size(max(lengths), rows * x[0, 0].numel())
+    size = size or chunk_size(max(lengths), rows * x[0, 0].numel(), x.device.type)
     return chunks(x.shape[0], x.shape[1], size, packing)
 
 
@@ -55,14 +66,16 @@ def forward(
     tol: float,
     max_passes: int | None,
     size: int | None = None,
+    engine: Engine | None = None,
 ) -> tuple[Tensor, Tensor, Solved]:
     """x (b, t, g, h, k), h0 (n, s, h, k) -> states (b, t, s, h, k), the last of each sequence (n, s, h, k), the record."""
+    engine = engine or TORCH
     layout = layout_of(x, packing, size)
-    solved = solve(cell, layout.by_step(x), layout.sort(h0), layout, tol, max_passes or MAX_PASSES)
+    solved = solve(cell, layout.by_step(x), layout.sort(h0), layout, tol, max_passes or MAX_PASSES, engine)
     if solved.fell_back:
         longest = x.shape[1] if packing is None else max(packing.lengths)
         layout = layout_of(x, packing, longest)
-        solved = solved._replace(states=run(cell, layout.by_step(x), layout.sort(h0)))
+        solved = solved._replace(states=engine.run(cell, layout.by_step(x), layout.sort(h0)))
     final = layout.unsort(solved.states[layout.last])
     return layout.from_steps(solved.states), final, solved
 
@@ -78,16 +91,16 @@ def run(cell: Bound, x: Tensor, s: Tensor) -> Tensor:
     return states
 
 
-def solve(cell: Bound, x: Tensor, first: Tensor, layout: Chunks, tol: float, max_passes: int) -> Solved:
+def solve(cell: Bound, x: Tensor, first: Tensor, layout: Chunks, tol: float, max_passes: int, engine: Engine) -> Solved:
     """Passes until the joints close; `fell_back` (states then mean nothing) where they do not."""
     if len(layout.alive) == 1:
-        return Solved(run(cell, x, first), 1, 0.0, False)
+        return Solved(engine.run(cell, x, first), 1, 0.0, False)
     burn = len(x) // 2  # a chunk's end remembers little of its start if the cell forgets: half a pass for a good guess
     guess = cell.cell.start_like(first, x.shape[1])
-    s = following(run(cell, x[-burn:], guess)[-1], first, layout)
+    s = following(engine.run(cell, x[-burn:], guess)[-1], first, layout)
     gaps: list[float] = []
     while len(gaps) < max_passes:
-        states = run(cell, x, s)
+        states = engine.run(cell, x, s)
         gaps.append(_gap(states[-1], s, layout))
         if gaps[-1] <= tol:
             return Solved(states, len(gaps), gaps[-1], False)
@@ -127,14 +140,55 @@ def close(J: Tensor, ends: Tensor, s: Tensor, layout: Chunks, block: bool) -> Te
     return torch.cat(starts)
 
 
-# the way back: mu_t = J_t^T nu_t, nu_{t-1} = g_{t-1} + mu_t, linear, so nothing has to be guessed twice where J is exact
+# the way back: mu_t = J_t^T nu_t, nu_{t-1} = g_{t-1} + mu_t, linear, so nothing has to be guessed where J is exact
 
 
-class Local(NamedTuple):
-    """Derivatives at every token, P (s, s, c, n, h, k) and Q (s, g, c, n, h, k) as `partials` gives them."""
+class Back:
+    """One backward pass over chunks x (c, n, g, h, k) with the states before every token (c, n, s, h, k)."""
 
-    P: Tensor
-    Q: Tensor
+    def __init__(self, cell: Bound, x: Tensor, before: Tensor):
+        self.cell, self.x, self.before = cell, x, before
+        found = [partials(cell, x[part], before[part]) for part in slices(x)]
+        self.P, self.Q = (torch.cat(both, 2) for both in zip(*found, strict=True))
+        self.nu = torch.empty_like(before)
+
+    def run(self, g: Tensor, mu: Tensor, steps: int) -> Tensor:
+        """The first `steps` of every chunk in reverse, mu (n, s, h, k) coming in from behind: mu at the chunk's start."""
+        for t in reversed(range(steps)):
+            nu = torch.add(g[t], mu, out=self.nu[t])
+            mu = torch.einsum("ij...hk,...ihk->...jhk", self.P[:, :, t], nu)
+            r = torch.einsum("ig...hk,...ihk->...ghk", self.Q[:, :, t], nu)
+            mu[:, 0] += self.cell.unmix(r)
+        return mu
+
+    def products(self) -> Tensor:
+        """Each chunk's Jacobian, or its part through the cell, (s, s, n, h, k)."""
+        total = None
+        for t in range(len(self.x)):
+            J = self.P[:, :, t]
+            if self.cell.diagonal:
+                mixed = torch.einsum("ig...,g...->i...", self.Q[:, :, t], self.cell.recurrent[:, None])
+                J = torch.cat([J[:, :1] + mixed[:, None], J[:, 1:]], 1)
+            total = J if total is None else multiply(J, total)
+        assert total is not None
+        return total
+
+    def pull(self) -> tuple[Tensor, list[Tensor]]:
+        """Gradients at x and the cell's tensors, from the last `run` over whole chunks."""
+        dx, totals = torch.empty_like(self.x), [torch.zeros_like(w) for w in self.cell.tensors()]
+        for part in slices(self.x):
+            with autograd_inside():
+                tokens = self.x[part].detach().requires_grad_()
+                tensors = [w.detach().requires_grad_() for w in self.cell.tensors()]
+                new = self.cell.with_tensors(tensors).step(tokens, self.before[part].detach())
+                found = torch.autograd.grad(new, [tokens, *tensors], self.nu[part])
+            dx[part] = found[0]
+            for total, gradient in zip(totals, found[1:], strict=True):
+                total += gradient
+        return dx, totals
+
+
+TORCH = Engine(run, Back)
 
 
 def backward(
@@ -148,92 +202,43 @@ def backward(
     tol: float,
     max_passes: int | None,
     size: int | None = None,
+    engine: Engine = TORCH,
 ) -> list[Tensor]:
     """Gradients at x, h0 and the cell's tensors. states (b, t, s, h, k) as solved; grad (b, t, h, k) at the outputs,
     grad_final (n, s, h, k) at the last states."""
     layout = layout_of(x, packing, size)
     tokens, steps, first = layout.by_step(x), layout.by_step(states), layout.sort(h0)
-    before = torch.cat([following(steps[-1], first, layout)[None], steps[:-1]])
     g = torch.zeros_like(steps)
     g[:, :, 0] = layout.by_step(grad)
     if grad_final is not None:
         g[layout.last] += layout.sort(grad_final)
-    local = derivatives(cell, tokens, before)
-    solved = solve_back(cell, local, g, layout, tol, max_passes or MAX_PASSES)
-    if solved is None:
+    back = engine.back(cell, tokens, torch.cat([following(steps[-1], first, layout)[None], steps[:-1]]))
+    mu = solve_back(back, g, layout, tol, max_passes or MAX_PASSES, cell.diagonal)
+    if mu is None:
         longest = x.shape[1] if packing is None else max(packing.lengths)
-        return backward(cell, x, h0, states, grad, grad_final, packing, tol, max_passes, longest)
-    nu, mu = solved
-    dx, tensors = pull(cell, tokens, before, nu)
+        return backward(cell, x, h0, states, grad, grad_final, packing, tol, max_passes, longest, engine)
+    dx, tensors = back.pull()
     return [layout.from_steps(dx), layout.unsort(mu[: layout.alive[0]]), *tensors]
 
 
-def derivatives(cell: Bound, x: Tensor, before: Tensor) -> Local:
-    """`partials` at every token, a slice at a time."""
-    found = [partials(cell, x[part], before[part]) for part in slices(x)]
-    return Local(*(torch.cat(both, 2) for both in zip(*found, strict=True)))
-
-
-def run_back(cell: Bound, local: Local, g: Tensor, mu: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
-    """Every chunk in reverse, mu (n, s, h, k) coming in from behind: nu (c, n, s, h, k), and mu at the chunk's start."""
-    nus = torch.empty_like(g) if keep else g
-    for t in reversed(range(len(g))):
-        nu = g[t] + mu
-        if keep:
-            nus[t] = nu
-        mu = torch.einsum("ij...hk,...ihk->...jhk", local.P[:, :, t], nu)
-        r = torch.einsum("ig...hk,...ihk->...ghk", local.Q[:, :, t], nu)
-        mu[:, 0] += unmix(cell, r)
-    return nus, mu
-
-
-def unmix(cell: Bound, r: Tensor) -> Tensor:
-    """R^T r: (n, g, h, k) -> (n, h, k)."""
-    if cell.diagonal:
-        return (cell.recurrent * r).sum(1)
-    g, heads, k, _ = cell.recurrent.shape
-    rows = cell.recurrent.permute(1, 0, 2, 3).reshape(heads, g * k, k)
-    return torch.bmm(r.permute(2, 0, 1, 3).reshape(heads, -1, g * k), rows).transpose(0, 1)
-
-
-def solve_back(
-    cell: Bound, local: Local, g: Tensor, layout: Chunks, tol: float, max_passes: int
-) -> tuple[Tensor, Tensor] | None:
-    """nu (c, n, s, h, k) and mu (n, s, h, k) at every chunk's start, or None where the joints do not close."""
+def solve_back(back: Any, g: Tensor, layout: Chunks, tol: float, max_passes: int, exact: bool) -> Tensor | None:
+    """mu (n, s, h, k) at every chunk's start, or None where the joints do not close. `exact`: the products are."""
     mu = torch.zeros_like(g[0])
     if len(layout.alive) == 1:
-        return run_back(cell, local, g, mu)
-    burn = len(g) if cell.diagonal else len(g) // 2
-    part = Local(local.P[:, :, :burn], local.Q[:, :, :burn])
-    starts = run_back(cell, part, g[:burn], mu, keep=False)[1]
-    J = _products(cell, local)
-    mu = preceding(starts, layout)
-    if cell.diagonal:
-        mu = close_back(J, starts, torch.zeros_like(mu), layout)
+        return back.run(g, mu, len(g))
+    starts = back.run(g, mu, len(g) if exact else len(g) // 2)
+    mu = close_back(back.products(), starts, mu, layout) if exact else preceding(starts, layout)
     gaps: list[float] = []
     while len(gaps) < max_passes:
-        nu, starts = run_back(cell, local, g, mu)
+        starts = back.run(g, mu, len(g))
         want = preceding(starts, layout)
         gaps.append(float((want - mu).abs().amax() / want.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)))
         if gaps[-1] <= tol:
-            return nu, starts
+            return starts
         if not math.isfinite(gaps[-1]) or (len(gaps) > 3 and gaps[-1] > gaps[-3] / 2):
             return None
-        mu = close_back(J, starts, mu, layout)
+        mu = close_back(back.products(), starts, mu, layout)
     return None
-
-
-def _products(cell: Bound, local: Local) -> Tensor:
-    """Each chunk's Jacobian, or its part through the cell, (s, s, n, h, k)."""
-    total = None
-    for t in range(local.P.shape[2]):
-        J = local.P[:, :, t]
-        if cell.diagonal:
-            J = J.clone()
-            J[:, 0] += torch.einsum("ig...,g...->i...", local.Q[:, :, t], cell.recurrent[:, None])
-        total = J if total is None else multiply(J, total)
-    assert total is not None
-    return total
 
 
 def preceding(starts: Tensor, layout: Chunks) -> Tensor:
@@ -256,18 +261,3 @@ def close_back(J: Tensor, starts: Tensor, mu: Tensor, layout: Chunks) -> Tensor:
         value = starts[chunk] + apply(J[:, :, chunk], new[chunk] - mu[chunk], False, transposed=True)
         new[places[c - 1] : places[c - 1] + counts[c]] = value
     return new
-
-
-def pull(cell: Bound, x: Tensor, before: Tensor, nu: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Gradients at x (c, n, g, h, k) and the cell's tensors, from those at every state."""
-    dx, totals = torch.empty_like(x), [torch.zeros_like(w) for w in cell.tensors()]
-    for part in slices(x):
-        with autograd_inside():
-            tokens = x[part].detach().requires_grad_()
-            tensors = [w.detach().requires_grad_() for w in cell.tensors()]
-            new = cell.with_tensors(tensors).step(tokens, before[part].detach())
-            found = torch.autograd.grad(new, [tokens, *tensors], nu[part])
-        dx[part] = found[0]
-        for total, gradient in zip(totals, found[1:], strict=True):
-            total += gradient
-    return dx, totals
