@@ -8,21 +8,28 @@ from plait.design import PRESETS, ModelConfig, RMSNorm, RoPE, load_design
 from plait.design.count import parameters
 from plait.design.layers import KINDS, LETTERS
 from plait.design.merges import MERGE_KINDS
+from plait.design.recurrent import Recurrent
 from plait.design.summary import si
 from plait.train.config import DataConfig, RunConfig
 
 HERE = Path(__file__).parent
 
 
-def describe(name: str, cls: type) -> list[str]:
-    """A heading, the docstring, and the fields with their defaults."""
-    defaults = dict(zip(cls.__struct_fields__[::-1], cls.__struct_defaults__[::-1], strict=False))
+def defaults_of(cls: type) -> dict:
+    return dict(zip(cls.__struct_fields__[::-1], cls.__struct_defaults__[::-1], strict=False))
+
+
+def describe(name: str, cls: type, base: type | None = None) -> list[str]:
+    """A heading, the docstring, and the fields with their defaults; after `base`, those that differ."""
+    defaults, told = defaults_of(cls), defaults_of(base) if base else {}
     lines = [f"### `{name}`", "", "```", inspect.cleandoc(cls.__doc__ or ""), "```", ""]
     fields = []
     for field in cls.__struct_fields__:
+        if field in told and told[field] == defaults[field]:
+            continue
         shown = repr(defaults.get(field)).replace("<factory>", "{}")
         fields.append(f"`{field}` {'= ' + shown if field in defaults else '(required)'}")
-    return [*lines, ", ".join(fields), ""]
+    return [*lines, ", ".join([f"those of {base.__name__}", *fields] if base else fields), ""]
 
 
 def main() -> None:
@@ -41,7 +48,10 @@ def main() -> None:
         "",
     ]
     for kind, cls in KINDS.items():
-        lines += describe(f"{cls.__name__}, kind: {kind}", cls)
+        base = Recurrent if issubclass(cls, Recurrent) else None
+        if base and not any(line.startswith("### `Recurrent") for line in lines):
+            lines += describe("Recurrent, what the next have in common", Recurrent)
+        lines += describe(f"{cls.__name__}, kind: {kind}", cls, base)
     lines += ["## Merges", ""]
     for kind, cls in MERGE_KINDS.items():
         lines += describe(f"{cls.__name__}, kind: {kind}", cls)
