@@ -79,7 +79,7 @@ def retreat(
     is zero) to the one at its start, `dstart`, by item. It writes dx and sums dw; with `slopes` it writes neither, but the
     transposed Jacobian, by which a gradient at the end adds to `dstart`. STARTS: items are whole sequences.
 
-    The first step apart, whose old state may be h0, loads come U steps ahead, as in `advance`.
+    The first step apart, whose old state may be h0, loads come two blocks ahead, as in `advance`.
     """
     item, block, head, channel, unit, exists = place(tl.program_id(0), D, K, BD)
     batch = tl.load(table + item * 4).to(tl.int64)
@@ -107,18 +107,26 @@ def retreat(
     mask = None if EVEN else exists
     whole = (length - 1) // U * U
     some = exists & (whole > 0)
-    ahead = steps_at(px, some, stride_g, G, -ST, 0, U)
-    ahead_s = states_at(h, rest, here, there, some, S, D, 1, U)
-    ahead_g = gradients_at(dh, zero, here, some, D, U)
+    near = steps_at(px, some, stride_g, G, -ST, 0, U)
+    near_s = states_at(h, rest, here, there, some, S, D, 1, U)
+    near_g = gradients_at(dh, zero, here, some, D, U)
+    more = tl.where(whole > U, U, 0).to(tl.int64)
+    px -= more * ST
+    here -= more * D
+    there -= more * ((S - 1) * D)
+    far = steps_at(px, some, stride_g, G, -ST, 0, U)
+    far_s = states_at(h, rest, here, there, some, S, D, 1, U)
+    far_g = gradients_at(dh, zero, here, some, D, U)
     for t in range(0, whole, U):
-        now, now_s, now_g = ahead, ahead_s, ahead_g
-        more = tl.where(t + 2 * U <= whole, U, 0).to(tl.int64)
+        now, now_s, now_g = near, near_s, near_g
+        near, near_s, near_g = far, far_s, far_g
+        more = tl.where(t + 3 * U <= whole, U, 0).to(tl.int64)
         px -= more * ST
         here -= more * D
         there -= more * ((S - 1) * D)
-        ahead = steps_at(px, mask, stride_g, G, -ST, 0, U)
-        ahead_s = states_at(h, rest, here, there, mask, S, D, 1, U)
-        ahead_g = gradients_at(dh, zero, here, mask, D, U)
+        far = steps_at(px, mask, stride_g, G, -ST, 0, U)
+        far_s = states_at(h, rest, here, there, mask, S, D, 1, U)
+        far_g = gradients_at(dh, zero, here, mask, D, U)
         for u in tl.static_range(U):
             lam, total, maps = back(
                 wide(now, u * G, G), wide(now_s, u * S, S), now_g[u], lam, total, maps, w, pd - u * DT, dx_g, mask,

@@ -30,7 +30,8 @@ def advance(
 
     It starts from `starts`, by the item's sequence (`BY_ROW`) or its own, and leaves its `ends`. With `h` it writes what
     it passes; with `slopes`, the Jacobian of end by start. With `gaps` (sequence, block) it only runs where the gap is
-    not closed. The next U steps' loads are issued before the current U steps' arithmetic.
+    not closed. Loads of U steps are issued two blocks of U ahead: the compiler moves a block's loads behind its whole
+    arithmetic, where one block ahead would be waited for at once.
     """
     item, block, head, channel, unit, exists = place(tl.program_id(0), D, K, BD)
     batch = tl.load(table + item * 4).to(tl.int64)
@@ -51,11 +52,13 @@ def advance(
     j = identity(s[0], S)
     mask = None if EVEN else exists
     whole = length // U * U
-    ahead = steps_at(px, exists & (whole > 0), stride_g, G, ST, 0, U)
+    near = steps_at(px, exists & (whole > 0), stride_g, G, ST, 0, U)
+    px += tl.where(whole > U, U * ST, 0)  # here and below: past the last block it is read again
+    far = steps_at(px, exists & (whole > 0), stride_g, G, ST, 0, U)
     for t in range(0, whole, U):
-        now = ahead
-        px += tl.where(t + 2 * U <= whole, U * ST, 0)  # the last block reads itself once more
-        ahead = steps_at(px, mask, stride_g, G, ST, 0, U)
+        now, near = near, far
+        px += tl.where(t + 3 * U <= whole, U * ST, 0)
+        far = steps_at(px, mask, stride_g, G, ST, 0, U)
         for u in tl.static_range(U):
             if slopes is not None:
                 s, by = JACOBIAN(wide(now, u * G, G), s, w, V)
