@@ -140,7 +140,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
 
 
 def full_dict(config: Struct) -> dict[str, Any]:
-    """All fields, defaults included, so that what is hashed does not depend on what was spelled out."""
-    values = {name: getattr(config, name) for name in config.__struct_fields__}
+    """All fields that say what is built, defaults included, so that the hash does not depend on what was spelled out."""
+    values = {name: getattr(config, name) for name in config.__struct_fields__ if name not in config.only_how}
     plain = {name: full_dict(value) if isinstance(value, Struct) else value for name, value in values.items()}
     return {"kind": type(config).__name__} | plain

@@ -22,6 +22,7 @@ class Recurrent(Layer, frozen=True, kw_only=True):
     solver, tol, max_passes, strict: how the recurrence is solved in parallel over time, as in `plait.ops.shooting`.
     """
 
+    only_how = ("solver", "tol", "max_passes", "strict")
     keeps: ClassVar[tuple[str, int] | None] = None  # the gate that keeps: its input's name, and which sign opens it
 
     heads: int | None = None

@@ -1,6 +1,6 @@
 """Frozen plain data with a `kind` tag; an unknown key is an error that names the nearest known one."""
 
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import msgspec
 
@@ -23,6 +23,8 @@ class _Checked(type(msgspec.Struct)):
 
 class Struct(msgspec.Struct, metaclass=_Checked, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
     """Base of every config."""
+
+    only_how: ClassVar[tuple[str, ...]] = ()  # fields that say how a result is computed, not what it is
 
     def replace(self: T, **changes: Any) -> T:
         """A copy with some fields changed."""

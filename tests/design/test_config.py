@@ -120,6 +120,10 @@ def test_hash_is_of_what_is_built():
     assert ModelConfig(vocab=5, dim=64, pattern="MF MF").hash == short.hash
     assert short.replace(layers={"M": plait.Mamba2(heads=2)}).hash == short.hash  # what is derived anyway
     assert short.replace(layers={"A": plait.Attention(heads=2)}).hash == short.hash  # not in the pattern
+    plain, other = (plait.GRU(**options) for options in ({}, {"solver": "sequential", "tol": 1e-3, "strict": True}))
+    recurrent = short.replace(pattern="G")
+    assert recurrent.replace(layers={"G": other}).hash == recurrent.replace(layers={"G": plain}).hash  # how, not what
+    assert recurrent.replace(layers={"G": plait.GRU(clip=0.5)}).hash != recurrent.hash
     for change in (
         {"dim": 128},
         {"pattern": "MFF"},

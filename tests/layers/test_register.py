@@ -1,6 +1,8 @@
 """Cells of one's own: one call makes a letter, and what the solvers could not work with is refused with its reason."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +88,16 @@ def test_again():
     _, second = define(1.0)
     assert not torch.equal(first, second)
     assert torch.equal(model(torch.zeros(1, 5, dtype=torch.long))[0], first)
+
+
+def test_the_page_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "add-a-cell.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    names = {"__name__": __name__}
+    exec(code, names)
+    logits, _ = names["model"](torch.arange(20)[None])
+    assert logits.isfinite().all()
+    assert plait.build(names["other"]).design.bound["Z"].slope == 2.0
 
 
 def cell(step, **names):
