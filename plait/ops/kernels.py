@@ -24,6 +24,7 @@ class Call(NamedTuple):
     tokens: int
     device: str
     dtype: torch.dtype
+    subject: Any = None  # what else an op's forms ask about, such as the cell of a recurrence; None: the usual one
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,14 @@ def many_tokens(call: Call) -> str | None:
     return None if call.tokens > 1 else "one token fills no chunk"
 
 
-def choose(kernels: Sequence[Kernel], x: Tensor) -> Kernel:
-    """The first kernel, in order of preference, that fits `x` (b, t, ...)."""
+def choose(kernels: Sequence[Kernel], x: Tensor, subject: Any = None) -> Kernel:
+    """The first kernel, in order of preference, that fits `x` (b, t, ...) and what the op says beside it."""
     if _forced is not None:
         for kernel in kernels:
             if kernel.name == _forced:
                 return kernel
         raise ValueError(f"PLAIT_KERNELS={_forced}: no such kernel; {suggest(_forced, [k.name for k in kernels])}")
-    call = Call(x.shape[1], x.device.type, x.dtype)
+    call = Call(x.shape[1], x.device.type, x.dtype, subject)
     for kernel in kernels:
         if kernel.supports(call) is None:
             return kernel

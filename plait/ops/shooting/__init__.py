@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from plait.design.spelling import suggest
-from plait.ops.kernels import Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
+from plait.ops.kernels import Call, Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.shooting import library, reference
 from plait.ops.shooting.cells import EMPTY as EMPTY
@@ -74,7 +74,7 @@ def shooting(
         first = cell.cell.start_like(like, rows) if h0 is None else cast(h0, like.dtype)
         bound = cell.with_tensors([cast(w, like.dtype) for w in cell.tensors()])
         options = Options(solver, TOLERANCES[x.dtype] if tol is None else tol, max_passes)
-        h, final, info = choose(KERNELS, x).run(bound, x, first, packing, options)
+        h, final, info = choose(KERNELS, x, (bound, x, solver)).run(bound, x, first, packing, options)
     if strict and bool(info[2] > 0):
         raise NotConverged(
             f"{type(cell.cell).__name__}: a gap of {float(info[1]):.1e} is left after {int(info[0])} passes, "
@@ -145,8 +145,38 @@ def _solver(kernel: str):
     return run
 
 
+def _on_gpu(call: Call) -> str | None:
+    if call.device != "cuda":
+        return "needs an NVIDIA GPU"
+    if call.tokens == 1:
+        return "one token fills no chunk"
+    return None if call.subject is None or call.subject[2] == "shooting" else f"the solver is {call.subject[2]}"
+
+
+def _diagonal(call: Call) -> str | None:
+    reason = _on_gpu(call)
+    if reason is not None or call.subject is None:
+        return reason
+    from plait.ops.shooting import triton
+
+    return triton.supports(*call.subject[:2])
+
+
+def _matrices(call: Call) -> str | None:
+    reason = _on_gpu(call)
+    if reason is not None:
+        return reason
+    if call.subject is None or call.subject[0].diagonal:
+        return "for recurrences with a matrix per head"
+    from plait.ops.shooting.triton import matrices
+
+    return matrices.supports(*call.subject[:2])
+
+
 KERNELS = (
     Kernel("step", _step, one_token),
+    Kernel("triton", _solver("triton"), _diagonal),
+    Kernel("matrices", _solver("matrices"), _matrices),
     Kernel("chunked", _solver("chunked"), many_tokens),
     Kernel("reference", _reference, always),
 )

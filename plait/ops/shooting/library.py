@@ -46,25 +46,44 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h (b, t, h, k) in x's dtype, the other states (b, t, s - 1, h, k), the last states (n, s, h, k), and
     (passes, gap, fell back)."""
+    dtype = x.dtype
     bound, packing = _bound(cell, tensors, bias), _documents(lengths, x)
     if kernel == "triton":
         from plait.ops.shooting import triton
 
         return triton.forward(bound, x, h0, packing, tol, max_passes or chunked.MAX_PASSES)
-    states, final, record = _forward(bound, x.to(h0.dtype), h0, packing, solver, tol, max_passes)
+    engine = _engine(kernel)
+    if engine is chunked.TORCH:
+        x = x.to(h0.dtype)
+    states, final, record = _forward(bound, x, h0, packing, solver, tol, max_passes, engine)
     info = torch.tensor([record.passes, record.gap, record.fell_back], dtype=torch.float32, device=x.device)
-    h = states[:, :, 0].to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+    h = states[:, :, 0].to(dtype, copy=True, memory_format=torch.contiguous_format)
     return h, states[:, :, 1:].clone(memory_format=torch.contiguous_format), final, info
 
 
+def _engine(kernel: str) -> chunked.Engine:
+    if kernel == "chunked":
+        return chunked.TORCH
+    from plait.ops.shooting.triton.matrices import MATRICES
+
+    return MATRICES
+
+
 def _forward(
-    cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, solver: str, tol: float, max_passes: int | None
+    cell: Bound,
+    x: Tensor,
+    h0: Tensor,
+    packing: Packing | None,
+    solver: str,
+    tol: float,
+    max_passes: int | None,
+    engine: chunked.Engine,
 ) -> tuple[Tensor, Tensor, chunked.Solved]:
     if solver == "shooting":
-        return chunked.forward(cell, x, h0, packing, tol, max_passes)
+        return chunked.forward(cell, x, h0, packing, tol, max_passes, engine=engine)
     longest = x.shape[1] if packing is None else max(packing.lengths)
     if solver == "sequential":
-        return chunked.forward(cell, x, h0, packing, tol, max_passes, longest)
+        return chunked.forward(cell, x, h0, packing, tol, max_passes, longest, engine)
     from plait.ops.shooting import newton
 
     rows, lengths = (x, None) if packing is None else (packing.to_rows(x), packing.lengths)
@@ -118,7 +137,9 @@ def pull(
     wide = h0.dtype
     states = torch.cat([h.to(wide)[:, :, None], rest], 2)
     grad = torch.zeros_like(h, dtype=wide) if grad is None else grad.to(wide)
-    dx, *others = chunked.backward(bound, x.to(wide), h0, states, grad, grad_final, packing, tol, max_passes)
+    engine = _engine(kernel)
+    tokens = x.to(wide) if engine is chunked.TORCH else x
+    dx, *others = chunked.backward(bound, tokens, h0, states, grad, grad_final, packing, tol, max_passes, engine=engine)
     return [_laid_out(dx, x), *others]
 
 

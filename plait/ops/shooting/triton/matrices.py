@@ -83,7 +83,9 @@ def _retreat(g, mu, mixed, x, m, before, mu_new, dx, dm, total, n, mh, D: tl.con
     states = row * (S * D) + unit
     lam = ()
     for i in tl.static_range(S):
-        value = tl.load(g + states + i * D, mask=exists, other=0.0) + tl.load(mu + states + i * D, mask=exists, other=0.0)
+        value = tl.load(g + states + i * D, mask=exists, other=0.0) + tl.load(
+            mu + states + i * D, mask=exists, other=0.0
+        )
         if MIXED and i == 0:
             value += tl.load(mixed + (unit // K) * (n * K) + row * K + unit % K, mask=exists, other=0.0).to(tl.float32)
         lam = lam + (value,)
@@ -198,7 +200,10 @@ class MatrixBack(Back):
         dR = torch.bmm(dm.mT, h).float().view(shape.heads, shape.g, shape.k, shape.k).transpose(0, 1)
         if self.cell.bias is None:
             return self.dx, [dR.contiguous()]
-        return self.dx, [dR.contiguous(), dm.float().sum(1).view(shape.heads, shape.g, shape.k).transpose(0, 1).contiguous()]
+        return self.dx, [
+            dR.contiguous(),
+            dm.float().sum(1).view(shape.heads, shape.g, shape.k).transpose(0, 1).contiguous(),
+        ]
 
 
 MATRICES = Engine(run, MatrixBack)
