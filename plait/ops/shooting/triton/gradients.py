@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plait.ops.shooting.triton.joints import hand_back
+from plait.ops.shooting.triton.plan import chunk_tables
 from plait.ops.shooting.triton.states import Work
 from plait.ops.shooting.triton.tiles import identity, place, read, steps_at, times, wide, write
 
@@ -152,7 +154,8 @@ def retreat(
         pd -= DT
         here -= D
         there -= (S - 1) * D
-    write(dstart + item.to(tl.int64) * (S * D), unit, lam, exists, S, D)
+    if dstart is not None:
+        write(dstart + item.to(tl.int64) * (S * D), unit, lam, exists, S, D)
     if MAPS:
         write(slopes + item.to(tl.int64) * (S * S * D), unit, maps, exists, S * S, D)
     else:
@@ -167,7 +170,7 @@ class Gradients:
         self.dx = torch.empty_like(work.x)
 
     def retreat(
-        self, table: Tensor, lams: Tensor | None, dstart: Tensor, dw: Tensor | None, slopes: Tensor | None
+        self, table: Tensor, lams: Tensor | None, dstart: Tensor | None, dw: Tensor | None, slopes: Tensor | None
     ) -> None:
         work, x, dx = self.work, self.work.x, self.dx
         retreat[(len(table) * work.at.blocks,)](
@@ -183,4 +186,19 @@ class Gradients:
         n = len(work.rows)
         dh0, dw = work.empty(n, work.states), work.empty(n, work.sizes["W"])
         self.retreat(work.table, self.lams, dh0, dw, None)
+        return dh0, dw
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """All chunks' maps, the gradients at their ends, and then as if each were a sequence."""
+        work, at, s = self.work, self.work.at, self.work.states
+        tables = chunk_tables(work.rows, work.plan.L, work.plan.W, self.h.device)
+        chunks, n = len(tables.chunks), len(work.rows)
+        adds, maps, lams = work.empty(chunks, s), work.empty(chunks, s * s), work.empty(chunks, s)
+        dh0, dw = work.empty(n, s), work.empty(chunks, work.sizes["W"])
+        self.retreat(tables.chunks, None, adds, None, maps)
+        hand_back[(n * at.blocks,)](
+            lams, adds, maps, self.lams, dh0, tables.ranges,
+            S=s, D=at.D, K=at.K, BD=at.BD, C=work.plan.C, num_warps=4,
+        )  # fmt: skip
+        self.retreat(tables.chunks, lams, None, dw, None)
         return dh0, dw

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.triton.cells import DEVICE, constants
-from plait.ops.shooting.triton.plan import Layout, Plan, Spans, row_table
+from plait.ops.shooting.triton.joints import close
+from plait.ops.shooting.triton.plan import Layout, Plan, Spans, chunk_tables, row_table
 from plait.ops.shooting.triton.tiles import identity, place, read, steps_at, times, wide, write
 
 # --- one step after the other
@@ -137,3 +138,24 @@ def sequential(
     """No chunks, no gap."""
     run_rows(work, h, rest, start, final, None, 0.0)
     return torch.eye(1, 3, device=h.device)[0]
+
+
+def grid(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol: float, max_passes: int) -> Tensor:
+    """Passes over all chunks at once, every one of which writes, until each block of channels has closed its gaps."""
+    plan, at = work.plan, work.at
+    tables = chunk_tables(work.rows, plan.L, plan.W, h.device)
+    chunks, n = len(tables.chunks), len(work.rows)
+    starts, ends = work.empty(chunks, work.states), work.empty(chunks, work.states)
+    slopes = work.empty(chunks, work.states**2)
+    gaps = torch.zeros(max_passes + 1, n * at.blocks, device=h.device)
+    gaps[0] = float("inf")
+    info = torch.zeros(3, device=h.device)
+    _advance(work, tables.burn, start, starts, by_row=True)
+    for number in range(1, max_passes + 1):
+        _advance(work, tables.chunks, starts, ends, h, rest, slopes, gaps[number - 1], tol, by_row=False)
+        close[(n * at.blocks,)](
+            starts, ends, slopes, final, tables.ranges, gaps, info, number, tol,
+            S=work.states, D=at.D, K=at.K, BD=at.BD, C=plan.C, LAST=number == max_passes, num_warps=4,
+        )  # fmt: skip
+    run_rows(work, h, rest, start, final, gaps[max_passes], tol)
+    return info

@@ -73,3 +73,109 @@ def identity(tile, S: tl.constexpr):
         for j in tl.static_range(S):
             out = out + (tl.zeros_like(tile) + (1.0 if i == j else 0.0),)
     return out
+
+
+# --- affine maps v -> A v + b along the first axis of a tile
+
+
+@triton.jit
+def _then1(a, b, c, d):
+    return a * c, tl.fma(c, b, d)
+
+
+@triton.jit
+def _then(a, b, c, d, S: tl.constexpr):
+    """The second map (c, d) after the first (a, b)."""
+    moved, out = times(c, b, S, 1), ()
+    for i in tl.static_range(S):
+        out = out + (moved[i] + d[i],)
+    return times(c, a, S, S) + out
+
+
+@triton.jit
+def _then2(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, d0, d1):
+    return _then((a0, a1, a2, a3), (b0, b1), (c0, c1, c2, c3), (d0, d1), 2)
+
+
+@triton.jit
+def _then3(
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, b0, b1, b2, c0, c1, c2, c3, c4, c5, c6, c7, c8, d0, d1, d2
+):  # fmt: skip
+    return _then(
+        (a0, a1, a2, a3, a4, a5, a6, a7, a8), (b0, b1, b2), (c0, c1, c2, c3, c4, c5, c6, c7, c8), (d0, d1, d2), 3
+    )
+
+
+@triton.jit
+def tame(v):
+    """No step that Newton's linear model finds beyond all reason, or not at all: the chunk's own end is taken as it is."""
+    return tl.where(tl.abs(v) < 1e6, v, 0.0)
+
+
+@triton.jit
+def chain(maps, shifts, carry, S: tl.constexpr):
+    """v_{c+1} = A_c v_c + b_c with v_0 = `carry` (1, BD) -> all v_{c+1}."""
+    if S == 1:
+        scanned = tl.associative_scan((maps[0], shifts[0]), 0, _then1)
+    elif S == 2:
+        scanned = tl.associative_scan(maps + shifts, 0, _then2)
+    else:
+        scanned = tl.associative_scan(maps + shifts, 0, _then3)
+    out = ()
+    for i in tl.static_range(S):
+        value = scanned[S * S + i]
+        for k in tl.static_range(S):
+            value = tl.fma(scanned[i * S + k], carry[k], value)
+        out = out + (value,)
+    return out
+
+
+@triton.jit
+def shifted(tiles, carry, S: tl.constexpr, C: tl.constexpr):
+    """Every row moved on by one, `carry` (1, BD) first."""
+    row = tl.arange(0, C)[:, None]
+    out = ()
+    for i in tl.static_range(S):
+        source = tl.broadcast_to(tl.maximum(row - 1, 0), tiles[i].shape)
+        out = out + (tl.where(row == 0, carry[i], tl.gather(tiles[i], source, 0)),)
+    return out
+
+
+@triton.jit
+def bottom(tiles, S: tl.constexpr, C: tl.constexpr):
+    """The last row (1, BD)."""
+    row = tl.arange(0, C)[:, None]
+    out = ()
+    for i in tl.static_range(S):
+        out = out + (tl.sum(tl.where(row == C - 1, tiles[i], 0.0), 0)[None, :],)
+    return out
+
+
+@triton.jit
+def distance(ends, starts, real, S: tl.constexpr):
+    """max |end - start| / max(1, |end|) where `real`; infinite where that is not a number."""
+    worst = 0.0
+    for i in tl.static_range(S):
+        gap = tl.abs(ends[i] - starts[i]) / tl.maximum(tl.abs(ends[i]), 1.0)
+        gap = tl.where(real, tl.where(gap == gap, gap, float("inf")), 0.0)
+        worst = tl.maximum(worst, tl.max(tl.max(gap, 1), 0))
+    return worst
+
+
+@triton.jit
+def newton(ends, nexts, maps, moved, S: tl.constexpr, C: tl.constexpr):
+    """New starts s'_{c+1} = e_c + J_c (s'_c - s_c), from ends e_c, old starts s_{c+1} and `moved` = s'_0 - s_0; and how far
+    the last of them moved. A chunk whose start was right passes its end on exactly, whatever its Jacobian: after k
+    passes the first k chunks are right."""
+    gaps = ()
+    for i in tl.static_range(S):
+        gaps = gaps + (ends[i] - nexts[i],)
+    moves = chain(maps, gaps, moved, S)
+    tamed = ()
+    for i in tl.static_range(S):
+        tamed = tamed + (tame(moves[i]),)
+    steps = times(maps, shifted(tamed, moved, S, C), S, 1)
+    new = ()
+    for i in tl.static_range(S):
+        new = new + (ends[i] + tame(steps[i]),)
+    return new, bottom(tamed, S, C)
