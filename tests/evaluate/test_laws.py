@@ -8,7 +8,7 @@ from plait.evaluate.laws import DESIGNS, LAWS, LawBroken, small
 from plait.evaluate.laws.compare import TOLERANCES, agree
 from plait.evaluate.selfcheck import selfcheck
 from plait.layers import attention as attention_layer
-from plait.layers import gated_deltanet, mamba2
+from plait.layers import gated_deltanet, mamba2, recurrent
 from plait.layers.merge import GatedMerge
 from plait.layers.norm import Norm
 from plait.state import KVBuffer, ModelState
@@ -40,6 +40,19 @@ def one_token_late(op):
     return lambda q, k, v, *, q_start=0, **rest: op(q, k, v, q_start=q_start, **rest) * (1 + 1e-3 * (q.shape[1] == 1))
 
 
+def unreset_cells(op):
+    def run(cell, x, h0=None, *, packing=None, **rest):
+        h, final, info = op(cell, x, None if h0 is None else h0[:1] if packing else h0, **rest)
+        return h, final.expand(len(packing.lengths), -1, -1, -1) if packing else final, info
+
+    return run
+
+
+def one_pass(op):
+    """A solver that trusts its first guess."""
+    return lambda cell, x, h0=None, **rest: op(cell, x, h0, **rest | {"tol": 1e3})
+
+
 MISTAKES = {
     "a convolution that packing does not reset": ("packed", "DF", gated_deltanet, "causal_conv", unreset),
     "a recurrence that packing does not reset": ("packed", "MF", mamba2, "ssd", unreset),
@@ -53,6 +66,8 @@ MISTAKES = {
         forgets_its_state,
     ),
     "attention that sees the future": ("causal", "AF", attention_layer, "attention", sees_the_future),
+    "cells that packing does not reset": ("packed", "SF", recurrent, "shooting", unreset_cells),
+    "a solver that stops too soon": ("fast", "HF peepholes, dense", recurrent, "shooting", one_pass),
     "a decoding path of its own": ("split", "AF", attention_layer, "attention", one_token_late),
 }
 
@@ -70,6 +85,12 @@ def test_a_stale_handle_that_does_not_raise(monkeypatch):
     monkeypatch.setattr(KVBuffer, "holds", lambda *args: True)
     with pytest.raises(LawBroken, match="without an error"):
         LAWS["rollback"](DESIGNS["AF"], "cpu", torch.float64)
+
+
+def test_a_state_that_starts_from_zeros(monkeypatch):
+    monkeypatch.setattr(plait.SLSTM, "start", lambda self: ())
+    with pytest.raises(LawBroken, match="^split: no state"):
+        LAWS["split"](DESIGNS["SF"], "cpu", torch.float64)
 
 
 @pytest.mark.parametrize("name", ["fork", "to"])
