@@ -11,62 +11,9 @@ from torch import Tensor
 from plait.ops.shooting.triton.joints import hand_back
 from plait.ops.shooting.triton.plan import chunk_tables
 from plait.ops.shooting.triton.states import Work
-from plait.ops.shooting.triton.tiles import identity, place, read, steps_at, times, wide, write
-
-
-@triton.jit
-def transposed(a, S: tl.constexpr):
-    out = ()
-    for i in tl.static_range(S):
-        for j in tl.static_range(S):
-            out = out + (a[j * S + i],)
-    return out
-
-
-@triton.jit
-def states_at(h, rest, here, there, exists, S: tl.constexpr, D: tl.constexpr, BACK: tl.constexpr, N: tl.constexpr):
-    """All states of the N tokens BACK, BACK + 1, .. before the one at `here`, (step, state) flattened, unconverted."""
-    loaded = ()
-    for u in tl.static_range(N):
-        loaded = loaded + (tl.load((h + here) - (BACK + u) * D, mask=exists),)
-        for i in tl.static_range(1, S):
-            loaded = loaded + (tl.load((rest + there) - ((BACK + u) * (S - 1) - (i - 1)) * D, mask=exists),)
-    return loaded
-
-
-@triton.jit
-def gradients_at(dh, like, here, exists, D: tl.constexpr, N: tl.constexpr):
-    """The outputs' gradients of the N tokens from `here` back, or zeros."""
-    loaded = (like * 0.0,) * N
-    if dh is not None:
-        loaded = ()
-        for u in tl.static_range(N):
-            loaded = loaded + (tl.load((dh + here) - u * D, mask=exists),)
-    return loaded
-
-
-@triton.jit
-def back(
-    inputs, old, gradient, lam, total, maps, w, dx, stride_g, mask,
-    S: tl.constexpr, G: tl.constexpr, W: tl.constexpr, V: tl.constexpr, JACOBIAN: tl.constexpr, VJP: tl.constexpr,
-    MAPS: tl.constexpr,
-):  # fmt: skip
-    """One step: lambda before it, and either the map to there so far or the gradients that it leaves behind."""
-    lam = (lam[0] + gradient.to(tl.float32),) + lam[1:]
-    if MAPS:
-        _, by = JACOBIAN(inputs, old, w, V)
-        by = transposed(by, S)
-        lam = times(by, lam, S, 1)
-        maps = times(by, maps, S, S)
-    else:
-        lam, grads, more = VJP(inputs, old, w, lam, V)
-        for g in tl.static_range(G):
-            tl.store(dx + g * stride_g, grads[g].to(dx.dtype.element_ty), mask=mask)
-        sums = ()
-        for i in tl.static_range(W):
-            sums = sums + (total[i] + more[i],)
-        total = sums
-    return lam, total, maps
+from plait.ops.shooting.triton.tiles import identity, place, read, steps_at, wide, write
+from plait.ops.shooting.triton.vjp import back, gradients_at, states_at
+from plait.ops.shooting.triton.windows import windows_back
 
 
 @triton.jit
@@ -201,4 +148,16 @@ class Gradients:
             S=s, D=at.D, K=at.K, BD=at.BD, C=work.plan.C, num_warps=4,
         )  # fmt: skip
         self.retreat(tables.chunks, lams, None, dw, None)
+        return dh0, dw
+
+    def windowed(self) -> tuple[Tensor, Tensor]:
+        work, x, dx, s = self.work, self.work.x, self.dx, self.work.states
+        n = len(work.rows)
+        dh0, dw = work.empty(n, s), work.empty(n, work.sizes["W"])
+        windows_back[(n * work.at.blocks,)](
+            x, self.h, self.rest, self.dh, self.h0, self.lams, work.weights, work.table, dx, dw, dh0,
+            x.stride(0), x.stride(2), x.stride(3), dx.stride(0), dx.stride(2), dx.stride(3), x.shape[1],
+            JACOBIAN=work.device.jacobian, VJP=work.device.vjp, DT=dx.stride(1), C=work.plan.C, L=work.plan.L,
+            **work.constants(),
+        )  # fmt: skip
         return dh0, dw

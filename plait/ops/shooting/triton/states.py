@@ -15,6 +15,7 @@ from plait.ops.shooting.triton.cells import DEVICE, constants
 from plait.ops.shooting.triton.joints import close
 from plait.ops.shooting.triton.plan import Layout, Plan, Spans, chunk_tables, row_table
 from plait.ops.shooting.triton.tiles import identity, place, read, steps_at, times, wide, write
+from plait.ops.shooting.triton.windows import windows
 
 # --- one step after the other
 
@@ -158,4 +159,17 @@ def grid(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol:
             S=work.states, D=at.D, K=at.K, BD=at.BD, C=plan.C, LAST=number == max_passes, num_warps=4,
         )  # fmt: skip
     run_rows(work, h, rest, start, final, gaps[max_passes], tol)
+    return info
+
+
+def windowed(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol: float, max_passes: int) -> Tensor:
+    """Windows close by themselves, so that `max_passes` has no say."""
+    x, plan = work.x, work.plan
+    info = torch.zeros(3, device=x.device)
+    windows[(len(work.rows) * work.at.blocks,)](
+        x, h, rest, start, final, work.weights, work.table, info, tol,
+        x.stride(0), x.stride(2), x.stride(3), x.shape[1],
+        STEP=work.device.step, JACOBIAN=work.device.jacobian, C=plan.C, L=plan.L, BURN=min(plan.W, plan.L),
+        **work.constants(),
+    )  # fmt: skip
     return info
