@@ -1,6 +1,6 @@
 """Gradients: lambda_t = g_t + J_{t+1}^T lambda_{t+1} is linear, so no shape of kernel iterates."""
 
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 # (it reads kernels as Python, in which triton's functions only raise)
 
 import torch

@@ -25,7 +25,7 @@ class Plan(NamedTuple):
 
 
 SEQUENTIAL = Plan("sequential", U=16)
-WINDOWED = Plan("windowed", C=32, L=16, BD=32, num_warps=4)
+WINDOWED = Plan("windowed", C=32, L=16, BD=32, num_warps=8)
 GRID = Plan("grid", C=32, BD=32, U=8, W=64)
 
 FULL = 2  # warps per multiprocessor from which one channel a thread, one step after the other, keeps the chip busy

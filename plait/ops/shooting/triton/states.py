@@ -1,6 +1,6 @@
 """States from inputs: step by step, a window of chunks at a time, or a grid of chunks (see the package's docstring)."""
 
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 # (it reads kernels as Python, in which triton's functions only raise)
 
 from typing import Any
