@@ -63,8 +63,8 @@ def backward(
     gradients = Gradients(work, h0.float().contiguous(), h, rest, dh, dfinal)
     dh0, dw = getattr(gradients, work.plan.kind)()
     total, inputs = dw.sum(0), x.shape[2]
-    parts = [total[:inputs].view(cell.recurrent.shape)]
-    parts += [total[inputs + i].view(w.shape) for i, w in enumerate(cell.weights)]
+    parts = [total[:inputs].view(cell.recurrent.shape).clone()]  # an operator's outputs may not share memory
+    parts += [total[inputs + i].view(w.shape).clone() for i, w in enumerate(cell.weights)]
     return gradients.dx, dh0.view(h0.shape), parts
 
 
