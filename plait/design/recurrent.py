@@ -122,7 +122,6 @@ class LSTM(Recurrent, frozen=True, kw_only=True, tag="lstm"):
 
     coupled: bool = False
     peephole: bool = False
-    gate_bias: float | tuple[float, float] = 1.0
 
     def sizes(self) -> tuple[int, int, int]:
         gates = 3 if self.coupled else 4
@@ -135,7 +134,6 @@ class SLSTM(Recurrent, frozen=True, kw_only=True, tag="slstm"):
     keeps = ("f", 1)
 
     recurrence: Literal["diagonal", "heads", "dense"] = "heads"
-    gate_bias: float | tuple[float, float] = (3.0, 6.0)
 
     def sizes(self) -> tuple[int, int, int]:
         return 4, 3, 0

@@ -82,7 +82,7 @@ DESIGNS: dict[str, ModelConfig] = {
     "SF diagonal, head-wise projection": small(
         "SF", S=SLSTM(heads=4, head_dim=7, recurrence="diagonal", projection="heads", gate_bias=1.0)
     ),
-    "SF large heads": small("SF", S=SLSTM(heads=2, head_dim=24, conv_width=2)),
+    "SF large heads": small("SF", S=SLSTM(heads=2, head_dim=24, conv_width=2, gate_bias=(3.0, 6.0))),
     "GF dense, two biases": small("GF", G=GRU(heads=1, head_dim=20, recurrence="dense", recurrent_bias=True)),
     "GF heads, head-wise projection, no biases": small(
         "GF", G=GRU(heads=4, head_dim=6, recurrence="heads", projection="heads", bias=False)
