@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from plait.data import Tokenizer
     from plait.evaluate.perplexity import Perplexity
     from plait.model import LanguageModel
+    from plait.train.solver import Fared
 
 MEASURES = ("ppl",)
 
@@ -74,7 +75,27 @@ def command(
         f"{source}: {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.3f} a token "
         f"({found.tokens:,} tokens, {found.bytes:,} bytes)",
     )
+    if found.layers:
+        from plait.train.solver import as_data
+
+        calls = {address: {"calls": fared.calls} for address, fared in found.layers.items()}
+        data["solver"] = {address: calls[address] | told for address, told in as_data(found.layers).items()}
+        screen.print(solver_table(found.layers))
     return Outcome(data, next=[shell("plait", "generate", run, trained.sample_prompt if trained else "The ")])
+
+
+def solver_table(layers: "dict[str, Fared]") -> Any:
+    """A row for each recurrent layer."""
+    from rich.table import Table
+
+    grid = Table(title="recurrent layers, solved in parallel over time", title_justify="left")
+    grid.add_column("layer", no_wrap=True)
+    for name in ("calls", "mean passes", "worst gap", "fell back"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for address, f in layers.items():
+        row = (f"{f.calls:,}", f"{f.mean_passes:.2f}", f"{f.gap:.1e}", f"{f.fell_back:,}")
+        grid.add_row(address.replace("[", r"\["), *row)
+    return grid
 
 
 def run_of(folder: Path) -> RunConfig | None:

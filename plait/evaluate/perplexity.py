@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from plait.data import Batch, Tokenizer
 from plait.model import LanguageModel, token_loss
 from plait.state import ModelState
+from plait.train.solver import Fared, Stats, named, read, together
 
 STEP = 512  # tokens read in one call while streaming
 SLICE = 2**24  # logits that exist at once while streaming: 64 MiB of float32
@@ -21,11 +22,13 @@ SLICE = 2**24  # logits that exist at once while streaming: 64 MiB of float32
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """`nats`: sum of -log p over the `tokens` that were predicted; `bytes`: UTF-8 bytes of text they stand for."""
+    """`nats`: sum of -log p over the `tokens` that were predicted; `bytes`: UTF-8 bytes of text they stand for;
+    `layers`: how the solver of each recurrent layer fared, by address."""
 
     nats: float
     tokens: int
     bytes: int
+    layers: dict[str, Fared] = field(default_factory=dict)
 
     @property
     def nats_per_token(self) -> float:
@@ -42,10 +45,11 @@ class Perplexity:
 
     def __add__(self, other: Self) -> "Perplexity":
         """Of two texts together."""
-        return Perplexity(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+        layers = together(self.layers, other.layers)
+        return Perplexity(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes, layers)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def perplexity(model: LanguageModel, batches: Iterable[Batch], tokens: int | None = None) -> Perplexity:
     """Over packed batches, such as `Loader(shards, "heldout", ..., order="sequential", epochs=1)` gives.
 
@@ -56,12 +60,14 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch], tokens: int | Non
         if tokens is not None and total.tokens >= tokens:
             break
         batch = batch.to(model.device)
-        nats, scored = token_loss(model, batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens)
-        total += Perplexity(nats.item(), scored, batch.bytes)
+        stats: Stats = {}
+        with named(model, stats):
+            nats, scored = token_loss(model, batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens, stats=stats)
+        total += Perplexity(nats.item(), scored, batch.bytes, read(stats))
     return _checked(total)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def perplexity_of_text(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -89,7 +95,7 @@ def perplexity_of_text(
         nats, scored = reader.read(ids)
         if scored:
             total += Perplexity(nats, scored, int(lengths[ids[len(ids) - scored :]].sum()))
-    return _checked(total)
+    return _checked(total + Perplexity(0.0, 0, 0, reader.layers))
 
 
 def _steps(tokenizer: Tokenizer, pieces: Iterable[str], tokens: int | None, size: int) -> Iterator[np.ndarray]:
@@ -115,6 +121,7 @@ class _Reader:
         self.state: ModelState = model.init_state()
         self.recent = torch.empty(1, 0, dtype=torch.long, device=model.device)  # what a fresh state reads again
         self.expected: Float[Tensor, "1 d"] | None = None  # the features that predict the next token
+        self.layers: dict[str, Fared] = {}
 
     def read(self, ids: np.ndarray) -> tuple[float, int]:
         """Nats of these tokens, and how many were scored: all but the text's first."""
@@ -136,7 +143,10 @@ class _Reader:
         return self._nats(features, targets), len(targets)
 
     def _advance(self, tokens: Int[Tensor, "1 t"]) -> Float[Tensor, "1 t d"]:
-        hidden, state = self.model.features(tokens, self.state)
+        stats: Stats = {}
+        with named(self.model, stats):
+            hidden, state = self.model.features(tokens, self.state, stats=stats)
+        self.layers = together(self.layers, read(stats))
         assert state is not None  # one was given
         self.state = state
         return hidden

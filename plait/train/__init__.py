@@ -10,6 +10,7 @@ from plait.train.errors import Interrupted as Interrupted
 from plait.train.errors import NonFinite as NonFinite
 from plait.train.errors import SaveFailed as SaveFailed
 from plait.train.errors import TrainingStopped as TrainingStopped
+from plait.train.errors import Unsolved as Unsolved
 from plait.train.folder import checkpoints as checkpoints
 from plait.train.folder import latest as latest
 

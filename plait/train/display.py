@@ -1,9 +1,12 @@
 """What a run shows: a bar on a terminal, plain lines elsewhere."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from plait.train.solver import Fared
 
 LINES = 20  # about how many steps a plain log shows
 
@@ -15,6 +18,7 @@ class Display:
         self.console, self.steps = console, steps
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._solved, self._fell_back = 0, dict[str, int]()  # steps with recurrent layers; falls by layer
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -33,6 +37,8 @@ class Display:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        for address, times in self._fell_back.items():
+            self.note(f"{address} fell back to one token after the other in {times} of {self._solved} steps")
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -48,6 +54,19 @@ class Display:
         elif step % max(1, self.steps // LINES) == 0 or step == self.steps:
             left = (self.steps - step) * record["step_s"]
             self.note(f"step {step}/{self.steps}  {facts}  {left:,.0f} s left")
+
+    def solved(self, step: int, layers: Mapping[str, Fared]) -> None:
+        """How a step's recurrent layers were solved: a word when one falls back for the first time."""
+        self._solved += bool(layers)
+        for address, fared in layers.items():
+            if not fared.fell_back:
+                continue
+            if address not in self._fell_back:
+                self.note(
+                    f"step {step}: {address} fell back to one token after the other, exact but slow: a gap of {fared.gap:.1e} "
+                    f"was left after {fared.passes} passes; a smaller `clip` in the layer's config or a lower lr keeps it quick"
+                )
+            self._fell_back[address] = self._fell_back.get(address, 0) + 1
 
     def _show(self, what: str, done: int, total: int | None, facts: str) -> None:
         if self._bar is None:

@@ -23,5 +23,9 @@ class NonFinite(TrainingStopped):
     """Loss or gradient is NaN or infinite; the message names the layer where it began."""
 
 
+class Unsolved(TrainingStopped):
+    """A recurrent layer that is `strict` needed more passes than it has; the message names it."""
+
+
 class SaveFailed(TrainingStopped):
     """The disk refused a checkpoint; the ones before it are whole."""

@@ -1,22 +1,25 @@
 """How well a model predicts text that it was not trained on."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from plait.data import Loader, Shards
 from plait.model import LanguageModel, token_loss
+from plait.train.solver import Fared, Stats, named, read, together
 from plait.train.step import autocast
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """loss: nats per token; tokens: how many were predicted; bytes: of text that they stand for."""
+    """loss: nats per token; tokens: how many were predicted; bytes: of text that they stand for; layers: how the solver of
+    each recurrent layer fared, by address."""
 
     loss: float
     tokens: int
     bytes: int
+    layers: dict[str, Fared] = field(default_factory=dict)
 
     @property
     def bits_per_byte(self) -> float:
@@ -28,7 +31,7 @@ def heldout_loss(
     model: LanguageModel, shards: Shards, *, batch: int, length: int, tokens: int, precision: str = "float32"
 ) -> HeldOut:
     """Mean loss over the first `tokens` tokens of the held-out documents, rounded up to whole batches."""
-    total, scored, text = 0.0, 0, 0
+    total, scored, text, layers = 0.0, 0, 0, {}
     loader = Loader(shards, "heldout", batch=batch, length=length, order="sequential", epochs=1)
     training = model.training
     model.eval()
@@ -36,8 +39,10 @@ def heldout_loss(
         if number * batch * length >= tokens:
             break
         part = part.to(model.device)
-        with autocast(model.device, precision):
-            nll, count = token_loss(model, part.inputs, part.targets, cu_seqlens=part.cu_seqlens)
+        stats: Stats = {}
+        with autocast(model.device, precision), named(model, stats):
+            nll, count = token_loss(model, part.inputs, part.targets, cu_seqlens=part.cu_seqlens, stats=stats)
         total, scored, text = total + nll.item(), scored + count, text + part.bytes
+        layers = together(layers, read(stats))
     model.train(training)
-    return HeldOut(total / max(1, scored), scored, text)
+    return HeldOut(total / max(1, scored), scored, text, layers)

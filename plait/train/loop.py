@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from plait.data import Batch, Loader, Shards, Tokenizer
 from plait.files import write_text
 from plait.model import LanguageModel, build
 from plait.model.device import find_device
+from plait.ops.shooting import NotConverged
 from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
 from plait.train.config import RunConfig, to_yaml
 from plait.train.display import Display
-from plait.train.errors import Interrupted, NonFinite, SaveFailed, TrainingStopped
+from plait.train.errors import Interrupted, NonFinite, SaveFailed, TrainingStopped, Unsolved
 from plait.train.folder import CONFIG, METRICS, latest, remove_leftovers
 from plait.train.guard import first_nonfinite, weights_finite
 from plait.train.heldout import HeldOut, heldout_loss
@@ -27,6 +29,7 @@ from plait.train.metrics import MetricsLog
 from plait.train.optim import Optimizers
 from plait.train.result import Result
 from plait.train.signals import Signals
+from plait.train.solver import Stats, as_data, read
 from plait.train.step import backward
 
 Sample = Callable[[LanguageModel, Tokenizer, str], str]
@@ -38,7 +41,7 @@ def train(run: RunConfig, *, sample: Sample | None = None, console: Console | No
     `sample(model, tokenizer, prompt)` gives the text that is shown and logged every `sample_every` steps.
     `console` is where progress goes: standard error unless given; `Console(quiet=True)` for none.
     Raises ValueError and OSError for a run that cannot begin, and TrainingStopped for one that had to stop, which is
-    Interrupted, NonFinite or SaveFailed. In each case the checkpoints written before are whole.
+    Interrupted, NonFinite, Unsolved or SaveFailed. In each case the checkpoints written before are whole.
     """
     folder = Path(run.folder)
     with Display(console or Console(stderr=True), run.steps) as display:
@@ -118,7 +121,9 @@ class _Training:
     def one_step(self) -> None:
         run, position, started = self.run, self.position, time.perf_counter()
         batch = next(self.loader)
-        loss = backward(self.model, batch, run.accumulate, run.precision).item()
+        stats: Stats = {}
+        with self.solving(f"step {position.step + 1}"):
+            loss = backward(self.model, batch, run.accumulate, run.precision, stats).item()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), run.clip or math.inf).item()
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
@@ -137,31 +142,36 @@ class _Training:
             "step_s": seconds,
             "tokens_per_s": batch.inputs.numel() / seconds,
         }
-        self.log.write(**record)
+        layers = read(stats)
+        self.log.write(**record, **({"solver": as_data(layers)} if layers else {}))
         self.display.step(position.step, record)
+        self.display.solved(position.step, layers)
 
     def heldout(self) -> HeldOut:
         run = self.run
-        return heldout_loss(
-            self.model,
-            self.shards,
-            batch=run.batch,
-            length=run.data.length,
-            tokens=run.eval_tokens,
-            precision=run.precision,
-        )
+        with self.solving(f"held-out text after step {self.position.step}"):
+            return heldout_loss(
+                self.model,
+                self.shards,
+                batch=run.batch,
+                length=run.data.length,
+                tokens=run.eval_tokens,
+                precision=run.precision,
+            )
 
     def evaluate(self) -> HeldOut:
         heldout, step = self.heldout(), self.position.step
         if not math.isfinite(heldout.loss):
             raise self.not_finite(f"after step {step}: held-out loss is {heldout.loss}", next(self.loader))
-        self.log.write(step=step, heldout_loss=heldout.loss, bits_per_byte=heldout.bits_per_byte)
+        layers = {"solver": as_data(heldout.layers)} if heldout.layers else {}
+        self.log.write(step=step, heldout_loss=heldout.loss, bits_per_byte=heldout.bits_per_byte, **layers)
         self.display.note(f"step {step}  held-out loss {heldout.loss:.4f}  {heldout.bits_per_byte:.4f} bits/byte")
         return heldout
 
     def show_sample(self, sample: Sample) -> None:
         self.model.eval()
-        text = sample(self.model, self.tokenizer, self.run.sample_prompt)
+        with self.solving(f"sample after step {self.position.step}"):
+            text = sample(self.model, self.tokenizer, self.run.sample_prompt)
         self.model.train()
         self.log.write(step=self.position.step, sample=text)
         self.display.note(f"step {self.position.step}  sample: {text}")
@@ -176,6 +186,14 @@ class _Training:
         except (OSError, SafetensorError) as error:
             raise self.stopped(SaveFailed, f"step {step} could not be saved ({error})") from None
         self.display.note(f"step {step}  saved {path}")
+
+    @contextmanager
+    def solving(self, what: str) -> Iterator[None]:
+        """Stop the run where a strict layer gives up."""
+        try:
+            yield
+        except NotConverged as error:
+            raise self.stopped(Unsolved, f"{what}: {error}") from None
 
     def not_finite(self, what: str, batch: Batch) -> TrainingStopped:
         place = first_nonfinite(self.model, batch, self.run.precision)

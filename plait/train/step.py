@@ -5,6 +5,7 @@ from torch import Tensor
 
 from plait.data import Batch
 from plait.model import LanguageModel, token_loss
+from plait.train.solver import Stats, named, worst
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -23,14 +24,20 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return pieces
 
 
-def backward(model: LanguageModel, batch: Batch, parts: int, precision: str) -> Tensor:
-    """Add the gradients of the mean loss over all scored tokens of `batch`; returns that loss (nats per token)."""
+def backward(model: LanguageModel, batch: Batch, parts: int, precision: str, stats: Stats | None = None) -> Tensor:
+    """Add the gradients of the mean loss over all scored tokens of `batch`; returns that loss (nats per token).
+
+    stats: an empty dict that gets what the layers leave, over all parts the worst.
+    """
     scored = max(1, int((batch.targets >= 0).sum()))
     loss = torch.zeros((), device=model.device)
     for part in split(batch, parts):
         part = part.to(model.device)
-        with autocast(model.device, precision):
-            nll, _ = token_loss(model, part.inputs, part.targets, cu_seqlens=part.cu_seqlens)
+        found: Stats = {}
+        with autocast(model.device, precision), named(model, found):
+            nll, _ = token_loss(model, part.inputs, part.targets, cu_seqlens=part.cu_seqlens, stats=found)
         (nll / scored).backward()
+        if stats is not None:
+            worst(stats, found)
         loss += nll.detach() / scored
     return loss

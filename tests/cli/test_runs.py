@@ -181,6 +181,25 @@ def test_eval_measures_heldout_text_and_any_text(plait, run_folder, tmp_path):
     )
 
 
+def test_eval_says_how_recurrent_layers_were_solved(plait, tmp_path):
+    import plait as library
+
+    design = {"vocab": 257, "dim": 64, "pattern": "G [A|H]"}
+    design["layers"] = {"H": {"kind": "lstm", "tol": 1e-30, "max_passes": 1}}
+    library.save(library.build(design), tmp_path / "model", tokenizer=library.load_tokenizer("bytes"))
+    (tmp_path / "a.txt").write_text("def one():\n    return 1\n" * 40)
+    asked = ("eval", str(tmp_path / "model"), "ppl", "--text", str(tmp_path / "a.txt"), "--device", "cpu")
+    ran = plait(*asked, "--json")
+    assert ran.code == 0, ran.err
+    told = ran.json["solver"]
+    assert list(told) == ["G#0", "[A|H]#0.1"]
+    assert told["G#0"] | {"passes": 0, "gap": 0} == {"calls": 2, "passes": 0, "gap": 0, "fell_back": 0}
+    assert 1 < told["G#0"]["passes"] <= 8
+    assert (told["[A|H]#0.1"]["passes"], told["[A|H]#0.1"]["fell_back"]) == (1, 2)
+    rows = [line.split("│")[1:-1] for line in plait(*asked).out.splitlines() if "│" in line]
+    assert [[cell.strip() for cell in row][:2] for row in rows] == [["G#0", "2"], ["[A|H]#0.1", "2"]]
+
+
 def test_eval_of_a_model_without_a_run_needs_text(plait, run_folder, tmp_path):
     shutil.copytree(run_folder / "checkpoints" / "step-000002", tmp_path / "model")
     ran = plait("eval", str(tmp_path / "model"))

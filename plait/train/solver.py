@@ -1,0 +1,101 @@
+"""How the solvers of nonlinear recurrences fare, layer by layer (docs/shooting.md)."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from plait.layers.recurrent import RecurrentLayer
+from plait.layers.stack import ChainLayer, ParallelLayer
+from plait.model import LanguageModel
+from plait.ops.shooting import Info, NotConverged
+
+Stats = dict[str, Any]  # what a call of the model leaves: `stats[address]["solver"]` is an Info
+
+
+@dataclass(frozen=True, slots=True)
+class Fared:
+    """One layer over `calls` calls: `passes` in all of them, the largest `gap`, and in how many it `fell_back` to one token
+    after the other."""
+
+    calls: int
+    passes: int
+    gap: float
+    fell_back: int
+
+    @property
+    def mean_passes(self) -> float:
+        return self.passes / self.calls
+
+    def __add__(self, other: Self) -> "Fared":
+        gap = max(self.gap, other.gap)
+        return Fared(self.calls + other.calls, self.passes + other.passes, gap, self.fell_back + other.fell_back)
+
+
+def read(stats: Stats) -> dict[str, Fared]:
+    """One call by layer. All layers are read at once, so that a device is waited for only once."""
+    infos = _infos(stats)
+    if not infos:
+        return {}
+    numbers = torch.stack([number.float() for info in infos.values() for number in info]).view(-1, 3).tolist()
+    return {
+        address: Fared(1, int(passes), gap if math.isfinite(gap) else math.inf, int(fell_back))
+        for address, (passes, gap, fell_back) in zip(infos, numbers, strict=True)
+    }
+
+
+def worst(total: Stats, part: Stats) -> None:
+    """Join the stats of a part of a batch to those of the parts before it, as if they had been one call; on the device."""
+    for address, info in _infos(part).items():
+        before = total.setdefault(address, {}).setdefault("solver", info)
+        passes, gap = torch.maximum(before.passes, info.passes), torch.maximum(before.gap, info.gap)
+        total[address]["solver"] = Info(passes, gap, before.fell_back | info.fell_back)
+
+
+def together(one: Mapping[str, Fared], other: Mapping[str, Fared]) -> dict[str, Fared]:
+    """The calls of both."""
+    return {**one, **{name: one[name] + fared if name in one else fared for name, fared in other.items()}}
+
+
+def as_data(layers: Mapping[str, Fared]) -> dict[str, dict[str, Any]]:
+    """For JSON, by layer: mean passes, worst gap (null where it is not finite), and in how many calls it fell back."""
+    return {
+        address: {
+            "passes": f.passes if f.calls == 1 else round(f.mean_passes, 3),
+            "gap": float(f"{f.gap:.3g}") if math.isfinite(f.gap) else None,
+            "fell_back": f.fell_back,
+        }
+        for address, f in layers.items()
+    }
+
+
+@contextmanager
+def named(model: LanguageModel, stats: Stats) -> Iterator[None]:
+    """Around a call: where a strict layer gives up, its address goes into the message. That layer is the first without a
+    record, since each leaves its own when it is done."""
+    try:
+        yield
+    except NotConverged as error:
+        slots = zip(model.design.slots, model.slots, strict=True)
+        places = (place for slot, module in slots for place in addresses(module.get_submodule("mixer"), slot.address))
+        raise NotConverged(f"{next(place for place in places if place not in stats)}: {error}") from None
+
+
+def addresses(module: nn.Module, address: str) -> Iterator[str]:
+    """Of the recurrent layers in a slot, in the order in which they compute."""
+    if isinstance(module, RecurrentLayer):
+        yield address
+    elif isinstance(module, ParallelLayer):
+        for i, branch in enumerate(module.branches):
+            yield from addresses(branch, f"{address}.{i}")
+    elif isinstance(module, ChainLayer):
+        for i, layer in enumerate(module.layers):
+            yield from addresses(layer, address if len(module.layers) == 1 else f"{address}.{i}")
+
+
+def _infos(stats: Stats) -> dict[str, Info]:
+    return {address: report["solver"] for address, report in stats.items() if "solver" in report}
