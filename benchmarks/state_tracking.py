@@ -1,0 +1,206 @@
+"""Which layers keep track of a state: parity and the S5 word problem, trained on 64 tokens, tested on up to 1,024.
+
+    python benchmarks/state_tracking.py [--device cuda] [--jobs 16] [--out benchmarks/results/state_tracking.json]
+
+Parity: the tokens are bits; the answer at each is whether the number of ones so far is odd. S5: the tokens are the identity, a
+swap and a 5-cycle, which generate all 120 permutations of five things; the answer is the product so far, one of 120. Every
+token is scored, so rows of 64 tokens train all lengths up to 64. S5 is the smallest group for which a fixed number of
+attention or linear state-space layers is not enough at any width, as far as is known (arXiv 2404.08819).
+
+All designs get the same: dim 64, AdamW with warm-up and cosine, batches of 128 rows of 4, 8, 16, 32 and then 64 tokens (a tenth
+of the steps each before the last), each of the learning rates and seeds once. The table shows each design's run with the lowest
+loss on new rows of 64 tokens: the longer tests choose nothing. A run is a process, `--jobs` at a time. One that has used up
+`--seconds` ends where it is, and says how many steps it made.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import plait
+from plait.design import load_design
+
+HEADS = {"recurrence": "heads"}
+DESIGNS: dict[str, dict[str, Any]] = {
+    "(AF)2": {},
+    "(MF)2": {},
+    "(DF)2": {},
+    "(GF)2": {},
+    "(HF)2": {},
+    "(SF)2": {},
+    "GFAF": {},
+    "HFAF": {},
+    "SFAF": {},
+    "(GF)2 heads": {"G": {"kind": "gru", "recurrence": "heads"}},
+    "(HF)2 heads": {"H": {"kind": "lstm", "recurrence": "heads"}},
+}
+LENGTHS, TEST_ROWS, DIM, STAGES = (64, 256, 1024), 256, 64, (4, 8, 16, 32)
+GENERATORS = ((0, 1, 2, 3, 4), (1, 0, 2, 3, 4), (1, 2, 3, 4, 0))
+PERMUTATIONS = {p: i for i, p in enumerate(itertools.permutations(range(5)))}
+AFTER = torch.tensor([[PERMUTATIONS[tuple(p[i] for i in g)] for g in GENERATORS] for p in PERMUTATIONS])
+
+
+def parity(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Tokens and answers, both (rows, length)."""
+    bits = torch.randint(2, (rows, length))
+    return bits, bits.cumsum(1) % 2
+
+
+def s5(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(len(GENERATORS), (rows, length))
+    state, answers = torch.zeros(rows, dtype=torch.long), []
+    for token in tokens.unbind(1):
+        state = AFTER[state, token]
+        answers.append(state)
+    return tokens, torch.stack(answers, 1)
+
+
+TASKS = {"parity": (parity, 2), "s5": (s5, len(PERMUTATIONS))}
+
+
+def design_of(name: str, vocab: int) -> plait.ModelConfig:
+    return load_design(
+        {
+            "vocab": vocab,
+            "dim": DIM,
+            "pattern": name.split()[0],
+            "layers": DESIGNS.get(name, {}),
+            "tie_embeddings": False,
+        }
+    )
+
+
+def scale(done: float, warmup: float = 0.05) -> float:
+    """The learning rate when this share of the steps is done, as a share of its peak."""
+    return (
+        done / warmup if done < warmup else 0.01 + 0.99 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+    )
+
+
+def train(run: dict[str, Any]) -> dict[str, Any]:
+    """One run and its tests, as a record."""
+    rows, vocab = TASKS[run["task"]]
+    torch.manual_seed(run["seed"])
+    model = plait.build(design_of(run["design"], vocab), seed=run["seed"], device=run["device"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run["lr"], betas=(0.9, 0.98), weight_decay=0.01)
+    started, step = time.perf_counter(), 0
+    while step < run["steps"] and time.perf_counter() - started < run["seconds"]:
+        done = step / run["steps"]
+        length = (*STAGES, *[LENGTHS[0]] * 10)[int(done * 10)]
+        for group in optimizer.param_groups:
+            group["lr"] = run["lr"] * scale(done)
+        loss = loss_of(model, *rows(run["batch"], length))[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if run.get("verbose") and step % 100 == 0:
+            print(step, length, loss.item(), file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - started
+    return run | {"steps_made": step, "train_s": round(seconds, 1), "tests": {n: test(model, rows, n) for n in LENGTHS}}
+
+
+def loss_of(model: plait.LanguageModel, tokens: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Mean loss, whether each token is right (rows, length), and what the layers say."""
+    stats: dict[str, Any] = {}
+    logits, answers = model(tokens.to(model.device), stats=stats)[0], answers.to(model.device)
+    return F.cross_entropy(logits.flatten(0, 1), answers.flatten()), logits.argmax(-1) == answers, stats
+
+
+@torch.no_grad()
+def test(model: plait.LanguageModel, rows: Any, length: int) -> dict[str, float]:
+    """Shares of right answers over all tokens and at the last, on rows that are the same for every run."""
+    torch.manual_seed(length)
+    loss, right, stats = loss_of(model, *rows(TEST_ROWS, length))
+    found = {"loss": loss.item(), "right": right.double().mean().item(), "last": right[:, -1].double().mean().item()}
+    solvers = [report["solver"] for report in stats.values() if "solver" in report]
+    return found | ({"passes": max(int(info.passes) for info in solvers)} if solvers else {})
+
+
+def in_process(run: dict[str, Any]) -> dict[str, Any]:
+    """`train` in a process of its own, with one thread."""
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--run", json.dumps(run)]
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return run | {"error": done.stderr.strip().splitlines()[-1]}
+    record = json.loads(done.stdout.splitlines()[-1])
+    tests = "  ".join(f"{n}: {found['right']:.1%}" for n, found in record["tests"].items())
+    print(
+        f"{run['task']} {run['design']:<12} lr {run['lr']:g} seed {run['seed']}  {record['train_s']:>6} s  {tests}",
+        flush=True,
+    )
+    return record
+
+
+def best(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return min(records, key=lambda record: record["tests"][str(LENGTHS[0])]["loss"])
+
+
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Markdown, a table a task."""
+    lines = []
+    for task in dict.fromkeys(record["task"] for record in records):
+        heads = "".join(f" {n:,}: all tokens | last |" for n in LENGTHS)
+        lines += ["", f"| {task} |{heads} runs that solve it |", "|---|" + "---:|" * (2 * len(LENGTHS) + 1)]
+        for design in dict.fromkeys(record["design"] for record in records):
+            runs = [r for r in records if r["design"] == design and r["task"] == task and "tests" in r]
+            if not runs:
+                continue
+            tests = best(runs)["tests"].values()
+            solved = sum(all(t["right"] > 0.99 and t["last"] > 0.99 for t in r["tests"].values()) for r in runs)
+            cells = "".join(f" {t['right']:.1%} | {t['last']:.1%} |" for t in tests)
+            lines.append(f"| `{design}` |{cells} {solved} of {len(runs)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--designs", default=",".join(DESIGNS))
+    parser.add_argument("--lrs", default="0.003,0.01")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=300, help="of training a run, at most")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.run:
+        print(json.dumps(train(args.run)))
+        return
+    shared = {"steps": args.steps, "batch": args.batch, "seconds": args.seconds, "device": args.device}
+    runs = [
+        {"task": task, "design": design, "lr": float(lr), "seed": seed, **shared}
+        for task in reversed(args.tasks.split(","))
+        for design in args.designs.split(",")
+        for lr in args.lrs.split(",")
+        for seed in range(args.seeds)
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        records = list(pool.map(in_process, runs))
+    print("\n".join(table(records)))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"torch": torch.__version__, "runs": records}, indent=2) + "\n")
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
