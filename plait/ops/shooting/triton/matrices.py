@@ -176,7 +176,7 @@ class MatrixBack(Back):
         self.dx, self.dm = torch.empty_like(self.x), torch.empty_like(self.m)
 
     def run(self, g: Tensor, mu: Tensor, steps: int) -> Tensor:
-        shape, n = self.shape, self.x.shape[1]
+        shape, n, g = self.shape, self.x.shape[1], g.contiguous()
         rows = shape.columns.mT.contiguous()  # (h, g k, k)
         mixed = self.x.new_empty(shape.heads, n, shape.k)
         new, old = torch.empty_like(mu), mu.contiguous()
