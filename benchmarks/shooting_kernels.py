@@ -99,19 +99,18 @@ def parsed(text: str, problem: Problem) -> Plan:
 
 
 def measure(problem: Problem, plan: Plan, truth: tuple[list[Tensor], slice], tol: float, passes: int) -> dict[str, Any]:
-    with triton.forced_plan(None):
-        with triton.forced_plan(SEQUENTIAL):
-            want = problem.forward(tol, passes)[0]
-        with triton.forced_plan(plan):
-            h, rest, _, info = problem.forward(tol, passes)
-            row = {"error": errors(problem, *truth, tol, passes), "apart": apart(h, want), "info": info.tolist()}
+    with triton.forced_plan(SEQUENTIAL):
+        want = problem.forward(tol, passes)[0]
+    with triton.forced_plan(plan):
+        h, rest, _, info = problem.forward(tol, passes)
+        row = {"error": errors(problem, *truth, tol, passes), "apart": apart(h, want), "info": info.tolist()}
 
-            def both() -> None:
-                h, rest, _, _ = problem.forward(tol, passes)
-                problem.backward(h, rest, problem.dh, problem.dfinal)
+        def both() -> None:
+            h, rest, _, _ = problem.forward(tol, passes)
+            problem.backward(h, rest, problem.dh, problem.dfinal)
 
-            row["forward"] = do_bench(lambda: problem.forward(tol, passes), return_mode="median")
-            row["both"] = do_bench(both, return_mode="median")
+        row["forward"] = do_bench(lambda: problem.forward(tol, passes), return_mode="median")
+        row["both"] = do_bench(both, return_mode="median")
     return row
 
 

@@ -11,9 +11,23 @@ from torch import Tensor
 from plait.ops.shooting.triton.joints import hand_back
 from plait.ops.shooting.triton.plan import chunk_tables
 from plait.ops.shooting.triton.states import Work
-from plait.ops.shooting.triton.tiles import identity, place, read, steps_at, wide, write
+from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, wide, write
 from plait.ops.shooting.triton.vjp import back, gradients_at, states_at
 from plait.ops.shooting.triton.windows import windows_back
+
+
+@triton.jit
+def steps_back(
+    x, h, rest, dh, zero, here, there, mask, stride_g,
+    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, ST: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """U steps from the one at `here` back: inputs, old states, gradient; the next step's; and so on."""
+    loaded = ()
+    for u in tl.static_range(U):
+        loaded = loaded + steps_at(x, mask, stride_g, G, -ST, u, 1)
+        loaded = loaded + states_at(h, rest, here, there, mask, S, D, 1 + u, 1)
+        loaded = loaded + gradients_at(dh, zero, here - u * D, mask, D, 1)
+    return loaded
 
 
 @triton.jit
@@ -22,13 +36,13 @@ def retreat(
     stride_b, stride_g, stride_h, dx_b, dx_g, dx_h, tokens,
     S: tl.constexpr, G: tl.constexpr, W: tl.constexpr, V: tl.constexpr, JACOBIAN: tl.constexpr, VJP: tl.constexpr,
     D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
-    ST: tl.constexpr, DT: tl.constexpr, U: tl.constexpr, STARTS: tl.constexpr,
+    ST: tl.constexpr, DT: tl.constexpr, U: tl.constexpr, STARTS: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """A program walks one item of `table` back for a block of channels, from the gradient `lams` at its end (by item; None
     is zero) to the one at its start, `dstart`, by item. It writes dx and sums dw; with `slopes` it writes neither, but the
     transposed Jacobian, by which a gradient at the end adds to `dstart`. STARTS: items are whole sequences.
 
-    The first step apart, whose old state may be h0, loads come two blocks ahead, as in `advance`.
+    The first step apart, whose old state may be h0, loads come a block ahead, as in `advance`.
     """
     item, block, head, channel, unit, exists = place(tl.program_id(0), D, K, BD)
     batch = tl.load(table + item * 4).to(tl.int64)
@@ -49,39 +63,54 @@ def retreat(
     MAPS: tl.constexpr = slopes is not None
     last = first + length - 1
     token = batch * tokens + last
-    px = x + (batch * stride_b + last * ST + head.to(tl.int64) * stride_h) + channel
+    px = x + (batch * stride_b + last * ST + head.to(tl.int64) * stride_h)
+    if FETCH > 0:
+        lowest = tl.min(channel, 0)
+        soon = lines(px + lowest - FETCH * U * ST, stride_g, -ST, G, U, BD)
+        ahead = (token - FETCH * U) * D + head * K + lowest
+        soon_h = lines(h + ahead - D, 0, -D, 1, U, BD)
+        if dh is not None:
+            soon_g = lines(dh + ahead, 0, -D, 1, U, BD)
+        if S > 1:
+            soon_s = lines(
+                rest + (token - FETCH * U - 1) * ((S - 1) * D) + head * K + lowest, D, -(S - 1) * D, S - 1, U, BD
+            )
+    px += channel
     pd = dx + (batch * dx_b + last * DT + head.to(tl.int64) * dx_h) + channel if not MAPS else px
     here = token * D + unit
     there = token * ((S - 1) * D) + unit
     mask = None if EVEN else exists
     whole = (length - 1) // U * U
-    some = exists & (whole > 0)
-    near = steps_at(px, some, stride_g, G, -ST, 0, U)
-    near_s = states_at(h, rest, here, there, some, S, D, 1, U)
-    near_g = gradients_at(dh, zero, here, some, D, U)
-    more = tl.where(whole > U, U, 0).to(tl.int64)
-    px -= more * ST
-    here -= more * D
-    there -= more * ((S - 1) * D)
-    far = steps_at(px, some, stride_g, G, -ST, 0, U)
-    far_s = states_at(h, rest, here, there, some, S, D, 1, U)
-    far_g = gradients_at(dh, zero, here, some, D, U)
+    N: tl.constexpr = G + S + 1
+    now = steps_back(px, h, rest, dh, zero, here, there, exists & (whole > 0), stride_g, G, S, D, ST, U)
+    now = settled(now, U * N)
     for t in range(0, whole, U):
-        now, now_s, now_g = near, near_s, near_g
-        near, near_s, near_g = far, far_s, far_g
-        more = tl.where(t + 3 * U <= whole, U, 0).to(tl.int64)
+        more = tl.where(t + 2 * U <= whole, U, 0).to(tl.int64)
         px -= more * ST
         here -= more * D
         there -= more * ((S - 1) * D)
-        far = steps_at(px, mask, stride_g, G, -ST, 0, U)
-        far_s = states_at(h, rest, here, there, mask, S, D, 1, U)
-        far_g = gradients_at(dh, zero, here, mask, D, U)
+        after = steps_back(px, h, rest, dh, zero, here, there, mask, stride_g, G, S, D, ST, U)
+        if FETCH > 0:
+            if t + (FETCH + 1) * U <= whole:
+                fetch(soon)
+                fetch(soon_h)
+                if dh is not None:
+                    fetch(soon_g)
+                if S > 1:
+                    fetch(soon_s)
+            soon -= U * ST * (x.dtype.element_ty.primitive_bitwidth // 8)
+            soon_h -= U * D * (h.dtype.element_ty.primitive_bitwidth // 8)
+            if dh is not None:
+                soon_g -= U * D * (h.dtype.element_ty.primitive_bitwidth // 8)
+            if S > 1:
+                soon_s -= U * (S - 1) * D * 4
         for u in tl.static_range(U):
             lam, total, maps = back(
-                wide(now, u * G, G), wide(now_s, u * S, S), now_g[u], lam, total, maps, w, pd - u * DT, dx_g, mask,
-                S, G, W, V, JACOBIAN, VJP, MAPS,
+                now[u * N : u * N + G], now[u * N + G : u * N + G + S], now[u * N + G + S], lam, total, maps, w,
+                pd - u * DT, dx_g, mask, S, G, W, V, JACOBIAN, VJP, MAPS,
             )  # fmt: skip
         pd -= U * DT
+        now = settled(after, U * N)
     done = tl.where(whole > 0, U, 0).to(tl.int64)
     px -= done * ST
     here -= done * D
@@ -123,8 +152,8 @@ class Gradients:
         retreat[(len(table) * work.at.blocks,)](
             x, self.h, self.rest, self.dh, self.h0, lams, work.weights, table, dx, dw, dstart, slopes,
             x.stride(0), x.stride(2), x.stride(3), dx.stride(0), dx.stride(2), dx.stride(3), x.shape[1],
-            JACOBIAN=work.device.jacobian, VJP=work.device.vjp, DT=dx.stride(1), U=work.plan.U,
-            STARTS=table is work.table, **work.constants(),
+            JACOBIAN=work.device.jacobian, VJP=work.device.vjp, DT=dx.stride(1),
+            U=work.plan.U, STARTS=table is work.table, FETCH=work.fetch, **work.constants(),
         )  # fmt: skip
 
     def sequential(self) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from plait.ops.packing import Packing
 
 class Plan(NamedTuple):
     """C: chunks in a tile (windowed: of one window; grid: that the joint kernel takes at once). L: steps of a chunk.
-    BD: channels of a program. U: steps whose loads are in flight together. W: steps of burn-in before a chunk."""
+    BD: channels of a program. U: steps that loads come ahead, at least. W: steps of burn-in before a chunk."""
 
     kind: Literal["sequential", "windowed", "grid"]
     C: int = 1
@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     W: int = 0
 
 
-SEQUENTIAL = Plan("sequential", U=16)
+SEQUENTIAL = Plan("sequential")
 WINDOWED = Plan("windowed", C=32, L=16, BD=32, num_warps=8)
 GRID = Plan("grid", C=32, BD=32, U=8, W=64)
 

@@ -14,8 +14,11 @@ from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.triton.cells import DEVICE, constants
 from plait.ops.shooting.triton.joints import close
 from plait.ops.shooting.triton.plan import Layout, Plan, Spans, chunk_tables, row_table
-from plait.ops.shooting.triton.tiles import identity, place, read, steps_at, times, wide, write
+from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, times, wide, write
 from plait.ops.shooting.triton.windows import windows
+
+FETCH = 4  # blocks: some 3000 cycles, three times what memory takes
+
 
 # --- one step after the other
 
@@ -26,14 +29,14 @@ def advance(
     stride_b, stride_g, stride_h, tokens,
     S: tl.constexpr, G: tl.constexpr, W: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr, JACOBIAN: tl.constexpr,
     D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
-    ST: tl.constexpr, U: tl.constexpr, BY_ROW: tl.constexpr,
+    ST: tl.constexpr, U: tl.constexpr, BY_ROW: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """A program runs one item of `table` (a sequence, or a chunk of one) for a block of channels.
 
     It starts from `starts`, by the item's sequence (`BY_ROW`) or its own, and leaves its `ends`. With `h` it writes what
     it passes; with `slopes`, the Jacobian of end by start. With `gaps` (sequence, block) it only runs where the gap is
-    not closed. Loads of U steps are issued two blocks of U ahead: the compiler moves a block's loads behind its whole
-    arithmetic, where one block ahead would be waited for at once.
+    not closed. Steps go in blocks of U, during which the next block is loaded; FETCH
+    blocks ahead go into a cache, for when too few warps run to wait for memory.
     """
     item, block, head, channel, unit, exists = place(tl.program_id(0), D, K, BD)
     batch = tl.load(table + item * 4).to(tl.int64)
@@ -48,40 +51,45 @@ def advance(
     s = read(starts + origin.to(tl.int64) * (S * D), unit, exists, S, D)
     w = read(weights, unit, exists, W, D)
     token = batch * tokens + first
-    px = x + (batch * stride_b + first * ST + head.to(tl.int64) * stride_h) + channel
+    px = x + (batch * stride_b + first * ST + head.to(tl.int64) * stride_h)
+    if FETCH > 0:
+        soon = lines(px + tl.min(channel, 0) + FETCH * U * ST, stride_g, ST, G, U, BD)
+    px += channel
     here = token * D + unit
     there = token * ((S - 1) * D) + unit
     j = identity(s[0], S)
     mask = None if EVEN else exists
     whole = length // U * U
-    near = steps_at(px, exists & (whole > 0), stride_g, G, ST, 0, U)
-    px += tl.where(whole > U, U * ST, 0)  # here and below: past the last block it is read again
-    far = steps_at(px, exists & (whole > 0), stride_g, G, ST, 0, U)
+    now = settled(steps_at(px, exists & (whole > 0), stride_g, G, ST, 0, U), U * G)
     for t in range(0, whole, U):
-        now, near = near, far
-        px += tl.where(t + 3 * U <= whole, U * ST, 0)
-        far = steps_at(px, mask, stride_g, G, ST, 0, U)
+        px += tl.where(t + 2 * U <= whole, U * ST, 0)  # the last block is read again
+        after = steps_at(px, mask, stride_g, G, ST, 0, U)
+        if FETCH > 0:
+            if t + (FETCH + 1) * U <= whole:
+                fetch(soon)
+            soon += U * ST * (x.dtype.element_ty.primitive_bitwidth // 8)
         for u in tl.static_range(U):
             if slopes is not None:
-                s, by = JACOBIAN(wide(now, u * G, G), s, w, V)
+                s, by = JACOBIAN(now[u * G : (u + 1) * G], s, w, V)
                 j = times(by, j, S, S)
             else:
-                s = STEP(wide(now, u * G, G), s, w, V)
+                s = STEP(now[u * G : (u + 1) * G], s, w, V)
             if h is not None:
                 tl.store(h + here + u * D, s[0].to(h.dtype.element_ty), mask=mask)
                 for i in tl.static_range(1, S):
                     tl.store(rest + there + (u * (S - 1) + i - 1) * D, s[i], mask=mask)
         here += U * D
         there += U * (S - 1) * D
+        now = settled(after, U * G)
     px += tl.where(whole > 0, U * ST, 0)
     for _ in range(whole, length):
-        now = steps_at(px, exists, stride_g, G, ST, 0, 1)
+        token_x = steps_at(px, exists, stride_g, G, ST, 0, 1)
         px += ST
         if slopes is not None:
-            s, by = JACOBIAN(wide(now, 0, G), s, w, V)
+            s, by = JACOBIAN(wide(token_x, 0, G), s, w, V)
             j = times(by, j, S, S)
         else:
-            s = STEP(wide(now, 0, G), s, w, V)
+            s = STEP(wide(token_x, 0, G), s, w, V)
         if h is not None:
             tl.store(h + here, s[0].to(h.dtype.element_ty), mask=exists)
             for i in tl.static_range(1, S):
@@ -105,6 +113,7 @@ class Work:
         self.sizes = constants(cell.cell)
         self.states, self.units = self.sizes["S"], at.D
         self.weights = torch.cat([cell.recurrent.reshape(-1), *(w.reshape(-1) for w in cell.weights)]).float()
+        self.fetch = FETCH if plan.kind == "sequential" else 0
         self.table = row_table(rows, x.device)
 
     def empty(self, *shape: int) -> Tensor:
@@ -129,7 +138,8 @@ def _advance(
     advance[(len(table) * at.blocks,)](
         x, h, rest, starts, ends, slopes, work.weights, table, gaps, tol,
         x.stride(0), x.stride(2), x.stride(3), x.shape[1],
-        STEP=work.device.step, JACOBIAN=work.device.jacobian, U=work.plan.U, BY_ROW=by_row, **work.constants(),
+        STEP=work.device.step, JACOBIAN=work.device.jacobian, U=work.plan.U, BY_ROW=by_row, FETCH=work.fetch,
+        **work.constants(),
     )  # fmt: skip
 
 

@@ -1,10 +1,14 @@
 """Pieces that all kernels share: addresses, loads, small matrices kept as flat tuples of tiles."""
 
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false, reportAssignmentType=false
 # (it reads kernels as Python, in which triton's functions only raise)
 
 import triton
 import triton.language as tl
+
+from plait.ops.shooting.triton.cells import FAST
+
+HALF = tl.constexpr("{ .reg .b16 half; cvt.u16.u32 half, $1; cvt.f32.f16 $0, half; }")
 
 
 @triton.jit
@@ -42,6 +46,49 @@ def steps_at(x, exists, stride_g, G: tl.constexpr, ST: tl.constexpr, FIRST: tl.c
         for g in tl.static_range(G):
             loaded = loaded + (tl.load((x + g * stride_g) + (FIRST + u) * ST, mask=exists),)
     return loaded
+
+
+@triton.jit
+def lines(pointer, stride, stride_step, N: tl.constexpr, U: tl.constexpr, BD: tl.constexpr):
+    """Addresses of all 32-byte sectors of N rows of BD channels, `stride` apart, in each of U steps: one a thread."""
+    size: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+    each: tl.constexpr = BD * size // 32 if BD * size > 32 else 1
+    i = tl.arange(0, triton.next_power_of_2(N * U * each))
+    step = tl.minimum(i // (N * each), U - 1)
+    return (pointer + (step * stride_step + i // each % N * stride + i % each * (32 // size))).to(
+        tl.int64, bitcast=True
+    )
+
+
+@triton.jit
+def fetch(addresses):
+    """Bring the sectors into the second-level cache, without waiting and without a register to hold them."""
+    if FAST:
+        code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(code, "=r,l", [addresses], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def settled(tiles, N: tl.constexpr):
+    """The tiles in float32, by an instruction that the compiler cannot move past the end of a loop's body.
+
+    So what is loaded at the start of a body for the next one is waited for at this body's end. Left alone, the compiler
+    converts where a value is used, and then loads at a body's very end, to wait at once.
+    """
+    out = ()
+    for i in tl.static_range(N):
+        tile = tiles[i]
+        if not FAST:
+            out = out + (tile.to(tl.float32),)
+        elif tile.dtype == tl.bfloat16:
+            bits = tile.to(tl.uint16, bitcast=True).to(tl.uint32)
+            out = out + (tl.inline_asm_elementwise("shl.b32 $0, $1, 16;", "=f,r", [bits], tl.float32, True, 1),)
+        elif tile.dtype == tl.float16:
+            bits = tile.to(tl.uint16, bitcast=True).to(tl.uint32)
+            out = out + (tl.inline_asm_elementwise(HALF, "=f,r", [bits], tl.float32, True, 1),)
+        else:
+            out = out + (tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [tile], tl.float32, True, 1),)
+    return out
 
 
 @triton.jit
