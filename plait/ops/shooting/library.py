@@ -1,7 +1,8 @@
 """The solvers as torch operators, so that a compiled graph holds each call as one step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,18 @@ def _documents(lengths: Sequence[int] | None, x: Tensor) -> Packing | None:
     return None if lengths is None else _packing(tuple(lengths), x.device)
 
 
-@torch.library.custom_op("plait::shooting", mutates_args=())
+def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """`torch.library.custom_op`, whose first call would load torch's compiler, and Triton with it."""
+
+    def define(run: Callable[..., Any]) -> Any:
+        torch.library.define(f"plait::{name}", torch.library.infer_schema(run, mutates_args=()))
+        torch.library.impl(f"plait::{name}", "CompositeExplicitAutograd")(run)
+        return getattr(torch.ops.plait, name)
+
+    return define
+
+
+@_operator("shooting")
 def solve(
     x: Tensor,
     h0: Tensor,
@@ -100,7 +112,7 @@ def _forward(
     )
 
 
-@solve.register_fake
+@torch.library.register_fake("plait::shooting")
 def _(x, h0, tensors, cell, bias, lengths, kernel, solver, tol, max_passes):
     b, t, _, h, k = x.shape
     return (
@@ -111,7 +123,7 @@ def _(x, h0, tensors, cell, bias, lengths, kernel, solver, tol, max_passes):
     )
 
 
-@torch.library.custom_op("plait::shooting_backward", mutates_args=())
+@_operator("shooting_backward")
 def pull(
     grad: Tensor | None,
     grad_final: Tensor | None,
@@ -150,7 +162,7 @@ def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient if same else out.copy_(gradient)
 
 
-@pull.register_fake
+@torch.library.register_fake("plait::shooting_backward")
 def _(grad, grad_final, x, h0, h, rest, tensors, cell, bias, lengths, kernel, tol, max_passes):
     return [torch.empty_like(x), torch.empty_like(h0), *(torch.empty_like(w) for w in tensors)]
 
@@ -173,4 +185,4 @@ def _backward(ctx, grad, _rest, grad_final, _info):
     return dx, dh0, weights, None, None, None, None, None, None, None
 
 
-solve.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("plait::shooting", _backward, setup_context=_setup)
