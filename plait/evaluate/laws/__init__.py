@@ -12,6 +12,7 @@ from plait.evaluate.laws.designs import DESIGNS as DESIGNS
 from plait.evaluate.laws.designs import small as small
 from plait.evaluate.laws.models import compiled, counts, files
 from plait.evaluate.laws.models import packages as packages
+from plait.evaluate.laws.solver import solver
 from plait.evaluate.laws.states import fork, rollback, spec
 
 Law = Callable[[ModelConfig, str, torch.dtype], float]
@@ -29,6 +30,7 @@ LAWS: dict[str, Law] = {
     "files": files,
     "counts": counts,
     "compiled": compiled,
+    "solver": solver,
 }
 
 EXACT = ("spec", "files", "counts", "packages")  # laws without a tolerance: equal, or broken

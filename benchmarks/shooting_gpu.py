@@ -1,0 +1,193 @@
+"""Nonlinear recurrences on one GPU beside their peers: the table of docs/shooting.md.
+
+python benchmarks/shooting_gpu.py --out benchmarks/results/shooting_h100.json      (pararnn-torch and flash-linear-attention installed)
+
+Every cell is first checked against the loop over tokens in float64. Times are medians, in bfloat16, of a forward pass and
+all gradients unless said. "Cell" is the input projection and the recurrence, as the peers time it.
+"""
+
+import argparse
+import json
+import statistics
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from triton.testing import do_bench
+
+from plait import GRU, LSTM, ModelConfig
+from plait.layers import build_stack, context_for
+from plait.layers.recurrent import RecurrentCell
+from plait.ops.shooting import Bound, cells, reference, shooting
+
+warnings.filterwarnings("ignore")  # pararnn-torch warns of its residual at every call; ours is in the table
+BF16 = torch.bfloat16
+UNITS = 64  # of each cell are followed in float64
+
+
+def forward_and_backward(run: Callable[[Tensor], Tensor], x: Tensor, weights: Iterable[Tensor]) -> Callable[[], Any]:
+    inputs, y = [x, *weights], run(x)
+    gradient = torch.randn_like(y)
+    return lambda: torch.autograd.grad(run(x), inputs, gradient)
+
+
+def median(run: Callable[[], Any]) -> float:
+    return do_bench(run, warmup=50, rep=300, return_mode="median")
+
+
+def op_inputs(cell: cells.Cell, b: int, t: int, d: int) -> tuple[Tensor, Bound]:
+    g = len(cell.inputs)
+    x = torch.randn(b, t, g, 1, d, device="cuda", dtype=BF16).requires_grad_()
+    recurrent = (torch.randn(g, 1, d, device="cuda") * 0.25).clamp(-0.5, 0.5).requires_grad_()
+    weights = tuple((torch.randn(1, d, device="cuda") * 0.25).clamp(-0.5, 0.5).requires_grad_() for _ in cell.weights)
+    return x, cell.bind(recurrent, weights=weights)
+
+
+def error(cell: cells.Cell, b: int, t: int, d: int) -> dict[str, float]:
+    """Largest difference from the float64 loop over its largest value, on some of the units: outputs and gradients."""
+    x, bound = op_inputs(cell, b, t, d)
+    y, final, info = shooting(bound, x)
+    dy, dfinal = torch.randn_like(y), torch.randn_like(final)
+    got = torch.autograd.grad([y, final], [x, *bound.tensors()], [dy, dfinal])
+    some = [w[..., :UNITS].double().detach().requires_grad_() for w in (x, *bound.tensors())]
+    states, last = reference.run(bound.with_tensors(some[1:]), some[0], bound.cell.start_like(some[0], b), None)
+    want = torch.autograd.grad([states[:, :, 0], last], some, [dy[..., :UNITS].double(), dfinal[..., :UNITS].double()])
+    gaps = [relative(a[..., :UNITS], b) for a, b in zip(got, want, strict=True)]
+    return {"output": relative(y[..., :UNITS], states[:, :, 0]), "gradients": max(gaps), "gap": info.gap.item()}
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).abs().max() / want.abs().max()).item()
+
+
+def recurrent_cell(config: Any, d: int) -> RecurrentCell:
+    return RecurrentCell(config, d).cuda().to(BF16)
+
+
+def time_cell(config: Any, b: int, t: int, d: int) -> float:
+    cell = recurrent_cell(config, d)
+    x = torch.randn(b, t, d, device="cuda", dtype=BF16).requires_grad_()
+    return median(forward_and_backward(lambda x: cell(x)[0], x, cell.parameters()))
+
+
+def time_layer(config: Any, b: int, t: int, d: int) -> float:
+    """The whole layer: convolution, cell, gated norm, output projection."""
+    slot = build_stack(ModelConfig(vocab=64, dim=d, pattern="G", layers={"G": config}))[0].mixer.cuda().to(BF16)
+    context = context_for(torch.zeros(b, t, dtype=torch.long, device="cuda"))
+    x = torch.randn(b, t, d, device="cuda", dtype=BF16).requires_grad_()
+    return median(forward_and_backward(lambda x: slot(x, context, None)[0], x, slot.parameters()))
+
+
+def time_op(cell: cells.Cell, b: int, t: int, d: int) -> tuple[float, float]:
+    x, bound = op_inputs(cell, b, t, d)
+    with torch.no_grad():
+        forward = median(lambda: shooting(bound, x))
+    return forward, median(forward_and_backward(lambda x: shooting(bound, x)[0], x, bound.tensors()))
+
+
+def time_pararnn(name: str, b: int, t: int, d: int) -> float | None:
+    try:
+        import pararnn
+    except ImportError:
+        return None
+    layer = pararnn.ParaRNN(getattr(pararnn, name)(d, d)).cuda().to(BF16).train()
+    x = torch.randn(b, t, d, device="cuda", dtype=BF16).requires_grad_()
+    return median(forward_and_backward(layer, x, layer.parameters()))
+
+
+def time_hgrn(b: int, t: int, d: int) -> float | None:
+    try:
+        from fla.ops.hgrn import chunk_hgrn
+    except ImportError:
+        return None
+    x = torch.randn(b, t, d, device="cuda", dtype=BF16).requires_grad_()
+    g = torch.nn.functional.logsigmoid(torch.randn(b, t, d, device="cuda", dtype=BF16)).requires_grad_()
+    return median(forward_and_backward(lambda x: chunk_hgrn(x, g)[0], x, [g]))
+
+
+def dense_lstm(b: int, t: int, d: int) -> dict[str, Any]:
+    """torch.nn.LSTM as it is initialised: cuDNN's time, ours with the same weights, and how far apart they are."""
+    theirs = nn.LSTM(d, d, batch_first=True).cuda().to(BF16)
+    ours = RecurrentCell.from_torch(theirs)
+    x = torch.randn(b, t, d, device="cuda", dtype=BF16).requires_grad_()
+    exact = nn.LSTM(d, d, batch_first=True).double()
+    exact.load_state_dict({name: w.double().cpu() for name, w in theirs.state_dict().items()})
+    with torch.no_grad():
+        want = exact.cuda()(x[:1].double())[0]
+        result = {"error": relative(ours(x[:1])[0], want), "cudnn_error": relative(theirs(x[:1])[0], want)}
+        info = ours(x)[2]
+    result |= {"passes": info.passes.item(), "gap": info.gap.item(), "fell_back": info.fell_back.item()}
+    with torch.no_grad():
+        result |= {"forward": median(lambda: ours(x)), "cudnn_forward": median(lambda: theirs(x))}
+    result["ms"] = median(forward_and_backward(lambda x: ours(x)[0], x, ours.parameters()))
+    return result | {"cudnn": median(forward_and_backward(lambda x: theirs(x)[0], x, theirs.parameters()))}
+
+
+def table(peers: bool) -> list[dict[str, Any]]:
+    b, t, d = 8, 4096, 2048
+    options: dict[str, Any] = {"clip": 0.5}
+    para = {"coupled": True, "peephole": True}
+    head = options | {"heads": 16, "head_dim": 128, "projection": "heads"}
+    full = options | {"heads": 16, "head_dim": 128}
+    lstm = cells.LSTM(coupled=True, peephole=True)
+    forward, both = time_op(cells.GRU(), b, t, d)
+    rows = [
+        {"what": "GRU cell, projection in 16 heads", "bar": 3.0, "ms": time_cell(GRU(**head), b, t, d), "ParaRNN": 25.8},
+        {"what": "LSTM cell, projection in 16 heads", "bar": 4.5, "ms": time_cell(LSTM(**head, **para), b, t, d), "ParaRNN": 33.2},
+        {"what": "GRU cell, dense projection", "bar": 6.0, "ms": time_cell(GRU(**full), b, t, d)},
+        {"what": "LSTM cell, dense projection", "bar": 8.0, "ms": time_cell(LSTM(**full, **para), b, t, d)},
+        {"what": "GRU op, forward", "bar": 0.4, "ms": forward, **error(cells.GRU(), b, t, d)},
+        {"what": "GRU op, forward and backward", "bar": 1.5, "ms": both},
+        {"what": "LSTM op, forward; and backward", "ms": time_op(lstm, b, t, d), **error(lstm, b, t, d)},
+        {"what": "sLSTM op (diagonal), forward; and backward", "ms": time_op(cells.SLSTM(), b, t, d), **error(cells.SLSTM(), b, t, d)},
+        {"what": "RNN op, forward; and backward", "ms": time_op(cells.RNN(), b, t, d), **error(cells.RNN(), b, t, d)},
+        {"what": "torch LSTM, dense 2048", "bar": 30.0, **dense_lstm(b, t, d)},
+    ]  # fmt: skip
+    long = {"heads": 2, "head_dim": 128, "clip": 0.5}
+    rows += [
+        {"what": "T 131,072, B 1, D 256: GRU cell, dense projection", "bar": 3.0, "ms": time_cell(GRU(**long), 1, 131_072, 256), "ParaRNN": 17.6},
+        {"what": "T 131,072, B 1, D 256: GRU cell, projection in heads", "bar": 3.0, "ms": time_cell(GRU(**long, projection="heads"), 1, 131_072, 256), "ParaRNN": 17.6},
+        {"what": "T 131,072, B 1, D 256: GRU layer, all of it", "ms": time_layer(GRU(**long), 1, 131_072, 256)},
+        {"what": "T 131,072, B 1, D 256: GRU op", "ms": time_op(cells.GRU(), 1, 131_072, 256), **error(cells.GRU(), 1, 16_384, 256)},
+    ]  # fmt: skip
+    if peers:
+        rows[2]["pararnn-torch"], rows[3]["pararnn-torch"] = (
+            time_pararnn(name, b, t, d) for name in ("ParaGRU", "ParaLSTM")
+        )
+        rows[5]["fla chunk_hgrn"] = time_hgrn(b, t, d)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--repeats", type=int, default=1, help="whole tables; the median of each time is kept")
+    args = parser.parse_args()
+    tables = [table(not args.no_peers) for _ in range(args.repeats)]
+    rows = tables[0]
+    for i, row in enumerate(rows):
+        if isinstance(row["ms"], float):
+            row["ms"] = statistics.median(rows_[i]["ms"] for rows_ in tables)
+    for row in rows:
+        ms = row["ms"] if isinstance(row["ms"], tuple) else (row["ms"],)
+        rest = {name: value for name, value in row.items() if name not in ("what", "ms")}
+        shown = ", ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in rest.items()
+        )
+        print(f"{row['what']:56} {' / '.join(f'{value:.3f}' for value in ms):>15} ms   {shown}")
+    if args.out:
+        found = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "shape": "B 8, T 4096, D 2048 unless said",
+            "rows": rows,
+        }
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
