@@ -1,0 +1,52 @@
+"""Recurrences with a matrix per head on the GPU's kernels, in Triton's interpreter, against the loop in float64."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from plait.ops.packing import Packing
+from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, chunked, reference
+
+# float32: some roundings of sums over 60 tokens, measured 5e-7. bfloat16: inputs, matrices and what goes through them have 8
+# bits, measured 7e-3
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_in_the_interpreter():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "python_functions=check_*", "-W", "ignore::RuntimeWarning"]
+    command = [sys.executable, "-m", "pytest", *options, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("lengths", [None, (1, 40, 7)], ids=["batch", "packed"])
+@pytest.mark.parametrize(("heads", "k"), [(1, 12), (3, 5)])
+@pytest.mark.parametrize("cell", [RNN(), GRU(), LSTM(), LSTM(coupled=True), SLSTM()], ids=repr)
+def check_matrices(cell, heads, k, lengths, dtype):
+    from plait.ops.shooting.triton.matrices import MATRICES, supports
+
+    torch.manual_seed(0)
+    b, t = (2, 40) if lengths is None else (1, sum(lengths))
+    packing = None if lengths is None else Packing(lengths, torch.device("cpu"))
+    g, s, n = len(cell.inputs), len(cell.states), b if lengths is None else len(lengths)
+    recurrent, bias = torch.randn(g, heads, k, k) / (2 * k**0.5), torch.randn(g, heads, k) / 10
+    x, h0 = torch.randn(b, t, g, heads, k).to(dtype), torch.randn(n, s, heads, k) / 3
+    bound, tol = cell.bind(recurrent, bias=bias), 1e-6 if dtype == torch.float32 else 1e-3
+    assert supports(bound, x) is None
+    grad, grad_final = torch.randn(b, t, heads, k), torch.randn(n, s, heads, k)
+    states, final, solved = chunked.forward(bound, x, h0, packing, tol, None, engine=MATRICES)
+    assert not solved.fell_back
+    got = chunked.backward(bound, x, h0, states, grad, grad_final, packing, tol, None, engine=MATRICES)
+    leaves = [w.double().requires_grad_() for w in (x, h0, recurrent, bias)]
+    exact, last = reference.run(cell.bind(leaves[2], bias=leaves[3]), leaves[0], leaves[1], packing)
+    want = torch.autograd.grad((exact[:, :, 0] * grad).sum() + (last * grad_final).sum(), leaves)
+    for a, b_ in zip([states, final, *got], [exact, last, *want], strict=True):
+        error = (a.double() - b_).abs().max() / b_.abs().max()
+        assert error < TOLERANCES[dtype]
