@@ -153,7 +153,7 @@ class Gradients:
             x, self.h, self.rest, self.dh, self.h0, lams, work.weights, table, dx, dw, dstart, slopes,
             x.stride(0), x.stride(2), x.stride(3), dx.stride(0), dx.stride(2), dx.stride(3), x.shape[1],
             JACOBIAN=work.device.jacobian, VJP=work.device.vjp, DT=dx.stride(1),
-            U=work.plan.U, STARTS=table is work.table, FETCH=work.fetch, **work.constants(),
+            U=work.steps, STARTS=table is work.table, FETCH=work.fetch, **work.constants(),
         )  # fmt: skip
 
     def sequential(self) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ class Gradients:
         self.retreat(tables.chunks, None, adds, None, maps)
         hand_back[(n * at.blocks,)](
             lams, adds, maps, self.lams, dh0, tables.ranges,
-            S=s, D=at.D, K=at.K, BD=at.BD, C=work.plan.C, num_warps=4,
+            S=s, D=at.D, K=at.K, BD=at.BD, C=work.plan.C, num_warps=work.joint_warps,
         )  # fmt: skip
         self.retreat(tables.chunks, lams, None, dw, None)
         return dh0, dw

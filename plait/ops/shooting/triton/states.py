@@ -113,6 +113,10 @@ class Work:
         self.sizes = constants(cell.cell)
         self.states, self.units = self.sizes["S"], at.D
         self.weights = torch.cat([cell.recurrent.reshape(-1), *(w.reshape(-1) for w in cell.weights)]).float()
+        self.steps = (
+            plan.U if self.states < 3 else max(1, plan.U // 2)
+        )  # a third state's operations double compile time
+        self.joint_warps = 4 if self.states < 3 else 8  # 3 x 3 maps need the registers
         self.fetch = FETCH if plan.kind == "sequential" else 0
         self.table = row_table(rows, x.device)
 
@@ -138,7 +142,7 @@ def _advance(
     advance[(len(table) * at.blocks,)](
         x, h, rest, starts, ends, slopes, work.weights, table, gaps, tol,
         x.stride(0), x.stride(2), x.stride(3), x.shape[1],
-        STEP=work.device.step, JACOBIAN=work.device.jacobian, U=work.plan.U, BY_ROW=by_row, FETCH=work.fetch,
+        STEP=work.device.step, JACOBIAN=work.device.jacobian, U=work.steps, BY_ROW=by_row, FETCH=work.fetch,
         **work.constants(),
     )  # fmt: skip
 
@@ -166,7 +170,7 @@ def grid(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol:
         _advance(work, tables.chunks, starts, ends, h, rest, slopes, gaps[number - 1], tol, by_row=False)
         close[(n * at.blocks,)](
             starts, ends, slopes, final, tables.ranges, gaps, info, number, tol,
-            S=work.states, D=at.D, K=at.K, BD=at.BD, C=plan.C, LAST=number == max_passes, num_warps=4,
+            S=work.states, D=at.D, K=at.K, BD=at.BD, C=plan.C, LAST=number == max_passes, num_warps=work.joint_warps,
         )  # fmt: skip
     run_rows(work, h, rest, start, final, gaps[max_passes], tol)
     return info
