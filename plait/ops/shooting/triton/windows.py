@@ -96,7 +96,7 @@ def windows(
         there = (batch * tokens + step) * ((S - 1) * D) + unit
         s = spread(first, C, BD, S)
         if BURN > 0:
-            s, _ = through(
+            s, slopes = through(
                 x_at, h, rest, here, there, left, s, w, exists, stride_g, L - BURN, L,
                 S, G, V, STEP, JACOBIAN, D, ST, False,
             )  # fmt: skip
@@ -111,7 +111,7 @@ def windows(
                 source = tl.broadcast_to(tl.minimum(c + 1, C - 1), s[i].shape)
                 nexts = nexts + (tl.gather(s[i], source, 0),)
             gap = distance(e, nexts, exists & (c < C - 1), S)
-            new, _ = newton(e, nexts, j, (tl.zeros((1, BD), tl.float32),) * S, S, C)
+            new, last = newton(e, nexts, j, (tl.zeros((1, BD), tl.float32),) * S, S, C)
             s = shifted(new, first, S, C)
             passes += 1
         first = bottom(e, S, C)
