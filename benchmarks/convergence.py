@@ -25,6 +25,7 @@ from torch import Tensor
 import plait
 from plait.design import load_design
 from plait.model import token_loss
+from plait.ops.packing import chunks
 from plait.ops.shooting import GRU, LSTM, RNN, Bound, chunked
 from plait.ops.shooting.jacobian import blocks, chunk_jacobians
 
@@ -135,7 +136,7 @@ def pictured() -> Iterator[tuple[str, str, Bound]]:
 @torch.no_grad()
 def gaps(cell: Bound, x: Tensor) -> list[float]:
     """After each pass, the largest miss at a joint as the solver measures it."""
-    layout = chunked.layout_of(x, None, CHUNK)
+    layout = chunks(*x.shape[:2], CHUNK, None)
     tokens, first = layout.by_step(x), cell.cell.start_like(x, 1)
     s, found = cell.cell.start_like(x, CHUNKS), []
     for _ in range(CHUNKS):

@@ -106,7 +106,9 @@ class Chunks:
     def by_step(self, x: Float[Tensor, "b t *u"]) -> Float[Tensor, "c n *u"]:
         """Tokens by their place in a chunk, so that one step advances all n chunks; places past an end are zero."""
         if self.index is not None:
-            return F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1))[self.index.T.contiguous()]  # or the result lies as the index does
+            return F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1))[
+                self.index.T.contiguous()
+            ]  # or the result lies as the index does
         steps = len(self.alive)
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, steps * self.size - self.length))
         return x.unflatten(1, (steps, self.size)).transpose(0, 2).flatten(1, 2)

@@ -9,7 +9,7 @@ from plait.design.model import ModelConfig
 from plait.evaluate.laws.compare import LawBroken, agree, noise, subject
 from plait.layers.recurrent import RecurrentCell
 from plait.ops.kernels import forced
-from plait.ops.shooting import TOLERANCES, Bound, NotConverged, shooting
+from plait.ops.shooting import Bound, NotConverged, shooting, tolerance
 
 TOKENS = 100
 STIFF = 2.0  # recurrent weights so much larger: some cells now remember for long, some no longer contract
@@ -34,7 +34,7 @@ def _tokens(design: ModelConfig, cell: RecurrentCell) -> Tensor:
 
 
 def _holds(what: str, cell: Bound, x: Tensor, max_passes: int | None) -> float:
-    law, tol = "solver", TOLERANCES[x.dtype]
+    law, tol = "solver", tolerance(cell, x.dtype)
     h, final, info = shooting(cell, x, max_passes=max_passes)
     what += "" if max_passes is None else f", at most {max_passes} pass"
     if not info.fell_back and not info.gap <= tol:

@@ -21,8 +21,14 @@ from plait.ops.shooting.cells import Cell as Cell
 SOLVERS = ("shooting", "deer", "quasi_deer", "elk", "quasi_elk", "sequential")
 
 # How far a joint may gape, in units of the state or of 1: a few roundings of what is computed in, or half a rounding of what
-# comes out.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+# comes out; twice that where 16-bit products by a matrix round h itself, so that no joint closes further.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+
+
+def tolerance(cell: Bound, dtype: torch.dtype) -> float:
+    """What `shooting` closes the joints to unless told otherwise."""
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return TOLERANCES[dtype] * (2 if narrow and not cell.diagonal else 1)
 
 
 class Info(NamedTuple):
@@ -61,7 +67,7 @@ def shooting(
     x: the projected inputs, g per unit, h heads of k units. h0: the states before the first token (the cell's own start if
     left out), one row per batch row, or per packed document. `resets` marks tokens before which the state goes back to its
     row's h0; they are read on the host. Computed in float32, float64 for float64. The result is within about `tol`
-    (TOLERANCES of x's dtype) of the loop over tokens; where `max_passes` do not get there, the loop itself is run.
+    (`tolerance`) of the loop over tokens; where `max_passes` do not get there, the loop itself is run.
     strict: raise NotConverged instead (waits for the device).
     solver: "shooting", or for comparison "deer", "quasi_deer", "elk", "quasi_elk" (Newton over all tokens), "sequential".
     """
@@ -73,7 +79,7 @@ def shooting(
         like = wide(x[:0])
         first = cell.cell.start_like(like, rows) if h0 is None else cast(h0, like.dtype)
         bound = cell.with_tensors([cast(w, like.dtype) for w in cell.tensors()])
-        options = Options(solver, TOLERANCES[x.dtype] if tol is None else tol, max_passes)
+        options = Options(solver, tolerance(cell, x.dtype) if tol is None else tol, max_passes)
         h, final, info = choose(KERNELS, x, (bound, x, solver)).run(bound, x, first, packing, options)
     if strict and bool(info[2] > 0):
         raise NotConverged(

@@ -23,8 +23,7 @@ MAX_PASSES = 8  # contracting cells take 2 to 4 (shooting.md); more is a cell fo
 FORGETS = (
     1e-2  # a first gap below which a chunk is run again from the ends as they are: a Jacobian costs several passes
 )
-# numbers per token from which on a single token keeps the machine busy, so that chunks only add work
-ALONE = {"cpu": 1 << 15, "cuda": 1 << 22}
+ALONE = 1 << 15  # numbers per step from which on one step keeps the machine busy, so that chunks only add work
 
 
 class Solved(NamedTuple):
@@ -37,25 +36,27 @@ class Solved(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """How chunks advance: `run(cell, x, s)` as below, and `back(cell, x, before)` as `Back`."""
+    """How chunks advance: `run(cell, x, s)` as below, `back(cell, x, before)` as `Back`, and `size(length, tokens, numbers)`,
+    the tokens of a chunk for sequences of `length`, `tokens` in all, of so many numbers each."""
 
     run: Callable[[Bound, Tensor, Tensor], Tensor]
     back: Callable[[Bound, Tensor, Tensor], Any]
+    size: Callable[[int, int, int], int]
 
 
-def chunk_size(length: int, width: int, device: str) -> int:
+def chunk_size(length: int, tokens: int, numbers: int) -> int:
     """A power of two near the square root of the length: as many steps inside a chunk as there are joints to close."""
-    if width >= ALONE.get(device, 1 << 15):
+    if tokens // length * numbers >= ALONE:
         return length
     return min(length, max(16, 2 ** round(math.log2(length) / 2)))
 
 
-def layout_of(x: Tensor, packing: Packing | None, size: int | None = None) -> Chunks:
-    """Chunks of a call; of `size` tokens if given, so that the longest sequence makes a single chunk."""
-    lengths = (x.shape[1],) if packing is None else packing.lengths
-    rows = x.shape[0] if packing is None else len(lengths)
-    size = size or chunk_size(max(lengths), rows * x[0, 0].numel(), x.device.type)
-    return chunks(x.shape[0], x.shape[1], size, packing)
+def layout_of(x: Tensor, packing: Packing | None, engine: Engine, whole: bool = False) -> Chunks:
+    """Chunks of a call; `whole`: every sequence is one."""
+    b, t = x.shape[:2]
+    longest = t if packing is None else max(packing.lengths)
+    size = longest if whole else engine.size(longest, b * t, x[0, 0].numel())
+    return chunks(b, t, min(size, longest), packing)
 
 
 def forward(
@@ -65,16 +66,14 @@ def forward(
     packing: Packing | None,
     tol: float,
     max_passes: int | None,
-    size: int | None = None,
-    engine: Engine | None = None,
+    engine: Engine,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor, Solved]:
     """x (b, t, g, h, k), h0 (n, s, h, k) -> states (b, t, s, h, k), the last of each sequence (n, s, h, k), the record."""
-    engine = engine or TORCH
-    layout = layout_of(x, packing, size)
+    layout = layout_of(x, packing, engine, whole)
     solved = solve(cell, layout.by_step(x), layout.sort(h0), layout, tol, max_passes or MAX_PASSES, engine)
     if solved.fell_back:
-        longest = x.shape[1] if packing is None else max(packing.lengths)
-        layout = layout_of(x, packing, longest)
+        layout = layout_of(x, packing, engine, whole=True)
         solved = solved._replace(states=engine.run(cell, layout.by_step(x), layout.sort(h0)))
     final = layout.unsort(solved.states[layout.last])
     return layout.from_steps(solved.states), final, solved
@@ -188,7 +187,7 @@ class Back:
         return dx, totals
 
 
-TORCH = Engine(run, Back)
+TORCH = Engine(run, Back, chunk_size)
 
 
 def backward(
@@ -201,12 +200,12 @@ def backward(
     packing: Packing | None,
     tol: float,
     max_passes: int | None,
-    size: int | None = None,
-    engine: Engine = TORCH,
+    engine: Engine,
+    whole: bool = False,
 ) -> list[Tensor]:
     """Gradients at x, h0 and the cell's tensors. states (b, t, s, h, k) as solved; grad (b, t, h, k) at the outputs,
     grad_final (n, s, h, k) at the last states."""
-    layout = layout_of(x, packing, size)
+    layout = layout_of(x, packing, engine, whole)
     tokens, steps, first = layout.by_step(x), layout.by_step(states), layout.sort(h0)
     g = torch.zeros_like(steps)
     g[:, :, 0] = layout.by_step(grad)
@@ -215,8 +214,7 @@ def backward(
     back = engine.back(cell, tokens, torch.cat([following(steps[-1], first, layout)[None], steps[:-1]]))
     mu = solve_back(back, g, layout, tol, max_passes or MAX_PASSES, cell.diagonal)
     if mu is None:
-        longest = x.shape[1] if packing is None else max(packing.lengths)
-        return backward(cell, x, h0, states, grad, grad_final, packing, tol, max_passes, longest, engine)
+        return backward(cell, x, h0, states, grad, grad_final, packing, tol, max_passes, engine, whole=True)
     dx, tensors = back.pull()
     return [layout.from_steps(dx), layout.unsort(mu[: layout.alive[0]]), *tensors]
 

@@ -15,12 +15,15 @@ from plait.ops.graph import autograd_inside
 from plait.ops.shooting.cells import Bound
 
 WHOLE_BLOCK = 32  # states times units of a head up to which a block Jacobian costs less than the passes it saves
-SLICE = 1 << 18  # numbers looked at at once, so that derivatives never take more memory than the sequence itself
+# numbers looked at at once: on a CPU few enough to stay in its caches, elsewhere so that derivatives do not take several times
+# the memory of the sequence
+SLICE = {"cpu": 1 << 18}
+SLICE_ELSEWHERE = 1 << 25
 
 
 def slices(x: Tensor) -> Iterator[slice]:
     """Ranges of the first axis of at most SLICE numbers each."""
-    step = max(1, SLICE // max(1, x[0].numel()))
+    step = max(1, SLICE.get(x.device.type, SLICE_ELSEWHERE) // max(1, x[0].numel()))
     for start in range(0, len(x), step):
         yield slice(start, min(start + step, len(x)))
 

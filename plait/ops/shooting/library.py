@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plait.ops.packing import Packing
-from plait.ops.shooting import chunked
+from plait.ops.shooting import chunked, newton
 from plait.ops.shooting.cells import Bound, Cell
 
 _CELLS: dict[str, Cell] = {}  # operators take text, so a cell goes in by its name
@@ -91,25 +91,12 @@ def _forward(
     max_passes: int | None,
     engine: chunked.Engine,
 ) -> tuple[Tensor, Tensor, chunked.Solved]:
-    if solver == "shooting":
-        return chunked.forward(cell, x, h0, packing, tol, max_passes, engine=engine)
-    longest = x.shape[1] if packing is None else max(packing.lengths)
-    if solver == "sequential":
-        return chunked.forward(cell, x, h0, packing, tol, max_passes, longest, engine)
-    from plait.ops.shooting import newton
-
-    rows, lengths = (x, None) if packing is None else (packing.to_rows(x), packing.lengths)
-    states, passes, gap = newton.solve(cell, rows, h0, solver, tol, max_passes or longest, lengths)
-    if not gap <= tol:
-        states, final, record = chunked.forward(cell, x, h0, packing, tol, max_passes, longest)
-        return states, final, record._replace(passes=passes, gap=float(gap), fell_back=True)
-    ends = torch.tensor(lengths or [longest] * len(rows), device=x.device) - 1
-    final = states[torch.arange(len(rows), device=x.device), ends]
-    return (
-        states if packing is None else packing.from_rows(states),
-        final,
-        chunked.Solved(states, passes, float(gap), False),
-    )
+    if solver in ("shooting", "sequential"):
+        return chunked.forward(cell, x, h0, packing, tol, max_passes, engine, whole=solver == "sequential")
+    states, final, solved = newton.forward(cell, x, h0, packing, solver, tol, max_passes)
+    if solved.fell_back:
+        states, final, _ = chunked.forward(cell, x, h0, packing, tol, max_passes, engine, whole=True)
+    return states, final, solved
 
 
 @torch.library.register_fake("plait::shooting")

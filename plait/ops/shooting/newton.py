@@ -17,12 +17,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from plait.ops.packing import Packing
 from plait.ops.shooting import linear
 from plait.ops.shooting.cells import Bound
+from plait.ops.shooting.chunked import Solved
 from plait.ops.shooting.jacobian import partials
 
 SOLVERS = ("deer", "quasi_deer", "elk", "quasi_elk")
 LARGEST = 1e8  # where deer's code cuts states off, so that a diverged guess stays a number
+
+
+def forward(
+    cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, solver: str, tol: float, max_passes: int | None
+) -> tuple[Tensor, Tensor, Solved]:
+    """As `chunked.forward`; `fell_back` says that the states are not within `tol`."""
+    rows, lengths = (x, None) if packing is None else (packing.to_rows(x), packing.lengths)
+    states, passes, gap = solve(cell, rows, h0, solver, tol, max_passes, lengths)
+    solved = Solved(states, passes, float(gap), not gap <= tol)
+    ends = torch.tensor(lengths or [x.shape[1]] * len(rows), device=x.device) - 1
+    final = states[torch.arange(len(rows), device=x.device), ends]
+    return (states if packing is None else packing.from_rows(states)), final, solved
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from plait.ops.shooting.chunked import Back, Engine
 from plait.ops.shooting.triton.cells import DEVICE, _gru, _gru_new, variant
 
 BLOCK = 512
+ROWS = 1024
+SHORTEST = 32  # steps of a chunk: a cell that forgets does so within half of it
 
 
 @triton.jit
@@ -206,4 +208,9 @@ class MatrixBack(Back):
         ]
 
 
-MATRICES = Engine(run, MatrixBack)
+def chunk_size(length: int, tokens: int, numbers: int) -> int:
+    """As few steps as give a product of about ROWS rows, which is what fills the chip."""
+    return max(SHORTEST, tokens // ROWS)
+
+
+MATRICES = Engine(run, MatrixBack, chunk_size)
