@@ -1,6 +1,8 @@
 """Nonlinear recurrences on one GPU beside their peers: the table of docs/shooting.md.
 
-python benchmarks/shooting_gpu.py --out benchmarks/results/shooting_h100.json      (pararnn-torch and flash-linear-attention installed)
+python benchmarks/shooting_gpu.py --out benchmarks/results/shooting_h100.json
+
+The peers, pararnn-torch and flash-linear-attention, are timed where they are installed.
 
 Every cell is first checked against the loop over tokens in float64. Times are medians, in bfloat16, of a forward pass and
 all gradients unless said. "Cell" is the input projection and the recurrence, as the peers time it.
@@ -8,7 +10,6 @@ all gradients unless said. "Cell" is the input projection and the recurrence, as
 
 import argparse
 import json
-import statistics
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -126,67 +127,72 @@ def dense_lstm(b: int, t: int, d: int) -> dict[str, Any]:
     return result | {"cudnn": median(forward_and_backward(lambda x: theirs(x)[0], x, theirs.parameters()))}
 
 
-def table(peers: bool) -> list[dict[str, Any]]:
-    b, t, d = 8, 4096, 2048
-    options: dict[str, Any] = {"clip": 0.5}
-    para = {"coupled": True, "peephole": True}
-    head = options | {"heads": 16, "head_dim": 128, "projection": "heads"}
-    full = options | {"heads": 16, "head_dim": 128}
-    lstm = cells.LSTM(coupled=True, peephole=True)
-    forward, both = time_op(cells.GRU(), b, t, d)
-    rows = [
-        {"what": "GRU cell, projection in 16 heads", "bar": 3.0, "ms": time_cell(GRU(**head), b, t, d), "ParaRNN": 25.8},
-        {"what": "LSTM cell, projection in 16 heads", "bar": 4.5, "ms": time_cell(LSTM(**head, **para), b, t, d), "ParaRNN": 33.2},
-        {"what": "GRU cell, dense projection", "bar": 6.0, "ms": time_cell(GRU(**full), b, t, d)},
-        {"what": "LSTM cell, dense projection", "bar": 8.0, "ms": time_cell(LSTM(**full, **para), b, t, d)},
-        {"what": "GRU op, forward", "bar": 0.4, "ms": forward, **error(cells.GRU(), b, t, d)},
-        {"what": "GRU op, forward and backward", "bar": 1.5, "ms": both},
-        {"what": "LSTM op, forward; and backward", "ms": time_op(lstm, b, t, d), **error(lstm, b, t, d)},
-        {"what": "sLSTM op (diagonal), forward; and backward", "ms": time_op(cells.SLSTM(), b, t, d), **error(cells.SLSTM(), b, t, d)},
-        {"what": "RNN op, forward; and backward", "ms": time_op(cells.RNN(), b, t, d), **error(cells.RNN(), b, t, d)},
-        {"what": "torch LSTM, dense 2048", "bar": 30.0, **dense_lstm(b, t, d)},
-    ]  # fmt: skip
-    long = {"heads": 2, "head_dim": 128, "clip": 0.5}
-    rows += [
-        {"what": "T 131,072, B 1, D 256: GRU cell, dense projection", "bar": 3.0, "ms": time_cell(GRU(**long), 1, 131_072, 256), "ParaRNN": 17.6},
-        {"what": "T 131,072, B 1, D 256: GRU cell, projection in heads", "bar": 3.0, "ms": time_cell(GRU(**long, projection="heads"), 1, 131_072, 256), "ParaRNN": 17.6},
-        {"what": "T 131,072, B 1, D 256: GRU layer, all of it", "ms": time_layer(GRU(**long), 1, 131_072, 256)},
-        {"what": "T 131,072, B 1, D 256: GRU op", "ms": time_op(cells.GRU(), 1, 131_072, 256), **error(cells.GRU(), 1, 16_384, 256)},
-    ]  # fmt: skip
-    if peers:
-        rows[2]["pararnn-torch"], rows[3]["pararnn-torch"] = (
-            time_pararnn(name, b, t, d) for name in ("ParaGRU", "ParaLSTM")
-        )
-        rows[5]["fla chunk_hgrn"] = time_hgrn(b, t, d)
-    return rows
+Row = tuple[str, float | str | None, Callable[[], dict[str, Any]]]
+B, T, D = 8, 4096, 2048
+CLIP: dict[str, Any] = {"clip": 0.5}
+PARA: dict[str, Any] = {"coupled": True, "peephole": True}  # ParaLSTM
+HEADS: dict[str, Any] = CLIP | {"heads": 16, "head_dim": 128}
+LONG: dict[str, Any] = CLIP | {"heads": 2, "head_dim": 128}
+PARA_LSTM = cells.LSTM(coupled=True, peephole=True)
+
+
+def cell_row(config: Any, *shape: int, **others: float | None) -> dict[str, Any]:
+    return {"ms": time_cell(config, *shape), **others}
+
+
+def op_row(cell: cells.Cell, *shape: int) -> dict[str, Any]:
+    forward, both = time_op(cell, *shape)
+    return {"forward": forward, "ms": both, **error(cell, shape[0], min(shape[1], 8192), shape[2])}
+
+
+ROWS: tuple[Row, ...] = (
+    ("GRU op", "forward 0.4, both 1.5",
+     lambda: op_row(cells.GRU(), B, T, D) | {"fla chunk_hgrn": time_hgrn(B, T, D)}),
+    ("ParaLSTM op", None, lambda: op_row(PARA_LSTM, B, T, D)),
+    ("LSTM op", None, lambda: op_row(cells.LSTM(), B, T, D)),
+    ("sLSTM op, diagonal", None, lambda: op_row(cells.SLSTM(), B, T, D)),
+    ("RNN op", None, lambda: op_row(cells.RNN(), B, T, D)),
+    ("GRU cell, projection in 16 heads", 3.0, lambda: cell_row(GRU(**HEADS, projection="heads"), B, T, D, ParaRNN=25.8)),
+    ("ParaLSTM cell, projection in 16 heads", 4.5,
+     lambda: cell_row(LSTM(**HEADS, **PARA, projection="heads"), B, T, D, ParaRNN=33.2)),
+    ("GRU cell, dense projection", 6.0,
+     lambda: cell_row(GRU(**HEADS), B, T, D, **{"pararnn-torch": time_pararnn("ParaGRU", B, T, D)})),
+    ("ParaLSTM cell, dense projection", 8.0,
+     lambda: cell_row(LSTM(**HEADS, **PARA), B, T, D, **{"pararnn-torch": time_pararnn("ParaLSTM", B, T, D)})),
+    ("torch LSTM, dense 2048", 30.0, lambda: dense_lstm(B, T, D)),
+    ("B 1, T 131,072, D 256: GRU cell, dense projection", 3.0, lambda: cell_row(GRU(**LONG), 1, 131_072, 256, ParaRNN=17.6)),
+    ("B 1, T 131,072, D 256: GRU layer with all around it", None, lambda: {"ms": time_layer(GRU(**LONG), 1, 131_072, 256)}),
+    ("B 1, T 131,072, D 256: GRU op", None, lambda: op_row(cells.GRU(), 1, 131_072, 256)),
+    ("B 1, T 32,768, D 2048: GRU op", None, lambda: op_row(cells.GRU(), 1, 32_768, 2048)),
+)  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--repeats", type=int, default=1, help="whole tables; the median of each time is kept")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
     args = parser.parse_args()
-    tables = [table(not args.no_peers) for _ in range(args.repeats)]
-    rows = tables[0]
-    for i, row in enumerate(rows):
-        if isinstance(row["ms"], float):
-            row["ms"] = statistics.median(rows_[i]["ms"] for rows_ in tables)
-    for row in rows:
-        ms = row["ms"] if isinstance(row["ms"], tuple) else (row["ms"],)
-        rest = {name: value for name, value in row.items() if name not in ("what", "ms")}
-        shown = ", ".join(
-            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in rest.items()
-        )
-        print(f"{row['what']:56} {' / '.join(f'{value:.3f}' for value in ms):>15} ms   {shown}")
+    rows = []
+    for what, bar, measure in ROWS:
+        if args.only not in what:
+            continue
+        torch.manual_seed(0)
+        row = {"what": what, "bar": bar, **measure()}
+        rows.append(row)
+        rest = ", ".join(f"{name} {shown(value)}" for name, value in row.items() if name not in ("what", "ms"))
+        print(f"{what:54} {row['ms']:8.3f} ms   {rest}", flush=True)
+        torch.cuda.empty_cache()
     if args.out:
-        found = {
+        head = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "shape": "B 8, T 4096, D 2048 unless said",
-            "rows": rows,
+            "shape": f"B {B}, T {T}, D {D}, bfloat16, unless said; ms: forward and all gradients",
         }
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

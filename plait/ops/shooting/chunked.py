@@ -69,12 +69,10 @@ def forward(
     engine: Engine,
     whole: bool = False,
 ) -> tuple[Tensor, Tensor, Solved]:
-    """x (b, t, g, h, k), h0 (n, s, h, k) -> states (b, t, s, h, k), the last of each sequence (n, s, h, k), the record."""
+    """x (b, t, g, h, k), h0 (n, s, h, k) -> states (b, t, s, h, k), the last of each sequence (n, s, h, k), the record;
+    where it says `fell_back`, the states are only what the passes came to."""
     layout = layout_of(x, packing, engine, whole)
     solved = solve(cell, layout.by_step(x), layout.sort(h0), layout, tol, max_passes or MAX_PASSES, engine)
-    if solved.fell_back:
-        layout = layout_of(x, packing, engine, whole=True)
-        solved = solved._replace(states=engine.run(cell, layout.by_step(x), layout.sort(h0)))
     final = layout.unsort(solved.states[layout.last])
     return layout.from_steps(solved.states), final, solved
 
@@ -91,7 +89,7 @@ def run(cell: Bound, x: Tensor, s: Tensor) -> Tensor:
 
 
 def solve(cell: Bound, x: Tensor, first: Tensor, layout: Chunks, tol: float, max_passes: int, engine: Engine) -> Solved:
-    """Passes until the joints close; `fell_back` (states then mean nothing) where they do not."""
+    """Passes until the joints close; `fell_back` where they do not."""
     if len(layout.alive) == 1:
         return Solved(engine.run(cell, x, first), 1, 0.0, False)
     burn = len(x) // 2  # a chunk's end remembers little of its start if the cell forgets: half a pass for a good guess
@@ -110,7 +108,7 @@ def solve(cell: Bound, x: Tensor, first: Tensor, layout: Chunks, tol: float, max
             continue
         before = torch.cat([s[None], states[:-1]])
         s = close(chunk_jacobians(cell, x, before), states[-1], s, layout, blocks(cell))
-    return Solved(x, len(gaps), gaps[-1], True)
+    return Solved(states, len(gaps), gaps[-1], True)
 
 
 def following(ends: Tensor, first: Tensor, layout: Chunks) -> Tensor:

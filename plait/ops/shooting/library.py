@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plait.ops.packing import Packing
-from plait.ops.shooting import chunked, newton
+from plait.ops.shooting import chunked, newton, torch_rnn
 from plait.ops.shooting.cells import Bound, Cell
 
 _CELLS: dict[str, Cell] = {}  # operators take text, so a cell goes in by its name
@@ -58,18 +58,21 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h (b, t, h, k) in x's dtype, the other states (b, t, s - 1, h, k), the last states (n, s, h, k), and
     (passes, gap, fell back)."""
-    dtype = x.dtype
     bound, packing = _bound(cell, tensors, bias), _documents(lengths, x)
     if kernel == "triton":
         from plait.ops.shooting import triton
 
-        return triton.forward(bound, x, h0, packing, tol, max_passes or chunked.MAX_PASSES)
+        return triton.forward(bound, x, h0, packing, tol, max_passes or triton.MAX_PASSES)
     engine = _engine(kernel)
-    if engine is chunked.TORCH:
-        x = x.to(h0.dtype)
-    states, final, record = _forward(bound, x, h0, packing, solver, tol, max_passes, engine)
+    tokens = x.to(h0.dtype) if engine is chunked.TORCH else x
+    states, final, record = _forward(bound, tokens, h0, packing, solver, tol, max_passes, engine)
     info = torch.tensor([record.passes, record.gap, record.fell_back], dtype=torch.float32, device=x.device)
-    h = states[:, :, 0].to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if record.fell_back and torch_rnn.supports(bound):
+        h, final = torch_rnn.run(bound, tokens, h0, packing)
+        return h.to(x.dtype).contiguous(), h0.new_zeros(*x.shape[:2], states.shape[2] - 1, *x.shape[3:]), final, info
+    if record.fell_back:
+        states, final, _ = chunked.forward(bound, tokens, h0, packing, tol, max_passes, engine, whole=True)
+    h = states[:, :, 0].to(x.dtype, copy=True, memory_format=torch.contiguous_format)
     return h, states[:, :, 1:].clone(memory_format=torch.contiguous_format), final, info
 
 
@@ -93,10 +96,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, chunked.Solved]:
     if solver in ("shooting", "sequential"):
         return chunked.forward(cell, x, h0, packing, tol, max_passes, engine, whole=solver == "sequential")
-    states, final, solved = newton.forward(cell, x, h0, packing, solver, tol, max_passes)
-    if solved.fell_back:
-        states, final, _ = chunked.forward(cell, x, h0, packing, tol, max_passes, engine, whole=True)
-    return states, final, solved
+    return newton.forward(cell, x, h0, packing, solver, tol, max_passes)
 
 
 @torch.library.register_fake("plait::shooting")
@@ -118,6 +118,7 @@ def pull(
     h0: Tensor,
     h: Tensor,
     rest: Tensor,
+    info: Tensor,
     tensors: Sequence[Tensor],
     cell: str,
     bias: bool,
@@ -133,11 +134,13 @@ def pull(
 
         dx, dh0, weights = triton.backward(bound, x, h0, h, rest, grad, grad_final, packing)
         return [_laid_out(dx, x), dh0, *weights]
-    wide = h0.dtype
+    wide, engine = h0.dtype, _engine(kernel)
+    tokens = x.to(wide) if engine is chunked.TORCH else x
+    if info[2] > 0 and torch_rnn.supports(bound):
+        dx, *others = torch_rnn.backward(bound, tokens, h0, grad, grad_final, packing)
+        return [_laid_out(dx, x), *others]
     states = torch.cat([h.to(wide)[:, :, None], rest], 2)
     grad = torch.zeros_like(h, dtype=wide) if grad is None else grad.to(wide)
-    engine = _engine(kernel)
-    tokens = x.to(wide) if engine is chunked.TORCH else x
     dx, *others = chunked.backward(bound, tokens, h0, states, grad, grad_final, packing, tol, max_passes, engine=engine)
     return [_laid_out(dx, x), *others]
 
@@ -150,7 +153,7 @@ def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("plait::shooting_backward")
-def _(grad, grad_final, x, h0, h, rest, tensors, cell, bias, lengths, kernel, tol, max_passes):
+def _(grad, grad_final, x, h0, h, rest, info, tensors, cell, bias, lengths, kernel, tol, max_passes):
     return [torch.empty_like(x), torch.empty_like(h0), *(torch.empty_like(w) for w in tensors)]
 
 
@@ -159,16 +162,18 @@ def _setup(ctx, inputs, output) -> None:
     h, rest, _, info = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rest, info)
-    ctx.save_for_backward(x, h0, h, rest, *tensors)
+    ctx.save_for_backward(x, h0, h, rest, info, *tensors)
     ctx.options = options
 
 
 def _backward(ctx, grad, _rest, grad_final, _info):
     if grad is None and grad_final is None:
         return (None,) * 10
-    x, h0, h, rest, *tensors = ctx.saved_tensors
+    x, h0, h, rest, info, *tensors = ctx.saved_tensors
     cell, bias, lengths, kernel, _, tol, max_passes = ctx.options
-    dx, dh0, *weights = pull(grad, grad_final, x, h0, h, rest, tensors, cell, bias, lengths, kernel, tol, max_passes)
+    dx, dh0, *weights = pull(
+        grad, grad_final, x, h0, h, rest, info, tensors, cell, bias, lengths, kernel, tol, max_passes
+    )
     return dx, dh0, weights, None, None, None, None, None, None, None
 
 

@@ -13,6 +13,9 @@ from plait.ops.shooting.triton.states import Work
 
 __all__ = ["Plan", "backward", "forced_plan", "forward", "plan", "supports"]
 
+# Every pass of a grid is launched, needed or not, since nobody asks the device; after the burn-in contracting cells take one
+# pass, such that remember for hundreds of steps two to four.
+MAX_PASSES = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -147,7 +147,7 @@ class _Shape:
         return torch.baddbmm(self.bias, rows, self.columns, out=out)
 
     def grid(self, n: int) -> tuple[int]:
-        return (triton.cdiv(n * self.d, BLOCK),)
+        return (-(-n * self.d // BLOCK),)
 
 
 def run(cell: Bound, x: Tensor, s: Tensor) -> Tensor:
