@@ -32,6 +32,7 @@ from plait.ops.shooting.jacobian import blocks, chunk_jacobians
 CELLS: dict[str, dict[str, Any]] = {
     "RNN, diagonal": {"kind": "rnn"},
     "GRU, diagonal": {"kind": "gru"},
+    "GRU, diagonal, gate_bias 0 to 6": {"kind": "gru", "gate_bias": (0, 6)},
     "LSTM, diagonal": {"kind": "lstm"},
     "LSTM, diagonal, coupled, peephole": {"kind": "lstm", "coupled": True, "peephole": True},
     "sLSTM, diagonal": {"kind": "slstm", "recurrence": "diagonal"},
