@@ -36,7 +36,7 @@ def autograd_inside() -> Iterator[None]:
     for key in _AUTOGRAD_KEYS:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for key, excluded in zip(_AUTOGRAD_KEYS, before, strict=True):

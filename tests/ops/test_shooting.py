@@ -22,8 +22,9 @@ def problem(cell, mix="diagonal", batch=2, tokens=70, scale=0.5, dtype=torch.flo
     bias, x = torch.randn(g, heads, k, dtype=dtype) / 10, torch.randn(batch, tokens, g, heads, k, dtype=dtype)
     weights = tuple(torch.randn(heads, k, dtype=dtype) / 3 for _ in cell.weights)
     h0 = torch.randn(batch, len(cell.states), heads, k, dtype=dtype) / 3
-    for leaf in (recurrent, bias, x, h0, *weights):
-        leaf.requires_grad_()
+    if not torch.is_inference_mode_enabled():
+        for leaf in (recurrent, bias, x, h0, *weights):
+            leaf.requires_grad_()
     return cell.bind(recurrent, bias=bias, weights=weights), x, h0
 
 
@@ -124,6 +125,13 @@ def test_every_solver_gives_the_same(solver):
         want, _ = everything(bound, x, h0)
     assert apart(got, want) < 1e-8  # a residual of 1e-12 at each of 70 tokens, and what it grows to
     assert not info.fell_back
+
+
+@pytest.mark.parametrize("mix", ["diagonal", "small heads"])
+def test_it_runs_in_inference_mode(mix):
+    with torch.inference_mode():
+        bound, x, h0 = problem(GRU(), mix)
+        assert int(shooting(bound, x, h0)[2].passes) > 2  # a Jacobian was needed
 
 
 def test_it_compiles_as_one_graph():

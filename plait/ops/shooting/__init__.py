@@ -78,9 +78,8 @@ def shooting(
     with full_precision(x.device):
         like = wide(x[:0])
         first = cell.cell.start_like(like, rows) if h0 is None else cast(h0, like.dtype)
-        bound = cell.with_tensors([cast(w, like.dtype) for w in cell.tensors()])
         options = Options(solver, tolerance(cell, x.dtype) if tol is None else tol, max_passes)
-        h, final, info = choose(KERNELS, x, (bound, x, solver)).run(bound, x, first, packing, options)
+        h, final, info = choose(KERNELS, x, (cell, x, solver)).run(cell, x, first, packing, options)
     if strict and bool(info[2] > 0):
         raise NotConverged(
             f"{type(cell.cell).__name__}: a gap of {float(info[1]):.1e} is left after {int(info[0])} passes, "
@@ -130,23 +129,25 @@ def _exact(like: Tensor) -> Tensor:
     return torch.tensor([1.0, 0.0, 0.0], device=like.device)
 
 
+def _wide(cell: Bound, like: Tensor) -> Bound:
+    return cell.with_tensors([cast(w, like.dtype) for w in cell.tensors()])
+
+
 def _step(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
-    s = cell.step(wide(x[:, 0]), h0)
+    s = _wide(cell, h0).step(wide(x[:, 0]), h0)
     return s[:, 0].to(x.dtype)[:, None], s, _exact(x)
 
 
 def _reference(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
-    states, final = reference.run(cell, wide(x), h0, packing)
+    states, final = reference.run(_wide(cell, h0), wide(x), h0, packing)
     return states[:, :, 0].to(x.dtype), final, _exact(x)
 
 
 def _solver(kernel: str):
     def run(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
-        lengths = None if packing is None else list(packing.lengths)
-        h, _, final, info = library.solve(
-            x, h0, cell.tensors(), library.remember(cell.cell), cell.bias is not None, lengths, kernel, *options
-        )
-        return h, final, info
+        lengths = None if packing is None else packing.lengths
+        name = library.remember(cell.cell)
+        return library.Solve.apply((name, cell.bias is not None, lengths, kernel, *options), x, h0, *cell.tensors())
 
     return run
 

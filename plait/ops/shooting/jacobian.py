@@ -30,10 +30,12 @@ def slices(x: Tensor) -> Iterator[slice]:
 
 def partials(cell: Bound, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """x (*n, g, h, k), states before (*n, s, h, k) -> P (s, s, *n, h, k), Q (s, g, *n, h, k), first axis of the result."""
+    mixed = cell.mix(before.select(-3, 0))
     with autograd_inside():
-        s = [part.detach().requires_grad_() for part in before.unbind(-3)]
-        m = [part.detach().requires_grad_() for part in cell.mix(before.select(-3, 0)).unbind(-3)]
-        new = cell.cell.step(x.detach().unbind(-3), tuple(m), tuple(s), cell.weights)
+        s = [ordinary(part).requires_grad_() for part in before.unbind(-3)]
+        m = [ordinary(part).requires_grad_() for part in mixed.unbind(-3)]
+        tokens, weights = ordinary(x).unbind(-3), tuple(ordinary(w) for w in cell.weights)
+        new = cell.cell.step(tokens, tuple(m), tuple(s), weights)
         rows = []
         for i, y in enumerate(new):
             found = torch.autograd.grad(
@@ -42,6 +44,11 @@ def partials(cell: Bound, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
             rows.append(torch.stack([torch.zeros_like(y) if g is None else g for g in found]))
     both = torch.stack(rows).detach()
     return both[:, : len(s)], both[:, len(s) :]
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """Without its history, and as a tensor that autograd takes: those made in inference mode must be copied."""
+    return x.clone() if x.is_inference() else x.detach()
 
 
 def blocks(cell: Bound) -> bool:

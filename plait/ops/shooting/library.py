@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from plait.ops.kernels import cast
 from plait.ops.packing import Packing
 from plait.ops.shooting import chunked, newton, torch_rnn
 from plait.ops.shooting.cells import Bound, Cell
@@ -19,8 +21,9 @@ def remember(cell: Cell) -> str:
     return _CELLS.setdefault(cell.key, cell).key
 
 
-def _bound(name: str, tensors: Sequence[Tensor], bias: bool) -> Bound:
-    return Bound(_CELLS[name], tensors[0], tensors[1] if bias else None, tuple(tensors[1 + bias :]))
+def _bound(name: str, tensors: Sequence[Tensor], bias: bool, dtype: torch.dtype) -> Bound:
+    wide = [cast(w, dtype) for w in tensors]
+    return Bound(_CELLS[name], wide[0], wide[1] if bias else None, tuple(wide[1 + bias :]))
 
 
 @lru_cache(64)
@@ -58,11 +61,11 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h (b, t, h, k) in x's dtype, the other states (b, t, s - 1, h, k), the last states (n, s, h, k), and
     (passes, gap, fell back)."""
-    bound, packing = _bound(cell, tensors, bias), _documents(lengths, x)
+    bound, packing = _bound(cell, tensors, bias, h0.dtype), _documents(lengths, x)
     if kernel == "triton":
         from plait.ops.shooting import triton
 
-        return triton.forward(bound, x, h0, packing, tol, max_passes or triton.MAX_PASSES)
+        return triton.forward(bound, x, h0, packing, tol, max_passes or triton.passes(tol))
     engine = _engine(kernel)
     tokens = x.to(h0.dtype) if engine is chunked.TORCH else x
     states, final, record = _forward(bound, tokens, h0, packing, solver, tol, max_passes, engine)
@@ -127,22 +130,42 @@ def pull(
     tol: float,
     max_passes: int | None,
 ) -> list[Tensor]:
-    """Gradients at x, h0 and each of `tensors`."""
-    bound, packing = _bound(cell, tensors, bias), _documents(lengths, x)
+    """Gradients at x, h0 and each of `tensors`, in their dtypes."""
+    dx, dh0, *weights = _gradients(
+        grad, grad_final, x, h0, h, rest, info, tensors, cell, bias, lengths, kernel, tol, max_passes
+    )
+    return [_laid_out(dx, x), dh0, *(cast(dw, w.dtype) for dw, w in zip(weights, tensors, strict=True))]
+
+
+def _gradients(
+    grad: Tensor | None,
+    grad_final: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    h: Tensor,
+    rest: Tensor,
+    info: Tensor,
+    tensors: Sequence[Tensor],
+    cell: str,
+    bias: bool,
+    lengths: Sequence[int] | None,
+    kernel: str,
+    tol: float,
+    max_passes: int | None,
+) -> list[Tensor]:
+    bound, packing = _bound(cell, tensors, bias, h0.dtype), _documents(lengths, x)
     if kernel == "triton":
         from plait.ops.shooting import triton
 
         dx, dh0, weights = triton.backward(bound, x, h0, h, rest, grad, grad_final, packing)
-        return [_laid_out(dx, x), dh0, *weights]
+        return [dx, dh0, *weights]
     wide, engine = h0.dtype, _engine(kernel)
     tokens = x.to(wide) if engine is chunked.TORCH else x
     if info[2] > 0 and torch_rnn.supports(bound):
-        dx, *others = torch_rnn.backward(bound, tokens, h0, grad, grad_final, packing)
-        return [_laid_out(dx, x), *others]
+        return torch_rnn.backward(bound, tokens, h0, grad, grad_final, packing)
     states = torch.cat([h.to(wide)[:, :, None], rest], 2)
     grad = torch.zeros_like(h, dtype=wide) if grad is None else grad.to(wide)
-    dx, *others = chunked.backward(bound, tokens, h0, states, grad, grad_final, packing, tol, max_passes, engine=engine)
-    return [_laid_out(dx, x), *others]
+    return chunked.backward(bound, tokens, h0, states, grad, grad_final, packing, tol, max_passes, engine)
 
 
 def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
@@ -157,24 +180,25 @@ def _(grad, grad_final, x, h0, h, rest, info, tensors, cell, bias, lengths, kern
     return [torch.empty_like(x), torch.empty_like(h0), *(torch.empty_like(w) for w in tensors)]
 
 
-def _setup(ctx, inputs, output) -> None:
-    x, h0, tensors, *options = inputs
-    h, rest, _, info = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rest, info)
-    ctx.save_for_backward(x, h0, h, rest, info, *tensors)
-    ctx.options = options
+class Solve(torch.autograd.Function):
+    """The operators as one differentiable step: h, the last states and the record. Much less work for the host than
+    `torch.library.register_autograd`, which counts where a call takes a fraction of a millisecond."""
 
+    @staticmethod
+    def forward(ctx, options: tuple, x: Tensor, h0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, rest, final, info = solve(x, h0, tensors, *options)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(info)
+        ctx.save_for_backward(x, h0, h, rest, info, *tensors)
+        ctx.options = options
+        return h, final, info
 
-def _backward(ctx, grad, _rest, grad_final, _info):
-    if grad is None and grad_final is None:
-        return (None,) * 10
-    x, h0, h, rest, info, *tensors = ctx.saved_tensors
-    cell, bias, lengths, kernel, _, tol, max_passes = ctx.options
-    dx, dh0, *weights = pull(
-        grad, grad_final, x, h0, h, rest, info, tensors, cell, bias, lengths, kernel, tol, max_passes
-    )
-    return dx, dh0, weights, None, None, None, None, None, None, None
-
-
-torch.library.register_autograd("plait::shooting", _backward, setup_context=_setup)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_final, _info):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, h0, h, rest, info, *tensors = ctx.saved_tensors
+        if grad is None and grad_final is None:
+            return (None,) * (3 + len(tensors))
+        cell, bias, lengths, kernel, _, tol, max_passes = ctx.options
+        gradients = pull(grad, grad_final, x, h0, h, rest, info, tensors, cell, bias, lengths, kernel, tol, max_passes)
+        return None, *gradients
