@@ -68,7 +68,12 @@ def design_of(name: str, vocab: int, dim: int) -> plait.ModelConfig:
     """A pattern, and after it how the units of its cells hear of each other where that is not the default."""
     pattern, *recurrence = name.split()
     own = {"conv_width": None} | ({"recurrence": recurrence[0]} if recurrence else {})
-    layers = {letter: {"kind": kind, **own} for letter, kind in CELLS.items() if letter in pattern}
+    wide = {} if recurrence else {"spread": 1.0}  # units that are alone must be able to flip
+    layers = {
+        letter: {"kind": kind, **own, **({} if letter == "S" else wide)}
+        for letter, kind in CELLS.items()
+        if letter in pattern
+    }
     return load_design({"vocab": vocab, "dim": dim, "pattern": pattern, "layers": layers, "tie_embeddings": False})
 
 

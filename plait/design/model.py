@@ -56,7 +56,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
 
     def __post_init__(self) -> None:
         positive(self, "vocab", "dim")
-        layers = {name: convert_kind(layer, KINDS, f"layers.{name}") for name, layer in self.layers.items()}
+        hint = " (a cell of your own is known once plait.register has been called)"
+        layers = {name: convert_kind(layer, KINDS, f"layers.{name}", hint) for name, layer in self.layers.items()}
         msgspec.structs.force_setattr(self, "layers", layers)
         msgspec.structs.force_setattr(self, "merge", convert_kind(self.merge, MERGE_KINDS, "merge"))
         msgspec.structs.force_setattr(self, "norm", convert(self.norm, RMSNorm, "norm"))

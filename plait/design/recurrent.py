@@ -18,6 +18,8 @@ class Recurrent(Layer, frozen=True, kw_only=True):
     projection: "heads" lets each head read its own dim / heads channels. conv_width: null for no convolution.
     output_gate: false leaves out_proj(h). recurrent_bias: a second bias, as in torch.nn.GRU.
     gate_bias: where the bias of the gate that keeps starts; two numbers: spread evenly over the units of each head.
+    spread: recurrent numbers per unit start uniform in [-spread, spread]; null: Xavier's normal, small, which suits text.
+    Around 1 a unit can flip its state from the start, as parity asks.
     clip: recurrent and peephole weights are held in [-clip, clip] (arXiv 2510.21450 trains language models with 0.5).
     solver, tol, max_passes, strict: how the recurrence is solved in parallel over time, as in `plait.ops.shooting`.
     """
@@ -34,6 +36,7 @@ class Recurrent(Layer, frozen=True, kw_only=True):
     bias: bool = True
     recurrent_bias: bool = False
     gate_bias: float | tuple[float, float] = 0.0
+    spread: float | None = None
     clip: float | None = None
     solver: Solver = "shooting"
     tol: float | None = None
@@ -41,7 +44,7 @@ class Recurrent(Layer, frozen=True, kw_only=True):
     strict: bool = False
 
     def __post_init__(self) -> None:
-        positive(self, "heads", "head_dim", "conv_width", "clip", "tol", "max_passes")
+        positive(self, "heads", "head_dim", "conv_width", "spread", "clip", "tol", "max_passes")
         if self.keeps is None and self.gate_bias != 0:
             raise ValueError(f"{type(self).__name__} has no gate that keeps, so gate_bias must be 0")
 

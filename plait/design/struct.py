@@ -1,6 +1,6 @@
 """Frozen plain data with a `kind` tag; an unknown key is an error that names the nearest known one."""
 
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -36,11 +36,14 @@ class Struct(msgspec.Struct, metaclass=_Checked, frozen=True, kw_only=True, omit
 
 
 def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str) -> None:
-    """Raise ValueError for a key that `cls` does not have, or that a struct inside it does not have."""
+    """Raise ValueError for a key, or for one of a few words, that `cls` or a struct inside it does not have."""
     types = {field.name: field.type for field in msgspec.structs.fields(cls)}
     for key, value in fields.items():
         if key not in types and key != "kind":
             raise ValueError(f"{where}: unknown key {key!r}; {suggest(key, types)}")
+        options = get_args(types[key]) if key in types and get_origin(types[key]) is Literal else ()
+        if options and value not in options:
+            raise ValueError(f"{where}.{key}: {value!r} does not exist; {suggest(str(value), map(str, options))}")
         for inner in (types.get(key), *get_args(types.get(key))):  # X, or each part of X | None
             if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
                 check_keys(value, inner, f"{where}.{key}")
@@ -63,8 +66,8 @@ def convert(data: Any, cls: type[T], where: str) -> T:
         raise ValueError(f"{where}: {error}") from None
 
 
-def convert_kind(data: Any, kinds: dict[str, type[T]], where: str) -> T:
-    """Plain data with a `kind` (or the kind's bare name) -> the struct that kind names."""
+def convert_kind(data: Any, kinds: dict[str, type[T]], where: str, hint: str = "") -> T:
+    """Plain data with a `kind` (or the kind's bare name) -> the struct that kind names. `hint` ends the error for others."""
     if isinstance(data, tuple(kinds.values())):
         return data
     if isinstance(data, str):
@@ -73,7 +76,7 @@ def convert_kind(data: Any, kinds: dict[str, type[T]], where: str) -> T:
         raise ValueError(f"{where}: expected a mapping with a 'kind', one of {', '.join(sorted(kinds))}; got {data!r}")
     kind = data["kind"]
     if kind not in kinds:
-        raise ValueError(f"{where}: unknown kind {kind!r}; {suggest(str(kind), kinds)}")
+        raise ValueError(f"{where}: unknown kind {kind!r}; {suggest(str(kind), kinds)}{hint}")
     return convert(data, kinds[kind], f"{where} ({kind})")
 
 

@@ -64,7 +64,9 @@ class RecurrentCell(nn.Module):
         weight = self.in_heads if self.in_proj is None else self.in_proj.weight
         assert weight is not None
         nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-        if c.recurrence == "diagonal":
+        if c.recurrence == "diagonal" and c.spread is not None:
+            nn.init.uniform_(self.recurrent, -c.spread, c.spread)
+        elif c.recurrence == "diagonal":
             nn.init.normal_(self.recurrent, std=(2 / (g + units)) ** 0.5)
         else:
             bound = self.recurrent.shape[-1] ** -0.5

@@ -185,7 +185,10 @@ def test_hash_is_of_what_is_built():
             {"pattern": "G", "layers": {"G": {"kind": "gru", "heads": 3, "head_dim": 8, "projection": "heads"}}},
             "GRU: heads 3 do not divide dim 64, which projection 'heads' needs",
         ),
-        ({"layers": {"H": {"kind": "lstm", "recurrence": "diag"}}}, "Invalid enum value 'diag'"),
+        (
+            {"layers": {"H": {"kind": "lstm", "recurrence": "diag"}}},
+            "layers.G (gru).recurrence: 'diag' does not exist; did you mean 'diagonal'?",
+        ),
         ({"layers": {"H": {"kind": "lstm", "clip": -1.0}}}, "LSTM.clip must be above 0"),
         ({"layers": {"R": {"kind": "rnn", "gate_bias": 1.0}}}, "RNN has no gate that keeps, so gate_bias must be 0"),
         ({"pattern": "S", "dim": 70}, "SLSTM: dim 70 is not a multiple of 64, so heads and head_dim must be given"),

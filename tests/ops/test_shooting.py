@@ -8,7 +8,12 @@ from plait.ops.packing import Packing, chunks
 from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, SOLVERS, NotConverged, chunked, reference, shooting
 
 CELLS = [RNN(), RNN("relu"), GRU(), LSTM(), LSTM(peephole=True), LSTM(coupled=True, peephole=True), SLSTM()]
-MIXES = {"diagonal": (3, None), "small heads": (3, 4), "large heads": (2, 20), "dense": (1, 30)}  # heads, and k where it is a matrix
+MIXES = {
+    "diagonal": (3, None),
+    "small heads": (3, 4),
+    "large heads": (2, 20),
+    "dense": (1, 30),
+}  # heads, and k where it is a matrix
 TOLERANCE = 1e-10  # float64; measured 5e-14, gradients through 130 steps included
 
 
