@@ -14,7 +14,7 @@ from torch import Tensor
 from plait.data import Batch, Tokenizer
 from plait.model import LanguageModel, token_loss
 from plait.state import ModelState
-from plait.train.solver import Fared, Stats, named, read, together
+from plait.train.solver import Fared, Stats, read, together
 
 STEP = 512  # tokens read in one call while streaming
 SLICE = 2**24  # logits that exist at once while streaming: 64 MiB of float32
@@ -61,8 +61,7 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch], tokens: int | Non
             break
         batch = batch.to(model.device)
         stats: Stats = {}
-        with named(model, stats):
-            nats, scored = token_loss(model, batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens, stats=stats)
+        nats, scored = token_loss(model, batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens, stats=stats)
         total += Perplexity(nats.item(), scored, batch.bytes, read(stats))
     return _checked(total)
 
@@ -144,8 +143,7 @@ class _Reader:
 
     def _advance(self, tokens: Int[Tensor, "1 t"]) -> Float[Tensor, "1 t d"]:
         stats: Stats = {}
-        with named(self.model, stats):
-            hidden, state = self.model.features(tokens, self.state, stats=stats)
+        hidden, state = self.model.features(tokens, self.state, stats=stats)
         self.layers = together(self.layers, read(stats))
         assert state is not None  # one was given
         self.state = state

@@ -16,7 +16,7 @@ from plait.layers.mamba2 import reset_conv
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
 from plait.ops.packing import Packing
-from plait.ops.shooting import Bound, Cell, Info, cells, shooting
+from plait.ops.shooting import Bound, Cell, Info, NotConverged, cells, shooting
 from plait.state import Recurrent as State
 from plait.state import recurrent
 
@@ -199,7 +199,10 @@ class RecurrentLayer(nn.Module):
         if self.conv1d_weight is not None:
             u, conv = causal_conv(x, self.conv1d_weight, self.conv1d_bias, state=conv, packing=context.packing)
             u = F.silu(u)
-        h, s, info = self.cell(u, state and state.s, context.packing)
+        try:
+            h, s, info = self.cell(u, state and state.s, context.packing)
+        except NotConverged as error:
+            raise NotConverged(f"{context.address}: {error}") from None
         context.report("solver", info)
         if self.norm is not None and self.gate_proj is not None:
             h = self.norm(h) * F.silu(self.gate_proj(x))

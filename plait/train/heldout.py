@@ -7,7 +7,7 @@ import torch
 
 from plait.data import Loader, Shards
 from plait.model import LanguageModel, token_loss
-from plait.train.solver import Fared, Stats, named, read, together
+from plait.train.solver import Fared, Stats, read, together
 from plait.train.step import autocast
 
 
@@ -40,7 +40,7 @@ def heldout_loss(
             break
         part = part.to(model.device)
         stats: Stats = {}
-        with autocast(model.device, precision), named(model, stats):
+        with autocast(model.device, precision):
             nll, count = token_loss(model, part.inputs, part.targets, cu_seqlens=part.cu_seqlens, stats=stats)
         total, scored, text = total + nll.item(), scored + count, text + part.bytes
         layers = together(layers, read(stats))

@@ -1,18 +1,13 @@
 """How the solvers of nonlinear recurrences fare, layer by layer (docs/shooting.md)."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import nn
 
-from plait.layers.recurrent import RecurrentLayer
-from plait.layers.stack import ChainLayer, ParallelLayer
-from plait.model import LanguageModel
-from plait.ops.shooting import Info, NotConverged
+from plait.ops.shooting import Info
 
 Stats = dict[str, Any]  # what a call of the model leaves: `stats[address]["solver"]` is an Info
 
@@ -71,30 +66,6 @@ def as_data(layers: Mapping[str, Fared]) -> dict[str, dict[str, Any]]:
         }
         for address, f in layers.items()
     }
-
-
-@contextmanager
-def named(model: LanguageModel, stats: Stats) -> Iterator[None]:
-    """Around a call: where a strict layer gives up, its address goes into the message. That layer is the first without a
-    record, since each leaves its own when it is done."""
-    try:
-        yield
-    except NotConverged as error:
-        slots = zip(model.design.slots, model.slots, strict=True)
-        places = (place for slot, module in slots for place in addresses(module.get_submodule("mixer"), slot.address))
-        raise NotConverged(f"{next(place for place in places if place not in stats)}: {error}") from None
-
-
-def addresses(module: nn.Module, address: str) -> Iterator[str]:
-    """Of the recurrent layers in a slot, in the order in which they compute."""
-    if isinstance(module, RecurrentLayer):
-        yield address
-    elif isinstance(module, ParallelLayer):
-        for i, branch in enumerate(module.branches):
-            yield from addresses(branch, f"{address}.{i}")
-    elif isinstance(module, ChainLayer):
-        for i, layer in enumerate(module.layers):
-            yield from addresses(layer, address if len(module.layers) == 1 else f"{address}.{i}")
 
 
 def _infos(stats: Stats) -> dict[str, Info]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from plait.data import Batch
 from plait.model import LanguageModel, token_loss
-from plait.train.solver import Stats, named, worst
+from plait.train.solver import Stats, worst
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -34,7 +34,7 @@ def backward(model: LanguageModel, batch: Batch, parts: int, precision: str, sta
     for part in split(batch, parts):
         part = part.to(model.device)
         found: Stats = {}
-        with autocast(model.device, precision), named(model, found):
+        with autocast(model.device, precision):
             nll, _ = token_loss(model, part.inputs, part.targets, cu_seqlens=part.cu_seqlens, stats=found)
         (nll / scored).backward()
         if stats is not None:

@@ -187,7 +187,7 @@ def test_hash_is_of_what_is_built():
         ),
         (
             {"layers": {"H": {"kind": "lstm", "recurrence": "diag"}}},
-            "layers.G (gru).recurrence: 'diag' does not exist; did you mean 'diagonal'?",
+            "layers.H (lstm).recurrence: 'diag' does not exist; did you mean 'diagonal'?",
         ),
         ({"layers": {"H": {"kind": "lstm", "clip": -1.0}}}, "LSTM.clip must be above 0"),
         ({"layers": {"R": {"kind": "rnn", "gate_bias": 1.0}}}, "RNN has no gate that keeps, so gate_bias must be 0"),

@@ -13,7 +13,7 @@ from plait.data import ByteTokenizer, Loader, prepare
 from plait.ops.shooting import Info
 from plait.train import Interrupted, Unsolved, latest, train
 from plait.train.metrics import read_metrics
-from plait.train.solver import Fared, addresses, as_data, read, together, worst
+from plait.train.solver import Fared, as_data, read, together, worst
 from plait.train.step import backward
 
 NEVER = {"tol": 1e-30, "max_passes": 1}  # what no solver reaches
@@ -126,11 +126,3 @@ def test_a_strict_layer_stops_an_evaluation_too(make_run, quiet):
     shards = prepare(run.data.source, ByteTokenizer(), run.data.cache, heldout=0.2)
     with pytest.raises(NotConverged, match=r"^G#0: GRU: a gap"):
         heldout_loss(model, shards, batch=2, length=64, tokens=128)
-
-
-def test_addresses_are_those_that_layers_report_under():
-    model = plait.build({"vocab": 11, "dim": 64, "pattern": "G [A|SG|F]F (HF)2", "layers": {}})
-    stats = {}
-    model(torch.arange(40)[None] % 11, stats=stats)
-    slots = zip(model.design.slots, model.slots, strict=True)
-    assert [a for slot, module in slots for a in addresses(module.mixer, slot.address)] == list(stats)
