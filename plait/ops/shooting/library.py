@@ -131,41 +131,23 @@ def pull(
     max_passes: int | None,
 ) -> list[Tensor]:
     """Gradients at x, h0 and each of `tensors`, in their dtypes."""
-    dx, dh0, *weights = _gradients(
-        grad, grad_final, x, h0, h, rest, info, tensors, cell, bias, lengths, kernel, tol, max_passes
-    )
-    return [_laid_out(dx, x), dh0, *(cast(dw, w.dtype) for dw, w in zip(weights, tensors, strict=True))]
-
-
-def _gradients(
-    grad: Tensor | None,
-    grad_final: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    h: Tensor,
-    rest: Tensor,
-    info: Tensor,
-    tensors: Sequence[Tensor],
-    cell: str,
-    bias: bool,
-    lengths: Sequence[int] | None,
-    kernel: str,
-    tol: float,
-    max_passes: int | None,
-) -> list[Tensor]:
     bound, packing = _bound(cell, tensors, bias, h0.dtype), _documents(lengths, x)
     if kernel == "triton":
         from plait.ops.shooting import triton
 
         dx, dh0, weights = triton.backward(bound, x, h0, h, rest, grad, grad_final, packing)
-        return [dx, dh0, *weights]
-    wide, engine = h0.dtype, _engine(kernel)
-    tokens = x.to(wide) if engine is chunked.TORCH else x
-    if info[2] > 0 and torch_rnn.supports(bound):
-        return torch_rnn.backward(bound, tokens, h0, grad, grad_final, packing)
-    states = torch.cat([h.to(wide)[:, :, None], rest], 2)
-    grad = torch.zeros_like(h, dtype=wide) if grad is None else grad.to(wide)
-    return chunked.backward(bound, tokens, h0, states, grad, grad_final, packing, tol, max_passes, engine)
+    else:
+        engine = _engine(kernel)
+        tokens = x.to(h0.dtype) if engine is chunked.TORCH else x
+        if info[2] > 0 and torch_rnn.supports(bound):
+            dx, dh0, *weights = torch_rnn.backward(bound, tokens, h0, grad, grad_final, packing)
+        else:
+            states = torch.cat([h.to(h0.dtype)[:, :, None], rest], 2)
+            g = torch.zeros_like(states[:, :, 0]) if grad is None else grad.to(h0.dtype)
+            dx, dh0, *weights = chunked.backward(
+                bound, tokens, h0, states, g, grad_final, packing, tol, max_passes, engine
+            )
+    return [_laid_out(dx, x), dh0, *(cast(dw, w.dtype) for dw, w in zip(weights, tensors, strict=True))]
 
 
 def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
