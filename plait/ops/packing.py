@@ -110,7 +110,9 @@ class Chunks:
                 self.index.T.contiguous()
             ]  # or the result lies as the index does
         steps = len(self.alive)
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, steps * self.size - self.length))
+        missing = steps * self.size - self.length
+        if missing:  # a pad of nothing copies all the same
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
         return x.unflatten(1, (steps, self.size)).transpose(0, 2).flatten(1, 2)
 
     def from_steps(self, y: Float[Tensor, "c n *u"]) -> Float[Tensor, "b t *u"]:

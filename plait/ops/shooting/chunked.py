@@ -68,13 +68,14 @@ def forward(
     max_passes: int | None,
     engine: Engine,
     whole: bool = False,
-) -> tuple[Tensor, Tensor, Solved]:
-    """x (b, t, g, h, k), h0 (n, s, h, k) -> states (b, t, s, h, k), the last of each sequence (n, s, h, k), the record;
-    where it says `fell_back`, the states are only what the passes came to."""
+) -> tuple[Tensor, Tensor, Tensor, Solved]:
+    """x (b, t, g, h, k), h0 (n, s, h, k) -> h (b, t, h, k), the other states (b, t, s - 1, h, k), the last states of
+    each sequence (n, s, h, k), the record; where it says `fell_back`, all are only what the passes came to."""
     layout = layout_of(x, packing, engine, whole)
     solved = solve(cell, layout.by_step(x), layout.sort(h0), layout, tol, max_passes or MAX_PASSES, engine)
     final = layout.unsort(solved.states[layout.last])
-    return layout.from_steps(solved.states), final, solved
+    h, rest = (layout.from_steps(part).contiguous() for part in (solved.states[:, :, 0], solved.states[:, :, 1:]))
+    return h, rest, final, solved
 
 
 def run(cell: Bound, x: Tensor, s: Tensor) -> Tensor:
@@ -82,8 +83,7 @@ def run(cell: Bound, x: Tensor, s: Tensor) -> Tensor:
     states = s.new_empty(len(x), *s.shape)
     parts = s.unbind(1)
     for tokens, into in zip(x.unbind(0), states.unbind(0), strict=True):
-        m = cell.mix(parts[0])
-        parts = cell.cell.step(tokens.unbind(1), m.unbind(1), parts, cell.weights)
+        parts = cell.cell.advance(tokens, cell.mix(parts[0]), parts, cell.weights)
         torch.stack(parts, 1, out=into)
     return states
 

@@ -68,15 +68,13 @@ def solve(
         return triton.forward(bound, x, h0, packing, tol, max_passes or triton.passes(tol))
     engine = _engine(kernel)
     tokens = x.to(h0.dtype) if engine is chunked.TORCH else x
-    states, final, record = _forward(bound, tokens, h0, packing, solver, tol, max_passes, engine)
+    h, rest, final, record = _forward(bound, tokens, h0, packing, solver, tol, max_passes, engine)
     info = torch.tensor([record.passes, record.gap, record.fell_back], dtype=torch.float32, device=x.device)
     if record.fell_back and torch_rnn.supports(bound):
-        h, final = torch_rnn.run(bound, tokens, h0, packing)
-        return h.to(x.dtype).contiguous(), h0.new_zeros(*x.shape[:2], states.shape[2] - 1, *x.shape[3:]), final, info
-    if record.fell_back:
-        states, final, _ = chunked.forward(bound, tokens, h0, packing, tol, max_passes, engine, whole=True)
-    h = states[:, :, 0].to(x.dtype, copy=True, memory_format=torch.contiguous_format)
-    return h, states[:, :, 1:].clone(memory_format=torch.contiguous_format), final, info
+        h, final = torch_rnn.run(bound, tokens, h0, packing)  # `rest` is wrong then, and nobody reads it
+    elif record.fell_back:
+        h, rest, final, _ = chunked.forward(bound, tokens, h0, packing, tol, max_passes, engine, whole=True)
+    return h.to(x.dtype).contiguous(), rest, final, info
 
 
 def _engine(kernel: str) -> chunked.Engine:
@@ -96,7 +94,7 @@ def _forward(
     tol: float,
     max_passes: int | None,
     engine: chunked.Engine,
-) -> tuple[Tensor, Tensor, chunked.Solved]:
+) -> tuple[Tensor, Tensor, Tensor, chunked.Solved]:
     if solver in ("shooting", "sequential"):
         return chunked.forward(cell, x, h0, packing, tol, max_passes, engine, whole=solver == "sequential")
     return newton.forward(cell, x, h0, packing, solver, tol, max_passes)

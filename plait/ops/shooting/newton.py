@@ -29,14 +29,15 @@ LARGEST = 1e8  # where deer's code cuts states off, so that a diverged guess sta
 
 def forward(
     cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, solver: str, tol: float, max_passes: int | None
-) -> tuple[Tensor, Tensor, Solved]:
+) -> tuple[Tensor, Tensor, Tensor, Solved]:
     """As `chunked.forward`; `fell_back` says that the states are not within `tol`."""
     rows, lengths = (x, None) if packing is None else (packing.to_rows(x), packing.lengths)
     states, passes, gap = solve(cell, rows, h0, solver, tol, max_passes, lengths)
     solved = Solved(states, passes, float(gap), not gap <= tol)
     ends = torch.tensor(lengths or [x.shape[1]] * len(rows), device=x.device) - 1
     final = states[torch.arange(len(rows), device=x.device), ends]
-    return (states if packing is None else packing.from_rows(states)), final, solved
+    states = states if packing is None else packing.from_rows(states)
+    return states[:, :, 0].contiguous(), states[:, :, 1:].contiguous(), final, solved
 
 
 @torch.no_grad()
