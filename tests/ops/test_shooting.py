@@ -14,6 +14,7 @@ MIXES = {
     "large heads": (2, 20),
     "dense": (1, 30),
 }  # heads, and k where it is a matrix
+CPU = torch.device("cpu")
 TOLERANCE = 1e-10  # float64; measured 5e-14, gradients through 130 steps included
 
 
@@ -173,11 +174,21 @@ def test_bfloat16_is_computed_in_float32():
         ),
         ({"solver": "dear"}, "unknown solver 'dear'; did you mean 'deer'"),
         ({"resets": torch.zeros(2, 3, dtype=torch.bool)}, r"resets must be \(2, 70\)"),
+        (
+            {"resets": torch.zeros(2, 70, dtype=torch.bool), "packing": Packing((140,), CPU)},
+            "resets or packing, not both",
+        ),
+        ({"max_passes": 0}, "max_passes must be at least 1, got 0"),
+        (
+            {"h0": lambda h0: h0[:, 0]},
+            r"GRU: h0 must be \(2, 1, 3, 5\), a number per unit for each of h; got \(2, 3, 5\)",
+        ),
     ],
 )
 def test_wrong_calls_say_what_would_be_right(change, message):
     bound, x, h0 = problem(GRU())
-    x = change.pop("x", lambda x: x)(x)
+    x, h0 = change.get("x", lambda x: x)(x), change.get("h0", lambda h0: h0)(h0)
+    change = {name: value for name, value in change.items() if name not in ("x", "h0")}
     with pytest.raises(ValueError, match=message):
         shooting(bound, x, h0, **change)
 

@@ -72,9 +72,18 @@ def shooting(
     solver: "shooting", or for comparison "deer", "quasi_deer", "elk", "quasi_elk" (Newton over all tokens), "sequential".
     """
     _check(cell, x, solver)
+    if resets is not None and packing is not None:
+        raise ValueError("give resets or packing, not both: packed documents start anew by themselves")
+    if max_passes is not None and max_passes < 1:
+        raise ValueError(f"max_passes must be at least 1, got {max_passes}")
     if resets is not None:
         return _with_resets(cell, x, h0, resets, tol, max_passes, strict, solver)
     rows = x.shape[0] if packing is None else len(packing.lengths)
+    if h0 is not None and h0.shape != (rows, len(cell.cell.states), *x.shape[3:]):
+        raise ValueError(
+            f"{type(cell.cell).__name__}: h0 must be {(rows, len(cell.cell.states), *x.shape[3:])}, a number per unit for each "
+            f"of {', '.join(cell.cell.states)}; got {tuple(h0.shape)}"
+        )
     with full_precision(x.device):
         like = wide(x[:0])
         first = cell.cell.start_like(like, rows) if h0 is None else cast(h0, like.dtype)
