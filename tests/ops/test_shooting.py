@@ -123,6 +123,16 @@ def test_one_pass_is_too_few_and_the_answer_is_right_all_the_same(cell, mix, pac
     assert apart(got, want) < TOLERANCE
 
 
+def test_gradients_that_do_not_settle_are_taken_token_by_token_and_say_so():
+    bound, x, h0 = problem(GRU(), "large heads")
+    states, _ = reference.run(bound, x, h0, None)
+    grad = torch.randn_like(states[:, :, 0])
+    want = torch.autograd.grad((states[:, :, 0] * grad).sum(), [x, h0, *bound.tensors()])
+    with pytest.warns(RuntimeWarning, match="GRU: gradients do not settle in chunks"), torch.no_grad():
+        got = chunked.backward(bound, x, h0, states, grad, None, None, 0.0, 1, chunked.TORCH)
+    assert apart(got, want) < TOLERANCE
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_gives_the_same(solver):
     bound, x, h0 = problem(LSTM(coupled=True))

@@ -8,6 +8,7 @@ first k chunks are exact whatever the cell does. Where passes do not close the g
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -212,6 +213,11 @@ def backward(
     back = engine.back(cell, tokens, torch.cat([following(steps[-1], first, layout)[None], steps[:-1]]))
     mu = solve_back(back, g, layout, tol, max_passes or MAX_PASSES, cell.diagonal)
     if mu is None:
+        warnings.warn(
+            f"{type(cell.cell).__name__}: gradients do not settle in chunks; they are taken token by token, which is slow",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return backward(cell, x, h0, states, grad, grad_final, packing, tol, max_passes, engine, whole=True)
     dx, tensors = back.pull()
     return [layout.from_steps(dx), layout.unsort(mu[: layout.alive[0]]), *tensors]

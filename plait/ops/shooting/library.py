@@ -137,13 +137,14 @@ def pull(
     else:
         engine = _engine(kernel)
         tokens = x.to(h0.dtype) if engine is chunked.TORCH else x
-        if info[2] > 0 and torch_rnn.supports(bound):
+        fell_back = bool(info[2] > 0)
+        if fell_back and torch_rnn.supports(bound):
             dx, dh0, *weights = torch_rnn.backward(bound, tokens, h0, grad, grad_final, packing)
         else:
             states = torch.cat([h.to(h0.dtype)[:, :, None], rest], 2)
             g = torch.zeros_like(states[:, :, 0]) if grad is None else grad.to(h0.dtype)
             dx, dh0, *weights = chunked.backward(
-                bound, tokens, h0, states, g, grad_final, packing, tol, max_passes, engine
+                bound, tokens, h0, states, g, grad_final, packing, tol, max_passes, engine, whole=fell_back
             )
     return [_laid_out(dx, x), dh0, *(cast(dw, w.dtype) for dw, w in zip(weights, tensors, strict=True))]
 
