@@ -91,7 +91,7 @@ def rnn_vjp(x, s, w, lam, V: tl.constexpr):
 
 
 @triton.jit
-def _gru(x, s, w):
+def gru_gates(x, s, w):
     """z, r, the recurrent part of the candidate, and sigmoid(2 p) of the candidate's sum p."""
     z = _sigmoid(x[0], w[0], s[0], 1.0)
     r = _sigmoid(x[1], w[1], s[0], 1.0)
@@ -100,7 +100,7 @@ def _gru(x, s, w):
 
 
 @triton.jit
-def _gru_new(h, z, half):
+def gru_new(h, z, half):
     """h + z (c - h) with c = 2 half - 1: one fused product after the candidate."""
     return tl.fma(2.0 * z, half, h - z * (1.0 + h))
 
@@ -108,19 +108,19 @@ def _gru_new(h, z, half):
 @triton.jit
 def _gru_slopes(x, s, w):
     """The new state, its derivatives at the sums of z, r and c, r, and its derivative at the old state."""
-    z, r, m, half = _gru(x, s, w)
+    z, r, m, half = gru_gates(x, s, w)
     c = 2.0 * half - 1.0
     at_z = (c - s[0]) * (z * (1.0 - z))
     at_c = z * (1.0 - c * c)
     at_r = at_c * (m * (r * (1.0 - r)))
     slope = (1.0 - z) + at_z * w[0] + at_r * w[1] + (at_c * r) * w[2]
-    return _gru_new(s[0], z, half), at_z, at_r, at_c, r, slope
+    return gru_new(s[0], z, half), at_z, at_r, at_c, r, slope
 
 
 @triton.jit
 def gru_step(x, s, w, V: tl.constexpr):
-    z, r, m, half = _gru(x, s, w)
-    return (_gru_new(s[0], z, half),)
+    z, r, m, half = gru_gates(x, s, w)
+    return (gru_new(s[0], z, half),)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 from plait.ops.shooting import cells
 from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.chunked import Back, Engine
-from plait.ops.shooting.triton.cells import DEVICE, _gru, _gru_new, variant
+from plait.ops.shooting.triton.cells import DEVICE, gru_gates, gru_new, variant
 
 BLOCK = 512
 ROWS = 1024
@@ -56,8 +56,8 @@ def _advance(x, m, before, after, h, total, mh, D: tl.constexpr, K: tl.constexpr
     ms = _tiles(m, at_m, K, exists, G)
     s = _tiles(before, row * (S * D) + unit, D, exists, S)
     if IS_GRU:
-        z, r, mixed, half = _gru(xs, _mixed(s, S), ms)
-        new = (_gru_new(s[0], z, half),)
+        z, r, mixed, half = gru_gates(xs, _mixed(s, S), ms)
+        new = (gru_new(s[0], z, half),)
     else:
         new = STEP(xs, _mixed(s, S), ms, V)
     for i in tl.static_range(S):
@@ -67,7 +67,7 @@ def _advance(x, m, before, after, h, total, mh, D: tl.constexpr, K: tl.constexpr
 
 @triton.jit
 def _gru_vjp(x, m, s, lam):
-    z, r, mixed, half = _gru(x, _mixed(s, 1), m)
+    z, r, mixed, half = gru_gates(x, _mixed(s, 1), m)
     c = 2.0 * half - 1.0
     dz = lam[0] * ((c - s[0]) * (z * (1.0 - z)))
     dc = lam[0] * (z * (1.0 - c * c))
