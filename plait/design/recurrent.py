@@ -8,7 +8,7 @@ from plait.design.struct import positive
 
 Solver = Literal["shooting", "deer", "quasi_deer", "elk", "quasi_elk", "sequential"]
 
-EMPTY = -1e4  # as in plait.ops.shooting: the log of a normaliser that has seen nothing
+EMPTY = -1e4  # the log of a normaliser that has seen nothing: its exponential is 0 even in float64
 
 
 class Recurrent(Layer, frozen=True, kw_only=True):

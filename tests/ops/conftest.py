@@ -1,5 +1,9 @@
 """Memory that nobody wrote is NaN here, so that an op that reads it cannot pass; and words that all op tests share."""
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -60,3 +64,20 @@ def forms(kernels: Sequence[Kernel], tokens: int) -> list[str]:
 
 def packing(lengths=DOCUMENTS) -> Packing:
     return Packing(tuple(lengths), torch.device("cpu"))
+
+
+@pytest.fixture
+def run_checks_in_the_interpreter() -> Callable[[str], None]:
+    """Runs a file's `check_*` functions in Triton's interpreter, which has to be chosen before triton is first imported and
+    so gets a process of its own."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+
+    def run(file: str) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "python_functions=check_*"]
+        command = [sys.executable, "-m", "pytest", *options, "-W", "ignore::RuntimeWarning", file]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+    return run

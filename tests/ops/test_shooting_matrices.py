@@ -1,10 +1,5 @@
 """Recurrences with a matrix per head on the GPU's kernels, in Triton's interpreter, against the loop in float64."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -16,13 +11,8 @@ from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, chunked, reference
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_in_the_interpreter():
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "python_functions=check_*", "-W", "ignore::RuntimeWarning"]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+def test_kernels_in_the_interpreter(run_checks_in_the_interpreter):
+    run_checks_in_the_interpreter(__file__)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

@@ -3,10 +3,6 @@
 The interpreter has to be chosen before triton is first imported, so the checks run in a process of their own.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +28,8 @@ KINDS = ("sequential", "windowed", "grid")
 HARD = {"C": 4, "BD": 4}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_in_the_interpreter():
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "python_functions=check_*", "-W", "ignore::RuntimeWarning"]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+def test_kernels_in_the_interpreter(run_checks_in_the_interpreter):
+    run_checks_in_the_interpreter(__file__)
 
 
 @dataclass

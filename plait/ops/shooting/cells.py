@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Parts = tuple[Tensor, ...]
+from plait.design.recurrent import EMPTY as EMPTY
 
-EMPTY = -1e4  # the log of a normaliser that has seen nothing: its exponential is 0 even in float64
+Parts = tuple[Tensor, ...]
 
 
 class Cell:
