@@ -85,8 +85,8 @@ def shooting(
             f"of {', '.join(cell.cell.states)}; got {tuple(h0.shape)}"
         )
     with full_precision(x.device):
-        like = wide(x[:0])
-        first = cell.cell.start_like(like, rows) if h0 is None else cast(h0, like.dtype)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        first = cell.cell.start_like(x, rows, dtype) if h0 is None else cast(h0, dtype)
         options = Options(solver, tolerance(cell, x.dtype) if tol is None else tol, max_passes)
         h, final, info = choose(KERNELS, x, (cell, x, solver)).run(cell, x, first, packing, options)
     if strict and bool(info[2] > 0):
@@ -138,17 +138,13 @@ def _exact(like: Tensor) -> Tensor:
     return torch.tensor([1.0, 0.0, 0.0], device=like.device)
 
 
-def _wide(cell: Bound, like: Tensor) -> Bound:
-    return cell.with_tensors([cast(w, like.dtype) for w in cell.tensors()])
-
-
 def _step(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
-    s = _wide(cell, h0).step(wide(x[:, 0]), h0)
+    s = cell.to(h0.dtype).step(wide(x[:, 0]), h0)
     return s[:, 0].to(x.dtype)[:, None], s, _exact(x)
 
 
 def _reference(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
-    states, final = reference.run(_wide(cell, h0), wide(x), h0, packing)
+    states, final = reference.run(cell.to(h0.dtype), wide(x), h0, packing)
     return states[:, :, 0].to(x.dtype), final, _exact(x)
 
 

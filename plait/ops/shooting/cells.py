@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.design.recurrent import EMPTY as EMPTY
+from plait.ops.kernels import cast
 
 Parts = tuple[Tensor, ...]
 
@@ -40,10 +41,15 @@ class Cell:
     def start(self) -> tuple[float, ...]:
         return (0.0,) * len(self.states)
 
-    def start_like(self, like: Tensor, rows: int) -> Tensor:
-        """(rows, s, h, k) before the first token, in the dtype, on the device and of the units of `like` (*, h, k)."""
-        parts = [like.new_full((rows, *like.shape[-2:]), value) for value in self.start]
-        return torch.stack(parts, 1)
+    def start_like(self, like: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(rows, s, h, k) before the first token, on the device and of the units of `like` (*, h, k), and in its dtype
+        unless told otherwise."""
+        first, *others = self.start
+        start = like.new_full((rows, len(self.start), *like.shape[-2:]), first, dtype=dtype)
+        for i, value in enumerate(others, 1):
+            if value != first:
+                start[:, i] = value
+        return start
 
     def step(self, x: Parts, m: Parts, s: Parts, w: Parts) -> Parts:
         """New states from inputs x, recurrence m and states s, a tensor per name, any shape; elementwise and smooth."""
@@ -90,6 +96,9 @@ class Bound:
         """The same cell with other numbers, in the order of `tensors`."""
         bias = None if self.bias is None else tensors[1]
         return Bound(self.cell, tensors[0], bias, tuple(tensors[1 + (bias is not None) :]))
+
+    def to(self, dtype: torch.dtype) -> "Bound":
+        return self.with_tensors([cast(w, dtype) for w in self.tensors()])
 
     def mix(self, h: Float[Tensor, "*n h k"]) -> Float[Tensor, "*n g h k"]:
         """m = R h + b."""

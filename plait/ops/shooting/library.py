@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ def remember(cell: Cell) -> str:
     return _CELLS.setdefault(cell.key, cell).key
 
 
-def _bound(name: str, tensors: Sequence[Tensor], bias: bool, dtype: torch.dtype) -> Bound:
-    wide = [cast(w, dtype) for w in tensors]
-    return Bound(_CELLS[name], wide[0], wide[1] if bias else None, tuple(wide[1 + bias :]))
+def _bound(name: str, tensors: Sequence[Tensor], bias: bool) -> Bound:
+    return Bound(_CELLS[name], tensors[0], tensors[1] if bias else None, tuple(tensors[1 + bias :]))
 
 
 @lru_cache(64)
@@ -40,7 +40,13 @@ def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
     def define(run: Callable[..., Any]) -> Any:
         torch.library.define(f"plait::{name}", torch.library.infer_schema(run, mutates_args=()))
-        torch.library.impl(f"plait::{name}", "CompositeExplicitAutograd")(run)
+        place = list(signature(run).parameters).index("x")
+
+        def on_its_device(*args: Any) -> Any:  # where Triton launches is the current device, whatever the tensors say
+            with torch.cuda.device_of(args[place]):
+                return run(*args)
+
+        torch.library.impl(f"plait::{name}", "CompositeExplicitAutograd")(on_its_device)
         return getattr(torch.ops.plait, name)
 
     return define
@@ -61,12 +67,12 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h (b, t, h, k) in x's dtype, the other states (b, t, s - 1, h, k), the last states (n, s, h, k), and
     (passes, gap, fell back)."""
-    bound, packing = _bound(cell, tensors, bias, h0.dtype), _documents(lengths, x)
+    bound, packing = _bound(cell, tensors, bias), _documents(lengths, x)
     if kernel == "triton":
         from plait.ops.shooting import triton
 
         return triton.forward(bound, x, h0, packing, tol, max_passes or triton.passes(tol))
-    engine = _engine(kernel)
+    engine, bound = _engine(kernel), bound.to(h0.dtype)
     tokens = x.to(h0.dtype) if engine is chunked.TORCH else x
     h, rest, final, record = _forward(bound, tokens, h0, packing, solver, tol, max_passes, engine)
     info = torch.tensor([record.passes, record.gap, record.fell_back], dtype=torch.float32, device=x.device)
@@ -129,13 +135,13 @@ def pull(
     max_passes: int | None,
 ) -> list[Tensor]:
     """Gradients at x, h0 and each of `tensors`, in their dtypes."""
-    bound, packing = _bound(cell, tensors, bias, h0.dtype), _documents(lengths, x)
+    bound, packing = _bound(cell, tensors, bias), _documents(lengths, x)
     if kernel == "triton":
         from plait.ops.shooting import triton
 
         dx, dh0, weights = triton.backward(bound, x, h0, h, rest, grad, grad_final, packing)
     else:
-        engine = _engine(kernel)
+        engine, bound = _engine(kernel), bound.to(h0.dtype)
         tokens = x.to(h0.dtype) if engine is chunked.TORCH else x
         fell_back = bool(info[2] > 0)
         if fell_back and torch_rnn.supports(bound):

@@ -1,5 +1,7 @@
 """Diagonal recurrences as Triton kernels, for NVIDIA GPUs from compute capability 8.0."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -69,9 +71,8 @@ def backward(
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     gradients = Gradients(work, h0.float().contiguous(), h, rest, dh, dfinal)
     dh0, dw = getattr(gradients, work.plan.kind)()
-    total, inputs = dw.sum(0), x.shape[2]
-    parts = [total[:inputs].view(cell.recurrent.shape).clone()]  # an operator's outputs may not share memory
-    parts += [total[inputs + i].view(w.shape).clone() for i, w in enumerate(cell.weights)]
+    sizes = [x.shape[2]] + [1] * len(cell.weights)  # apart, since an operator's outputs may not share memory
+    parts = [part.sum(0).view(w.shape) for part, w in zip(dw.split(sizes, 1), cell.tensors(), strict=True)]
     return gradients.dx, dh0.view(h0.shape), parts
 
 
@@ -84,6 +85,7 @@ def _work(cell: Bound, x: Tensor, packing: Packing | None) -> Work:
     return Work(cell, x, rows, chosen, layout(x, chosen.BD))
 
 
+@lru_cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1

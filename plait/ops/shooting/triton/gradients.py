@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plait.ops.shooting.triton.joints import hand_back
+from plait.ops.shooting.triton.launch import launch
 from plait.ops.shooting.triton.plan import chunk_tables
 from plait.ops.shooting.triton.states import Work
 from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, wide, write
@@ -149,11 +150,12 @@ class Gradients:
         self, table: Tensor, lams: Tensor | None, dstart: Tensor | None, dw: Tensor | None, slopes: Tensor | None
     ) -> None:
         work, x, dx = self.work, self.work.x, self.dx
-        retreat[(len(table) * work.at.blocks,)](
+        launch(
+            retreat, len(table) * work.at.blocks,
             x, self.h, self.rest, self.dh, self.h0, lams, work.weights, table, dx, dw, dstart, slopes,
             x.stride(0), x.stride(2), x.stride(3), dx.stride(0), dx.stride(2), dx.stride(3), x.shape[1],
             JACOBIAN=work.device.jacobian, VJP=work.device.vjp, DT=dx.stride(1),
-            U=work.steps, STARTS=table is work.table, FETCH=work.fetch, **work.constants(),
+            U=work.steps, STARTS=table is work.table, FETCH=work.fetch, **work.constants,
         )  # fmt: skip
 
     def sequential(self) -> tuple[Tensor, Tensor]:
@@ -172,8 +174,8 @@ class Gradients:
         adds, maps, lams = work.empty(chunks, s), work.empty(chunks, s * s), work.empty(chunks, s)
         dh0, dw = work.empty(n, s), work.empty(chunks, work.sizes["W"])
         self.retreat(tables.chunks, None, adds, None, maps)
-        hand_back[(n * at.blocks,)](
-            lams, adds, maps, self.lams, dh0, tables.ranges,
+        launch(
+            hand_back, n * at.blocks, lams, adds, maps, self.lams, dh0, tables.ranges,
             S=s, D=at.D, K=at.K, BD=at.BD, C=work.plan.C, num_warps=work.joint_warps,
         )  # fmt: skip
         self.retreat(tables.chunks, lams, None, dw, None)
@@ -183,10 +185,11 @@ class Gradients:
         work, x, dx, s = self.work, self.work.x, self.dx, self.work.states
         n = len(work.rows)
         dh0, dw = work.empty(n, s), work.empty(n, work.sizes["W"])
-        windows_back[(n * work.at.blocks,)](
+        launch(
+            windows_back, n * work.at.blocks,
             x, self.h, self.rest, self.dh, self.h0, self.lams, work.weights, work.table, dx, dw, dh0,
             x.stride(0), x.stride(2), x.stride(3), dx.stride(0), dx.stride(2), dx.stride(3), x.shape[1],
             JACOBIAN=work.device.jacobian, VJP=work.device.vjp, DT=dx.stride(1), C=work.plan.C, L=work.plan.L,
-            **work.constants(),
+            **work.constants,
         )  # fmt: skip
         return dh0, dw

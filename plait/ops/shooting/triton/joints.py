@@ -14,11 +14,11 @@ def close(
     starts, ends, slopes, final, ranges, gaps, info, number, tol,
     S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """New chunk starts after pass `number` (from 1), unless the gap was closed before. gaps (passes + 1, sequence, block):
-    one row a pass, the first infinite. LAST: what is open now will be run step by step."""
+    """New chunk starts after pass `number` (from 1), unless the gap was closed before. gaps (sequence, block): after the
+    last pass, infinite before the first. LAST: what is open now will be run step by step."""
     row, block, head, channel, unit, exists = place(tl.program_id(0), D, K, BD)
-    here = gaps + number * tl.num_programs(0) + tl.program_id(0)
-    if tl.load(here - tl.num_programs(0)) <= tol:
+    here = gaps + tl.program_id(0)
+    if tl.load(here) <= tol:
         return
     first, count = tl.load(ranges + row * 2).to(tl.int64), tl.load(ranges + row * 2 + 1)
     unit, exists = unit[None, :], exists[None, :]

@@ -16,6 +16,7 @@ from plait.ops.shooting import cells
 from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.chunked import Back, Engine
 from plait.ops.shooting.triton.cells import DEVICE, gru_gates, gru_new, variant
+from plait.ops.shooting.triton.launch import launch
 
 BLOCK = 512
 ROWS = 1024
@@ -146,8 +147,8 @@ class _Shape:
             return torch.bmm(rows, self.columns, out=out)
         return torch.baddbmm(self.bias, rows, self.columns, out=out)
 
-    def grid(self, n: int) -> tuple[int]:
-        return (-(-n * self.d // BLOCK),)
+    def programs(self, n: int) -> int:
+        return -(-n * self.d // BLOCK)
 
 
 def run(cell: Bound, x: Tensor, s: Tensor) -> Tensor:
@@ -159,9 +160,10 @@ def run(cell: Bound, x: Tensor, s: Tensor) -> Tensor:
     m = x.new_empty(shape.heads, n, shape.g * shape.k)
     for tokens, after in zip(x.unbind(0), states.unbind(0), strict=True):
         shape.mix(h, m)
-        _advance[shape.grid(n)](
-            tokens, m, before, after, h, n * shape.d, n * shape.g * shape.k, STEP=shape.device.step, **shape.options
-        )
+        launch(
+            _advance, shape.programs(n), tokens, m, before, after, h, n * shape.d, n * shape.g * shape.k,
+            STEP=shape.device.step, **shape.options,
+        )  # fmt: skip
         before = after
     return states
 
@@ -183,7 +185,8 @@ class MatrixBack(Back):
         mixed = self.x.new_empty(shape.heads, n, shape.k)
         new, old = torch.empty_like(mu), mu.contiguous()
         for t in reversed(range(steps)):
-            _retreat[shape.grid(n)](
+            launch(
+                _retreat, shape.programs(n),
                 g[t], old, mixed, self.x[t], self.m[:, t], self.before[t], new, self.dx[t], self.dm[:, t],
                 n * shape.d, n, self.m.stride(0), VJP=shape.device.vjp, MIXED=t + 1 < steps, **shape.options,
             )  # fmt: skip

@@ -3,6 +3,7 @@
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 # (it reads kernels as Python, in which triton's functions only raise)
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.triton.cells import DEVICE, constants
 from plait.ops.shooting.triton.joints import close
+from plait.ops.shooting.triton.launch import launch
 from plait.ops.shooting.triton.plan import Layout, Plan, Spans, chunk_tables, row_table
 from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, times, wide, write
 from plait.ops.shooting.triton.windows import windows
@@ -112,7 +114,8 @@ class Work:
         self.device = DEVICE[type(cell.cell)]
         self.sizes = constants(cell.cell)
         self.states, self.units = self.sizes["S"], at.D
-        self.weights = torch.cat([cell.recurrent.reshape(-1), *(w.reshape(-1) for w in cell.weights)]).float()
+        numbers = [w.reshape(-1) for w in cell.tensors()]
+        self.weights = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
         self.steps = (
             plan.U if self.states < 3 else max(1, plan.U // 2)
         )  # a third state's operations double compile time
@@ -123,6 +126,7 @@ class Work:
     def empty(self, *shape: int) -> Tensor:
         return self.x.new_empty(*shape, self.units, dtype=torch.float32)
 
+    @cached_property
     def constants(self) -> dict[str, Any]:
         return self.sizes | self.at.constants() | {"ST": self.x.stride(1), "num_warps": self.plan.num_warps}
 
@@ -139,11 +143,11 @@ def _advance(
     slopes: Tensor | None = None, gaps: Tensor | None = None, tol: float = 0.0, *, by_row: bool,
 ) -> None:  # fmt: skip
     x, at = work.x, work.at
-    advance[(len(table) * at.blocks,)](
-        x, h, rest, starts, ends, slopes, work.weights, table, gaps, tol,
+    launch(
+        advance, len(table) * at.blocks, x, h, rest, starts, ends, slopes, work.weights, table, gaps, tol,
         x.stride(0), x.stride(2), x.stride(3), x.shape[1],
         STEP=work.device.step, JACOBIAN=work.device.jacobian, U=work.steps, BY_ROW=by_row, FETCH=work.fetch,
-        **work.constants(),
+        **work.constants,
     )  # fmt: skip
 
 
@@ -162,17 +166,16 @@ def grid(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol:
     chunks, n = len(tables.chunks), len(work.rows)
     starts, ends = work.empty(chunks, work.states), work.empty(chunks, work.states)
     slopes = work.empty(chunks, work.states**2)
-    gaps = torch.zeros(max_passes + 1, n * at.blocks, device=h.device)
-    gaps[0] = float("inf")
-    info = torch.zeros(3, device=h.device)
+    gaps = h.new_full((n * at.blocks,), float("inf"), dtype=torch.float32)
+    info = h.new_zeros(3, dtype=torch.float32)
     _advance(work, tables.burn, start, starts, by_row=True)
     for number in range(1, max_passes + 1):
-        _advance(work, tables.chunks, starts, ends, h, rest, slopes, gaps[number - 1], tol, by_row=False)
-        close[(n * at.blocks,)](
-            starts, ends, slopes, final, tables.ranges, gaps, info, number, tol,
+        _advance(work, tables.chunks, starts, ends, h, rest, slopes, gaps, tol, by_row=False)
+        launch(
+            close, n * at.blocks, starts, ends, slopes, final, tables.ranges, gaps, info, number, tol,
             S=work.states, D=at.D, K=at.K, BD=at.BD, C=plan.C, LAST=number == max_passes, num_warps=work.joint_warps,
         )  # fmt: skip
-    run_rows(work, h, rest, start, final, gaps[max_passes], tol)
+    run_rows(work, h, rest, start, final, gaps, tol)
     return info
 
 
@@ -180,10 +183,10 @@ def windowed(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, 
     """Windows close by themselves, so that `max_passes` has no say."""
     x, plan = work.x, work.plan
     info = torch.zeros(3, device=x.device)
-    windows[(len(work.rows) * work.at.blocks,)](
-        x, h, rest, start, final, work.weights, work.table, info, tol,
+    launch(
+        windows, len(work.rows) * work.at.blocks, x, h, rest, start, final, work.weights, work.table, info, tol,
         x.stride(0), x.stride(2), x.stride(3), x.shape[1],
         STEP=work.device.step, JACOBIAN=work.device.jacobian, C=plan.C, L=plan.L, BURN=min(plan.W, plan.L),
-        **work.constants(),
+        **work.constants,
     )  # fmt: skip
     return info
