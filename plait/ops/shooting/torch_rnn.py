@@ -6,6 +6,8 @@ has them. torch gives the outputs of all tokens but the states of the last only,
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,18 @@ def _plain(cell: Bound) -> bool:
     return not (isinstance(cell.cell, cells.LSTM) and (cell.cell.coupled or cell.cell.peephole))
 
 
+@contextmanager
+def _precise() -> Iterator[None]:
+    """cuDNN's recurrences round float32 to TF32 by default; inside, only where torch's matrix products do so too."""
+    rnn, before = torch.backends.cudnn.rnn, torch.backends.cudnn.rnn.fp32_precision
+    rnn.fp32_precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        rnn.fp32_precision = before
+
+
+@_precise()
 def run(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
     """x (b, t, g, 1, k), h0 (n, s, 1, k) -> h (b, t, 1, k) in x's dtype, the last states (n, s, 1, k). Differentiable."""
     (order, signs), k = ORDER[type(cell.cell)], x.shape[-1]
@@ -64,6 +78,7 @@ def _module(cell: cells.Cell, inputs: int, k: int, like: Tensor) -> nn.RNNBase:
         return (nn.GRU if isinstance(cell, cells.GRU) else nn.LSTM)(inputs, k, batch_first=True, dtype=like.dtype)
 
 
+@_precise()
 def backward(
     cell: Bound, x: Tensor, h0: Tensor, grad: Tensor | None, grad_final: Tensor | None, packing: Packing | None
 ) -> list[Tensor]:
