@@ -150,12 +150,13 @@ def test_it_runs_in_inference_mode(mix):
         assert int(shooting(bound, x, h0)[2].passes) > 2  # a Jacobian was needed
 
 
-def test_it_compiles_as_one_graph():
-    bound, x, h0 = problem(GRU(), "small heads")
-    bound.cell.key  # noqa: B018 (a layer has it from its construction)
-    want, _ = everything(bound, x, h0)
+@pytest.mark.parametrize(("cell", "length"), [(GRU(), 200), (GRU(), 5), (LSTM(), 5)])  # many chunks; one
+def test_it_compiles_as_one_graph(cell, length):
+    bound, x, h0 = problem(cell, "small heads", batch=1, tokens=length)
+    torch.compiler.reset()
     compiled = torch.compile(lambda x, h0: shooting(bound, x, h0)[:2], fullgraph=True, backend="aot_eager")
-    h, final = compiled(x, h0)
+    h, final = compiled(x, h0)  # which was never run without the compiler
+    want, _ = everything(bound, x, h0)
     torch.testing.assert_close(h, want[0])
     torch.testing.assert_close(torch.autograd.grad(h.sum() + final.sum(), x), _sums(bound, x, h0))
 

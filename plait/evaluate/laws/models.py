@@ -114,9 +114,9 @@ def compiled(design: ModelConfig, device: str, dtype: torch.dtype, backend: str 
     tokens = some_tokens(design, 70, device)[None]
     torch.compiler.reset()
     whole = torch.compile(model, fullgraph=True, backend=backend)
-    want = with_gradients(model, lambda: outcome(list(model(tokens)[0]), None))
     try:
-        got = with_gradients(model, lambda: outcome(list(whole(tokens)[0]), None))
+        got = with_gradients(model, lambda: outcome(list(whole(tokens)[0]), None))  # before anything ran without it
+        want = with_gradients(model, lambda: outcome(list(model(tokens)[0]), None))
         worst = agree(law, "training", got, want)
         with torch.no_grad():
             _, state = model(tokens, model.init_state(1, 80))

@@ -19,6 +19,8 @@ from plait.ops.kernels import cast
 
 Parts = tuple[Tensor, ...]
 
+KNOWN: dict[str, "Cell"] = {}  # operators take text, so a cell goes in by its name
+
 
 class Cell:
     """Subclass, name what a unit reads and keeps, and write `step`. Instances are plain values: frozen dataclasses.
@@ -31,6 +33,12 @@ class Cell:
     inputs: ClassVar[tuple[str, ...]] = ("x",)
     states: ClassVar[tuple[str, ...]] = ("h",)
     weights: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        KNOWN.setdefault(self.key, self)  # from the start, since torch.compile cannot make a name
 
     @cached_property
     def key(self) -> str:

@@ -24,6 +24,7 @@ MAX_PASSES = 8  # contracting cells take 2 to 4 (shooting.md); more is a cell fo
 FORGETS = (
     1e-2  # a first gap below which a chunk is run again from the ends as they are: a Jacobian costs several passes
 )
+FEWEST = 4  # chunks of a sequence: half of one to guess by and two passes are two and a half
 ALONE = 1 << 15  # numbers per step from which on one step keeps the machine busy, so that chunks only add work
 
 
@@ -56,8 +57,8 @@ def layout_of(x: Tensor, packing: Packing | None, engine: Engine, whole: bool = 
     """Chunks of a call; `whole`: every sequence is one."""
     b, t = x.shape[:2]
     longest = t if packing is None else max(packing.lengths)
-    size = longest if whole else engine.size(longest, b * t, x[0, 0].numel())
-    return chunks(b, t, min(size, longest), packing)
+    size = engine.size(longest, b * t, x[0, 0].numel())
+    return chunks(b, t, longest if whole or longest < FEWEST * size else size, packing)
 
 
 def forward(
@@ -75,8 +76,14 @@ def forward(
     layout = layout_of(x, packing, engine, whole)
     solved = solve(cell, layout.by_step(x), layout.sort(h0), layout, tol, max_passes or MAX_PASSES, engine)
     final = layout.unsort(solved.states[layout.last])
-    h, rest = (layout.from_steps(part).contiguous() for part in (solved.states[:, :, 0], solved.states[:, :, 1:]))
+    h, rest = (_apart(layout.from_steps(part), solved.states) for part in (solved.states[:, :, 0], solved.states[:, :, 1:]))
     return h, rest, final, solved
+
+
+def _apart(part: Tensor, whole: Tensor) -> Tensor:
+    """Contiguous, and in memory of its own: an operator's outputs may not share theirs."""
+    shared = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    return part.clone(memory_format=torch.contiguous_format) if shared else part.contiguous()
 
 
 def run(cell: Bound, x: Tensor, s: Tensor) -> Tensor:

@@ -12,18 +12,10 @@ from torch.autograd.function import once_differentiable
 from plait.ops.kernels import cast
 from plait.ops.packing import Packing
 from plait.ops.shooting import chunked, newton, torch_rnn
-from plait.ops.shooting.cells import Bound, Cell
-
-_CELLS: dict[str, Cell] = {}  # operators take text, so a cell goes in by its name
-
-
-def remember(cell: Cell) -> str:
-    """The name under which the operators find the cell."""
-    return _CELLS.setdefault(cell.key, cell).key
-
+from plait.ops.shooting.cells import KNOWN, Bound
 
 def _bound(name: str, tensors: Sequence[Tensor], bias: bool) -> Bound:
-    return Bound(_CELLS[name], tensors[0], tensors[1] if bias else None, tuple(tensors[1 + bias :]))
+    return Bound(KNOWN[name], tensors[0], tensors[1] if bias else None, tuple(tensors[1 + bias :]))
 
 
 @lru_cache(64)
