@@ -302,3 +302,25 @@ def test_solver_options_reach_the_op():
     assert info.fell_back and torch.allclose(got, exact(x)[0])
     with pytest.raises(ValueError, match="GRU.solver: 'newton' does not exist; known: deer"):
         plait.GRU(solver="newton")
+
+
+@pytest.mark.parametrize(("products", "expected"), [("highest", "ieee"), ("high", "tf32")])
+def test_a_fall_back_to_cudnn_rounds_as_products_do(monkeypatch, products, expected):
+    """cuDNN's recurrences take TF32 for float32 unless told otherwise; both ways are seen through a stand-in here."""
+    seen, call = [], torch.func.functional_call
+
+    def record(*args):
+        seen.append(torch.backends.cudnn.rnn.fp32_precision)
+        return call(*args)
+
+    monkeypatch.setattr(torch.func, "functional_call", record)
+    made = cell(plait.LSTM, max_passes=1, recurrence="dense", gate_bias=6.0)
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.set_float32_matmul_precision(products)
+    try:
+        h, _, info = made(3 * randn(1, 200, DIM))
+        h.sum().backward()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert info.fell_back and seen == [expected] * 2
+    assert torch.backends.cudnn.rnn.fp32_precision == before

@@ -151,7 +151,9 @@ def _reference(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, opti
 def _solver(kernel: str):
     def run(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
         lengths = None if packing is None else packing.lengths
-        return library.Solve.apply((cell.cell.key, cell.bias is not None, lengths, kernel, *options), x, h0, *cell.tensors())
+        return library.Solve.apply(
+            (cell.cell.key, cell.bias is not None, lengths, kernel, *options), x, h0, *cell.tensors()
+        )
 
     return run
 

@@ -76,7 +76,9 @@ def forward(
     layout = layout_of(x, packing, engine, whole)
     solved = solve(cell, layout.by_step(x), layout.sort(h0), layout, tol, max_passes or MAX_PASSES, engine)
     final = layout.unsort(solved.states[layout.last])
-    h, rest = (_apart(layout.from_steps(part), solved.states) for part in (solved.states[:, :, 0], solved.states[:, :, 1:]))
+    h, rest = (
+        _apart(layout.from_steps(part), solved.states) for part in (solved.states[:, :, 0], solved.states[:, :, 1:])
+    )
     return h, rest, final, solved
 
 

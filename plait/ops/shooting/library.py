@@ -14,6 +14,7 @@ from plait.ops.packing import Packing
 from plait.ops.shooting import chunked, newton, torch_rnn
 from plait.ops.shooting.cells import KNOWN, Bound
 
+
 def _bound(name: str, tensors: Sequence[Tensor], bias: bool) -> Bound:
     return Bound(KNOWN[name], tensors[0], tensors[1] if bias else None, tuple(tensors[1 + bias :]))
 

@@ -35,7 +35,8 @@ def _plain(cell: Bound) -> bool:
 @contextmanager
 def _precise() -> Iterator[None]:
     """cuDNN's recurrences round float32 to TF32 by default; inside, only where torch's matrix products do so too."""
-    rnn, before = torch.backends.cudnn.rnn, torch.backends.cudnn.rnn.fp32_precision
+    rnn: Any = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision
     rnn.fp32_precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     try:
         yield
