@@ -15,15 +15,16 @@ from plait.ops.packing import Packing
 class Context:
     """Built once per call. `lengths` are the tokens each row has seen before it.
 
-    `positions` restart at 0 at each document and go on where a state left off. `stats` is where layers leave numbers
-    about this call, each under its `address`; nothing is left on modules.
+    `positions` restart at 0 at each document and go on where a state left off. `found` is where the layers of a slot leave
+    numbers about this call, each under its `path` in the slot; nothing is left on modules. Which slot it is nobody inside
+    knows, so that equal slots are one graph to torch.compile.
     """
 
     positions: Int[Tensor, "b t"]
     lengths: tuple[int, ...]
     packing: Packing | None = None
-    stats: dict[str, Any] = field(default_factory=dict)
-    address: str = ""
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    path: str = ""
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -50,24 +51,23 @@ class Context:
             self._cache[key] = compute()
         return self._cache[key]
 
-    def at(self, address: str) -> "Context":
-        """The same call as the layer at `address` sees it."""
-        return Context(self.positions, self.lengths, self.packing, self.stats, address, self._cache)
+    def slot(self) -> "Context":
+        """The same call as the next slot sees it."""
+        return Context(self.positions, self.lengths, self.packing, _cache=self._cache)
 
     def inside(self, part: int) -> "Context":
-        """The same call as a part of the layer at this address sees it."""
-        return self.at(f"{self.address}.{part}")
+        """The same call as a part of this layer sees it."""
+        return Context(self.positions, self.lengths, self.packing, self.found, f"{self.path}.{part}", self._cache)
 
     def report(self, name: str, value: Any) -> None:
-        """Leave a number about this call: `stats[address][name]`."""
-        self.stats.setdefault(self.address, {})[name] = value
+        """Leave a number about this call."""
+        self.found.setdefault(self.path, {})[name] = value
 
 
 def context_for(
     tokens: Int[Tensor, "b t"],
     lengths: tuple[int, ...] | None = None,
     documents: tuple[int, ...] | None = None,
-    stats: dict[str, Any] | None = None,
 ) -> Context:
     """The context of a call: `lengths` seen before per state row, `documents` the packed lengths (batch 1)."""
     b, t = tokens.shape
@@ -81,4 +81,4 @@ def context_for(
         positions = torch.arange(before[0], before[0] + t, device=tokens.device).expand(b, t)
     else:
         positions = torch.tensor(before, device=tokens.device)[:, None] + torch.arange(t, device=tokens.device)
-    return Context(positions, before, packing, {} if stats is None else stats)
+    return Context(positions, before, packing)

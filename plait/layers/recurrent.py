@@ -202,7 +202,7 @@ class RecurrentLayer(nn.Module):
         try:
             h, s, info = self.cell(u, state and state.s, context.packing)
         except NotConverged as error:
-            raise NotConverged(f"{context.address}: {error}") from None
+            raise NotConverged(f"{context.path}: {error}") from None
         context.report("solver", info)
         if self.norm is not None and self.gate_proj is not None:
             h = self.norm(h) * F.silu(self.gate_proj(x))

@@ -17,6 +17,7 @@ from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merge import MERGES
 from plait.layers.norm import Norm
 from plait.layers.recurrent import RecurrentLayer
+from plait.ops.shooting import NotConverged
 from plait.state import Branches, SlotState
 
 LAYERS: dict[type[Layer], Callable[..., nn.Module]] = {
@@ -36,7 +37,7 @@ Hidden = Float[Tensor, "b t d"]
 
 
 class Sublayer(nn.Module):
-    """One residual step of the model, x + f(norm(x)), named by its slot's address."""
+    """One residual step of the model, x + f(norm(x)). Its slot's address is for errors only: a graph is not bound to it."""
 
     def __init__(self, slot: Slot, mixer: nn.Module, design: ModelConfig):
         super().__init__()
@@ -45,7 +46,10 @@ class Sublayer(nn.Module):
         self.mixer = mixer
 
     def forward(self, x: Hidden, context: Context, state: SlotState | None) -> tuple[Hidden, SlotState | None]:
-        y, state = self.mixer(self.norm(x), context.at(self.address), state)
+        try:
+            y, state = self.mixer(self.norm(x), context, state)
+        except NotConverged as error:
+            raise NotConverged(f"{self.address}{error}") from None
         return x + y, state
 
 

@@ -82,9 +82,9 @@ class LanguageModel(nn.Module):
             documents = packed_lengths(tokens, cu_seqlens)
         rows = tokens.shape[0] if documents is None else len(documents)
         self._check_state(state, rows)
-        context = context_for(tokens, state.lengths if state else None, documents, stats)
+        context = context_for(tokens, state.lengths if state else None, documents)
         self._check_length(context, documents)
-        hidden, slots = self._stack(self.embed(tokens), context, state.slots if state else None)
+        hidden, slots = self._stack(self.embed(tokens), context, state.slots if state else None, stats)
         hidden = self.norm(hidden)
         if padding is not None:
             hidden = padding.restore(hidden)
@@ -104,16 +104,23 @@ class LanguageModel(nn.Module):
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def _stack(
-        self, x: Float[Tensor, "b t d"], context: Context, states: tuple[SlotState, ...] | None
+        self,
+        x: Float[Tensor, "b t d"],
+        context: Context,
+        states: tuple[SlotState, ...] | None,
+        stats: dict[str, Any] | None,
     ) -> tuple[Float[Tensor, "b t d"], tuple[SlotState, ...]]:
         after = []
         for i, slot in enumerate(self.slots):
-            before = states[i] if states else None
+            here, before = context.slot(), states[i] if states else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, new = checkpoint(slot, x, context, before, use_reentrant=False)
+                x, new = checkpoint(slot, x, here, before, use_reentrant=False)
             else:
-                x, new = slot(x, context, before)
+                x, new = slot(x, here, before)
             after.append(new)
+            if stats is not None:
+                for path, numbers in here.found.items():
+                    stats.setdefault(self.design.slots[i].address + path, {}).update(numbers)
         return x, tuple(after)
 
     def init_state(self, batch: int = 1, length: int = 0) -> ModelState:

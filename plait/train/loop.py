@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -87,8 +88,7 @@ class _Training:
         run, position, heldout = self.run, self.position, None
         self.model.activation_checkpointing = run.activation_checkpointing
         if run.compile:
-            for slot in self.model.slots:
-                slot.compile()
+            self.compile()
         self.model.train()
         while position.step < run.steps:
             self.one_step()
@@ -113,6 +113,14 @@ class _Training:
             position.seconds,
             heldout,
         )
+
+    def compile(self) -> None:
+        """Equal slots are one graph, in training and in evaluation; all are kept in one place, which is made for a single
+        function: without more room the slots that come last would run as they are."""
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 4 * len(self.model.slots))
+        for slot in self.model.slots:
+            slot.compile()
 
     def due(self, every: int, *, at_end: bool) -> bool:
         step = self.position.step

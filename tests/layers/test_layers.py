@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 import plait
+from plait.evaluate.laws import small
 from plait.layers import context_for
 from plait.layers.merge import MERGES
 from plait.layers.norm import Norm
@@ -223,3 +225,16 @@ def test_decays_of_fresh_layers():
     assert torch.equal(mamba.D, torch.ones(32))
     assert delta.A_log.exp().max() <= 16
     assert torch.equal(delta.dt_bias, torch.ones(8))
+
+
+@pytest.mark.parametrize(("pattern", "graphs"), [("(GF)4", 2), ("(MF)3", 2), ("([H|D]F)3", 2), ("(AF)3", 3)])
+def test_equal_slots_are_one_graph(pattern, graphs):
+    """But for the first attention layer, which makes what all of them share."""
+    model, compiler = plait.build(small(pattern)), CompileCounter()
+    torch.compiler.reset()
+    for slot in model.slots:
+        slot.compile(backend=compiler)
+    with torch.no_grad():
+        model(torch.arange(20)[None] % 11)
+    torch.compiler.reset()
+    assert compiler.frame_count == graphs

@@ -109,7 +109,7 @@ def has_compiler() -> bool:
 
 
 def compiled(design: ModelConfig, device: str, dtype: torch.dtype, backend: str = "aot_eager") -> float:
-    """11: torch.compile takes training and decoding as one graph each, and the answers agree."""
+    """11: torch.compile takes training, reading and decoding as one graph each, and the answers agree."""
     law, model = "compiled", subject(design, device, dtype)
     tokens = some_tokens(design, 70, device)[None]
     torch.compiler.reset()
@@ -119,7 +119,9 @@ def compiled(design: ModelConfig, device: str, dtype: torch.dtype, backend: str 
         want = with_gradients(model, lambda: outcome(list(model(tokens)[0]), None))
         worst = agree(law, "training", got, want)
         with torch.no_grad():
-            _, state = model(tokens, model.init_state(1, 80))
+            logits, state = model(tokens, model.init_state(1, 80))
+            got = outcome(list(whole(tokens, model.init_state(1, 80))[0]), None)
+            worst = max(worst, agree(law, "reading", got, outcome(list(logits), None)))
             want = _decode(model, state.fork(), tokens)
             worst = max(worst, agree(law, "decoding", _decode(whole, state.fork(), tokens), want))
     except TorchDynamoException as error:

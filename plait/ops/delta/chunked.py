@@ -63,7 +63,7 @@ class _Chunked(torch.autograd.Function):
         # where decays are strong, W runs down the chunk as their product: stop it before it is subnormal, which is slow
         W.copy_(hardshrink(W, torch.finfo(W.dtype).tiny ** 0.5))
         keys, last = k * to_end[..., None], a[:, -1, None, None]
-        V, before = torch.empty_like(v), v.new_empty(len(v), *S.shape[1:])
+        V, before = v.new_empty(v.shape), v.new_empty(len(v), *S.shape[1:])
         before[: rows[0]] = S[: rows[0]]
         first = 0
         for count, following in zip(rows, (*rows[1:], 0), strict=True):

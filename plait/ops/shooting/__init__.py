@@ -151,9 +151,11 @@ def _reference(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, opti
 def _solver(kernel: str):
     def run(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
         lengths = None if packing is None else packing.lengths
-        return library.Solve.apply(
-            (cell.cell.key, cell.bias is not None, lengths, kernel, *options), x, h0, *cell.tensors()
-        )
+        how, tensors = (cell.cell.key, cell.bias is not None, lengths, kernel, *options), cell.tensors()
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, h0, *tensors)):
+            return library.Solve.apply(how, x, h0, *tensors)
+        h, _, final, info = library.solve(x, h0, tensors, *how)  # where Dynamo would miscount a Function's *args
+        return h, final, info
 
     return run
 
