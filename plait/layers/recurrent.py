@@ -199,11 +199,18 @@ class RecurrentLayer(nn.Module):
         if self.conv1d_weight is not None:
             u, conv = causal_conv(x, self.conv1d_weight, self.conv1d_bias, state=conv, packing=context.packing)
             u = F.silu(u)
-        try:
-            h, s, info = self.cell(u, state and state.s, context.packing)
-        except NotConverged as error:
-            raise NotConverged(f"{context.path}: {error}") from None
+        solve = self._strictly if self.cell.config.strict else self._solve
+        h, s, info = solve(u, context, state)
         context.report("solver", info)
         if self.norm is not None and self.gate_proj is not None:
             h = self.norm(h) * F.silu(self.gate_proj(x))
         return self.out_proj(h), recurrent(s, conv)
+
+    def _solve(self, u: Tensor, context: Context, state: State | None) -> tuple[Tensor, Tensor | None, Info]:
+        return self.cell(u, state and state.s, context.packing)
+
+    def _strictly(self, u: Tensor, context: Context, state: State | None) -> tuple[Tensor, Tensor | None, Info]:
+        try:  # in a method of its own: where a graph breaks inside a try, torch.compile gives up the whole function
+            return self._solve(u, context, state)
+        except NotConverged as error:
+            raise NotConverged(f"{context.path}: {error}") from None

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.design.layers import GELU, Attention, GatedDeltaNet, Layer, Mamba2, ReLU2, SwiGLU
-from plait.design.model import ModelConfig, Slot
+from plait.design.model import ModelConfig
 from plait.design.pattern import Chain, Item, Parallel
 from plait.design.recurrent import GRU, LSTM, RNN, SLSTM
 from plait.layers.attention import AttentionLayer
@@ -17,7 +17,6 @@ from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merge import MERGES
 from plait.layers.norm import Norm
 from plait.layers.recurrent import RecurrentLayer
-from plait.ops.shooting import NotConverged
 from plait.state import Branches, SlotState
 
 LAYERS: dict[type[Layer], Callable[..., nn.Module]] = {
@@ -37,19 +36,15 @@ Hidden = Float[Tensor, "b t d"]
 
 
 class Sublayer(nn.Module):
-    """One residual step of the model, x + f(norm(x)). Its slot's address is for errors only: a graph is not bound to it."""
+    """One residual step of the model, x + f(norm(x))."""
 
-    def __init__(self, slot: Slot, mixer: nn.Module, design: ModelConfig):
+    def __init__(self, mixer: nn.Module, design: ModelConfig):
         super().__init__()
-        self.address = slot.address
         self.norm = Norm(design.dim, design.norm)
         self.mixer = mixer
 
     def forward(self, x: Hidden, context: Context, state: SlotState | None) -> tuple[Hidden, SlotState | None]:
-        try:
-            y, state = self.mixer(self.norm(x), context, state)
-        except NotConverged as error:
-            raise NotConverged(f"{self.address}{error}") from None
+        y, state = self.mixer(self.norm(x), context, state)
         return x + y, state
 
 
@@ -114,4 +109,4 @@ def build_stack(design: ModelConfig) -> nn.ModuleList:
     def chain(items: Chain) -> ChainLayer:
         return ChainLayer([layer(item) for item in items], design)
 
-    return nn.ModuleList(Sublayer(slot, layer(slot.item), design) for slot in design.slots)
+    return nn.ModuleList(Sublayer(layer(slot.item), design) for slot in design.slots)

@@ -16,6 +16,7 @@ from plait.design.summary import summary
 from plait.layers import Context, build_stack, context_for
 from plait.layers.norm import Norm
 from plait.model.padding import Padding, packed_lengths
+from plait.ops.shooting import NotConverged
 from plait.state import KV, Branches, ModelState, Nothing, Recurrent, SlotState, Window
 
 
@@ -112,15 +113,18 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], tuple[SlotState, ...]]:
         after = []
         for i, slot in enumerate(self.slots):
-            here, before = context.slot(), states[i] if states else None
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, new = checkpoint(slot, x, here, before, use_reentrant=False)
-            else:
-                x, new = slot(x, here, before)
+            here, before, address = context.slot(), states[i] if states else None, self.design.slots[i].address
+            try:
+                if self.activation_checkpointing and torch.is_grad_enabled():
+                    x, new = checkpoint(slot, x, here, before, use_reentrant=False)
+                else:
+                    x, new = slot(x, here, before)
+            except NotConverged as error:
+                raise NotConverged(f"{address}{error}") from None
             after.append(new)
             if stats is not None:
                 for path, numbers in here.found.items():
-                    stats.setdefault(self.design.slots[i].address + path, {}).update(numbers)
+                    stats.setdefault(address + path, {}).update(numbers)
         return x, tuple(after)
 
     def init_state(self, batch: int = 1, length: int = 0) -> ModelState:

@@ -17,6 +17,7 @@ from plait.data import Batch, Loader, Shards, Tokenizer
 from plait.files import write_text
 from plait.model import LanguageModel, build
 from plait.model.device import find_device
+from plait.ops.graph import leave_documents_outside
 from plait.ops.shooting import NotConverged
 from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
 from plait.train.config import RunConfig, to_yaml
@@ -115,8 +116,9 @@ class _Training:
         )
 
     def compile(self) -> None:
-        """Equal slots are one graph, in training and in evaluation; all are kept in one place, which is made for a single
+        """Equal slots share their graphs, in training and in evaluation; all are kept in one place, which is made for a single
         function: without more room the slots that come last would run as they are."""
+        leave_documents_outside()
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, 4 * len(self.model.slots))
         for slot in self.model.slots:

@@ -14,6 +14,7 @@ from plait.layers.merge import MERGES
 from plait.layers.norm import Norm
 from plait.layers.rope import turn
 from plait.layers.stack import LAYERS
+from plait.ops import graph
 from plait.ops.attention import attention
 from plait.ops.rms_norm import l2norm
 
@@ -238,3 +239,21 @@ def test_equal_slots_are_one_graph(pattern, graphs):
         model(torch.arange(20)[None] % 11)
     torch.compiler.reset()
     assert compiler.frame_count == graphs
+
+
+@pytest.mark.parametrize("pattern", ["AF", "MF", "DF", "GF", "[S|W]F"])
+def test_documents_of_other_lengths_need_no_other_graph(pattern, monkeypatch):
+    monkeypatch.setattr(graph, "_outside", {})
+    graph.leave_documents_outside()
+    model, compiler, tokens = plait.build(small(pattern)), CompileCounter(), torch.arange(40)[None] % 11
+    torch.compiler.reset()
+    for slot in model.slots:
+        slot.compile(backend=compiler)
+    with torch.no_grad():
+        model(tokens, cu_seqlens=torch.tensor([0, 10, 40]))
+        once = compiler.frame_count
+        for bounds in ([0, 25, 40], [0, 3, 9, 40], [0, 40]):
+            got = model(tokens, cu_seqlens=torch.tensor(bounds))[0]
+    torch.compiler.reset()
+    assert 0 < once == compiler.frame_count
+    torch.testing.assert_close(got, plait.build(small(pattern))(tokens)[0])

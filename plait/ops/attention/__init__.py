@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.ops.attention import chunked, reference
+from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, always, choose
 from plait.ops.packing import Packing
 
@@ -13,6 +14,7 @@ KERNELS = (Kernel("chunked", chunked.run, always), Kernel("reference", reference
 Start = int | Int[Tensor, " b"]
 
 
+@by_documents
 def attention(
     q: Float[Tensor, "b t h k"],
     k: Float[Tensor, "b s g k"],

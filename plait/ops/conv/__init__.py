@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.ops.conv import chunked, reference, step
+from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, always, cast, choose, many_tokens, one_token
 from plait.ops.packing import Packing
 
@@ -15,6 +16,7 @@ KERNELS = (
 )
 
 
+@by_documents
 def causal_conv(
     x: Float[Tensor, "b t d"],
     weight: Float[Tensor, "d w"],

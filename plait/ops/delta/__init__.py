@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.ops.delta import chunked, reference, step
+from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
 from plait.ops.packing import Packing
 
@@ -14,6 +15,7 @@ KERNELS = (
 )
 
 
+@by_documents
 def gated_delta(
     q: Float[Tensor, "b t g k"],
     k: Float[Tensor, "b t g k"],

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from plait.design.spelling import suggest
+from plait.ops.graph import by_documents
 from plait.ops.kernels import Call, Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.shooting import library, reference
@@ -50,6 +51,7 @@ class Options(NamedTuple):
     max_passes: int | None
 
 
+@by_documents
 def shooting(
     cell: Bound,
     x: Float[Tensor, "b t g h k"],

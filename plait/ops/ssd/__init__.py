@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.ssd import chunked, reference, step
@@ -14,6 +15,7 @@ KERNELS = (
 )
 
 
+@by_documents
 def ssd(
     q: Float[Tensor, "b t g k"],
     k: Float[Tensor, "b t g k"],
