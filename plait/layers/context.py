@@ -51,9 +51,14 @@ class Context:
             self._cache[key] = compute()
         return self._cache[key]
 
-    def slot(self) -> "Context":
-        """The same call as the next slot sees it."""
-        return Context(self.positions, self.lengths, self.packing, _cache=self._cache)
+    def slot(self) -> Callable[[], "Context"]:
+        """Makes the same call as the next slot sees it, each time anew: a slot that is recomputed must see what it saw."""
+        known = dict(self._cache)
+        return lambda: Context(self.positions, self.lengths, self.packing, _cache=dict(known))
+
+    def learn(self, slot: "Context") -> None:
+        """What a slot has computed once is there for the slots after it."""
+        self._cache.update(slot._cache)
 
     def inside(self, part: int) -> "Context":
         """The same call as a part of this layer sees it."""

@@ -1,5 +1,6 @@
 """The language model: embedding, residual stack, head. One call form for training, prefill, decoding and packing."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,14 +114,15 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], tuple[SlotState, ...]]:
         after = []
         for i, slot in enumerate(self.slots):
-            here, before, address = context.slot(), states[i] if states else None, self.design.slots[i].address
+            before, address = states[i] if states else None, self.design.slots[i].address
             try:
                 if self.activation_checkpointing and torch.is_grad_enabled():
-                    x, new = checkpoint(slot, x, here, before, use_reentrant=False)
+                    x, new, here = checkpoint(_run, slot, x, context.slot(), before, use_reentrant=False)
                 else:
-                    x, new = slot(x, here, before)
+                    x, new, here = _run(slot, x, context.slot(), before)
             except NotConverged as error:
                 raise NotConverged(f"{address}{error}") from None
+            context.learn(here)
             after.append(new)
             if stats is not None:
                 for path, numbers in here.found.items():
@@ -179,6 +181,14 @@ class LanguageModel(nn.Module):
 
     def __repr__(self) -> str:
         return summary(self.design)
+
+
+def _run(
+    slot: nn.Module, x: Tensor, context: Callable[[], Context], before: SlotState | None
+) -> tuple[Tensor, SlotState, Context]:
+    here = context()
+    x, after = slot(x, here, before)
+    return x, after, here
 
 
 _VALUES = {"window": Window, "recurrent": Recurrent, "none": Nothing}

@@ -257,3 +257,22 @@ def test_documents_of_other_lengths_need_no_other_graph(pattern, monkeypatch):
     torch.compiler.reset()
     assert 0 < once == compiler.frame_count
     torch.testing.assert_close(got, plait.build(small(pattern))(tokens)[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own doing
+@pytest.mark.parametrize("pattern", ["AFA", "G[M|S]F"])
+def test_slots_are_recomputed_by_the_graphs_they_ran_in(pattern, monkeypatch):
+    monkeypatch.setattr(graph, "_outside", {})
+    graph.leave_documents_outside()
+    plain, model = plait.build(small(pattern)), plait.build(small(pattern))
+    torch.compiler.reset()
+    model.activation_checkpointing = True
+    for slot in model.slots:
+        slot.compile(backend="aot_eager")
+    tokens = torch.arange(40)[None] % 11
+    for bounds in ([0, 10, 40], [0, 40], [0, 3, 9, 40]):
+        for each in (plain, model):
+            each(tokens, cu_seqlens=torch.tensor(bounds))[0].square().mean().backward()
+    torch.compiler.reset()
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-6)  # float32, of small numbers
