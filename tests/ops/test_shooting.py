@@ -1,5 +1,7 @@
 """The public solver of nonlinear recurrences against the loop over tokens, and what it says of itself."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -148,6 +150,21 @@ def test_it_runs_in_inference_mode(mix):
     with torch.inference_mode():
         bound, x, h0 = problem(GRU(), mix)
         assert int(shooting(bound, x, h0)[2].passes) > 2  # a Jacobian was needed
+
+
+@dataclass(frozen=True)
+class Checked(GRU):
+    """A cell with checks of its own, in place of what `Cell` does on construction."""
+
+    slope: float = 1.0
+
+    def __post_init__(self):
+        assert self.slope > 0
+
+
+def test_a_cell_may_check_itself():
+    bound, x, h0 = problem(Checked())
+    torch.testing.assert_close(shooting(bound, x, h0)[0], reference.run(bound, x, h0, None)[0][:, :, 0])
 
 
 @pytest.mark.parametrize(("cell", "length"), [(GRU(), 200), (GRU(), 5), (LSTM(), 5)])  # many chunks; one
