@@ -63,9 +63,11 @@ class Cell:
         """New states from inputs x, recurrence m and states s, a tensor per name, any shape; elementwise and smooth."""
         raise NotImplementedError(f"{type(self).__name__} has no step(self, x, m, s, w)")
 
-    def advance(self, x: Float[Tensor, "n g h k"], m: Float[Tensor, "n g h k"], s: Parts, w: Parts) -> Parts:
-        """`step` outside autograd, with inputs and recurrence in one piece each, for cells that can use that."""
-        return self.step(x.unbind(1), m.unbind(1), s, w)
+    def advance(self, x: Float[Tensor, "n g h k"], bound: "Bound", s: Parts, into: Float[Tensor, "n s h k"]) -> Parts:
+        """A token outside autograd, its inputs and new states in one piece each, for cells that can use that."""
+        parts = self.step(x.unbind(1), bound.mix(s[0]).unbind(1), s, bound.weights)
+        torch.stack(parts, 1, out=into)
+        return parts
 
     def bind(self, recurrent: Tensor, *, bias: Tensor | None = None, weights: Parts = ()) -> "Bound":
         """The cell with its numbers, as `shooting` takes it."""
@@ -118,6 +120,12 @@ class Bound:
             columns = self.recurrent.permute(1, 3, 0, 2).reshape(heads, k, g * k)
             m = torch.bmm(rows, columns).view(heads, -1, g, k).permute(1, 2, 0, 3).reshape(*h.shape[:-2], g, heads, k)
         return m if self.bias is None else m + self.bias
+
+    def mix_into(self, x: Float[Tensor, "*n g h k"], h: Float[Tensor, "*n h k"]) -> Float[Tensor, "*n g h k"]:
+        """x + m."""
+        if self.diagonal and self.bias is None:
+            return torch.addcmul(x, self.recurrent, h.unsqueeze(-3))
+        return x + self.mix(h)
 
     def unmix(self, r: Float[Tensor, "n g h k"]) -> Float[Tensor, "n h k"]:
         """R^T r."""
@@ -191,16 +199,18 @@ class LSTM(Cell):
         o = torch.sigmoid(torch.addcmul(o, w[1], c) if self.peephole else o)
         return o * torch.tanh(c), c
 
-    def advance(self, x: Float[Tensor, "n g h k"], m: Float[Tensor, "n g h k"], s: Parts, w: Parts) -> Parts:
+    def advance(self, x: Float[Tensor, "n g h k"], bound: "Bound", s: Parts, into: Float[Tensor, "n s h k"]) -> Parts:
         """All gates in one call, tanh(z) as 2 sigmoid(2 z) - 1: on a CPU a few large operations, over all its cores, take
         half the time of many small ones."""
         if self.peephole or self.coupled:
-            return super().advance(x, m, s, w)
-        gates = x + m
-        gates[:, 1] *= 2
+            return super().advance(x, bound, s, into)
+        gates = bound.mix_into(x, s[0])
+        gates[:, 1].mul_(2)
         f, z, o, i = gates.sigmoid_().unbind(1)
-        c = torch.addcmul(torch.addcmul(-i, f, s[1]), i, z, value=2)
-        return o * torch.tanh(c), c
+        h, c = into.unbind(1)
+        torch.addcmul(torch.addcmul(-i, f, s[1]), i, z, value=2, out=c)
+        torch.mul(o, torch.tanh(c), out=h)
+        return h, c
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,7 @@ def run(cell: Bound, x: Tensor, s: Tensor) -> Tensor:
     states = s.new_empty(len(x), *s.shape)
     parts = s.unbind(1)
     for tokens, into in zip(x.unbind(0), states.unbind(0), strict=True):
-        parts = cell.cell.advance(tokens, cell.mix(parts[0]), parts, cell.weights)
-        torch.stack(parts, 1, out=into)
+        parts = cell.cell.advance(tokens, cell, parts, into)
     return states
 
 
