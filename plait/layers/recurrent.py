@@ -17,7 +17,6 @@ from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
 from plait.ops.packing import Packing
 from plait.ops.shooting import Bound, Cell, Info, NotConverged, cells, shooting
-from plait.ops.shooting.cells import KNOWN
 from plait.state import Recurrent as State
 from plait.state import recurrent
 
@@ -45,7 +44,6 @@ class RecurrentCell(nn.Module):
         super().__init__()
         self.config = config = config.resolve(dim)
         self.cell = cell_of(config)
-        KNOWN.setdefault(self.cell.key, self.cell)  # whatever its class does on construction
         heads, k, units = told(config.heads), told(config.head_dim), config.units()
         g, _, weights = config.sizes()
         self.in_proj = nn.Linear(dim, g * units, bias=False) if config.projection == "dense" else None

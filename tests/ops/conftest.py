@@ -1,6 +1,5 @@
 """Memory that nobody wrote is NaN here, so that an op that reads it cannot pass; and words that all op tests share."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -70,8 +69,8 @@ def packing(lengths=DOCUMENTS) -> Packing:
 def run_checks_in_the_interpreter() -> Callable[[str], None]:
     """Runs a file's `check_*` functions in Triton's interpreter, which has to be chosen before triton is first imported and
     so gets a process of its own."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+    if sys.platform != "linux":
+        pytest.skip("Triton exists for Linux only")
 
     def run(file: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}

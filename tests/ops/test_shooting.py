@@ -1,5 +1,6 @@
 """The public solver of nonlinear recurrences against the loop over tokens, and what it says of itself."""
 
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from plait.ops.kernels import forced
 from plait.ops.packing import Packing, chunks
-from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, SOLVERS, NotConverged, chunked, reference, shooting
+from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, SOLVERS, NotConverged, cells, chunked, reference, shooting
 
 CELLS = [RNN(), RNN("relu"), GRU(), LSTM(), LSTM(peephole=True), LSTM(coupled=True, peephole=True), SLSTM()]
 MIXES = {
@@ -165,6 +166,14 @@ class Checked(GRU):
 def test_a_cell_may_check_itself():
     bound, x, h0 = problem(Checked())
     torch.testing.assert_close(shooting(bound, x, h0)[0], reference.run(bound, x, h0, None)[0][:, :, 0])
+
+
+@pytest.mark.parametrize("cell", [GRU(), LSTM(coupled=True), Checked(slope=2.0)])
+def test_a_cell_that_comes_from_another_process_is_known(cell, monkeypatch):
+    written = pickle.dumps(cell)
+    monkeypatch.setattr(cells, "KNOWN", {})
+    read = pickle.loads(written)
+    assert read == cell and {read.key: read} == cells.KNOWN
 
 
 @pytest.mark.parametrize(("cell", "length"), [(GRU(), 200), (GRU(), 5), (LSTM(), 5)])  # many chunks; one

@@ -13,7 +13,6 @@ from plait.ops.packing import Packing
 from plait.ops.shooting import library, reference
 from plait.ops.shooting.cells import EMPTY as EMPTY
 from plait.ops.shooting.cells import GRU as GRU
-from plait.ops.shooting.cells import KNOWN
 from plait.ops.shooting.cells import LSTM as LSTM
 from plait.ops.shooting.cells import RNN as RNN
 from plait.ops.shooting.cells import SLSTM as SLSTM
@@ -154,8 +153,6 @@ def _reference(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, opti
 def _solver(kernel: str):
     def run(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
         lengths = None if packing is None else packing.lengths
-        if cell.cell.key not in KNOWN:  # its class has a __post_init__ of its own
-            KNOWN[cell.cell.key] = cell.cell
         how, tensors = (cell.cell.key, cell.bias is not None, lengths, kernel, *options), cell.tensors()
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, h0, *tensors)):
             return library.Solve.apply(how, x, h0, *tensors)

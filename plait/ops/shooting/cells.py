@@ -5,9 +5,9 @@ that is added to (or, in a GRU, gated into) the inputs; `Bound` holds R as a vec
 Solvers get the Jacobian from these two parts: the step's own partial derivatives, elementwise, and R.
 """
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,16 @@ Parts = tuple[Tensor, ...]
 KNOWN: dict[str, "Cell"] = {}  # operators take text, so a cell goes in by its name
 
 
-class Cell:
+class Known(type):
+    """Every cell is known by its name from its construction, whatever its class does there: torch.compile can make none."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        cell = super().__call__(*args, **values)
+        KNOWN.setdefault(cell.key, cell)
+        return cell
+
+
+class Cell(metaclass=Known):
     """Subclass, name what a unit reads and keeps, and write `step`. Instances are plain values: frozen dataclasses.
 
     inputs: the numbers that the projection of the layer's input gives each unit; the recurrence gives as many.
@@ -34,11 +43,10 @@ class Cell:
     states: ClassVar[tuple[str, ...]] = ("h",)
     weights: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
-        self.__post_init__()
-
-    def __post_init__(self) -> None:
-        KNOWN.setdefault(self.key, self)  # from the start, since torch.compile cannot make a name
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, in another process too, is constructed, and so known there."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init} if is_dataclass(self) else {}
+        return partial(type(self), **values), ()
 
     @cached_property
     def key(self) -> str:

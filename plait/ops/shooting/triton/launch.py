@@ -1,4 +1,4 @@
-"""Kernel launches at half of Triton's cost to the host, which counts where a call takes a fraction of a millisecond."""
+"""Kernel launches with less work for the host, which counts where a call takes a fraction of a millisecond."""
 
 from typing import Any
 
