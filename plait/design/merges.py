@@ -1,23 +1,34 @@
 """How parallel branches b_1 .. b_n of one slot become one output. All are (b, t, d) tensors."""
 
 from plait.design.struct import Struct
+from plait.design.weights import Constant, Normal, Weight, Weights, projection
 
 
 class Merge(Struct, frozen=True, kw_only=True):
-    """`branch_norm`: RMSNorm each branch first, since their scales differ by more than ten (arXiv 2510.04800, table 6)."""
+    """`branch_norm`: norm each branch first, since their scales differ by more than ten (arXiv 2510.04800, table 6)."""
 
     branch_norm: bool = True
 
-    def parameters(self, dim: int, branches: int) -> int:
-        return 0
+    def check(self, branches: int) -> None:
+        """Raise ValueError where this merge does not fit so many branches."""
 
-    def matrix(self, dim: int, branches: int) -> int:
-        """Multiply-adds for one token."""
+    def learned(self, dim: int, branches: int) -> Weights:
+        return ()
+
+    def mixing(self, dim: int, branches: int) -> int:
+        """FLOPs for one token beside those of the weights' matrices."""
         return 0
 
 
 class Sum(Merge, frozen=True, kw_only=True, tag="sum"):
-    """b_1 + ... + b_n."""
+    """w_1 b_1 + ... + w_n b_n with fixed `weights`; without them all are 1."""
+
+    weights: tuple[float, ...] = ()
+
+    def check(self, branches: int) -> None:
+        given = len(self.weights)
+        if given not in (0, branches):
+            raise ValueError(f"Sum.weights has {given} numbers for {branches} branches")
 
 
 class Average(Merge, frozen=True, kw_only=True, tag="average"):
@@ -27,21 +38,15 @@ class Average(Merge, frozen=True, kw_only=True, tag="average"):
 class Projection(Merge, frozen=True, kw_only=True, tag="projection"):
     """W [b_1; ...; b_n]."""
 
-    def parameters(self, dim: int, branches: int) -> int:
-        return branches * dim * dim
-
-    def matrix(self, dim: int, branches: int) -> int:
-        return branches * dim * dim
+    def learned(self, dim: int, branches: int) -> Weights:
+        return projection("out_proj", dim, branches * dim, writes=True)
 
 
 class Gated(Merge, frozen=True, kw_only=True, tag="gated"):
     """sum_i g_i b_i with g = softmax(W u) over the branches, for each token of the slot's input u; starts as the average."""
 
-    def parameters(self, dim: int, branches: int) -> int:
-        return branches * dim
-
-    def matrix(self, dim: int, branches: int) -> int:
-        return branches * dim
+    def learned(self, dim: int, branches: int) -> Weights:
+        return (Weight("gate", (branches, dim), "blocks", Constant(0.0)),)
 
 
 class MergeAttention(Merge, frozen=True, kw_only=True, tag="merge_attention"):
@@ -50,11 +55,12 @@ class MergeAttention(Merge, frozen=True, kw_only=True, tag="merge_attention"):
     The query q is learned and the same for all positions.
     """
 
-    def parameters(self, dim: int, branches: int) -> int:
-        return 2 * dim * dim + dim
+    def learned(self, dim: int, branches: int) -> Weights:
+        query = Weight("query", (dim,), "vector", Normal(1.0))
+        return query, *projection("k_proj", dim, dim), *projection("v_proj", dim, dim)
 
-    def matrix(self, dim: int, branches: int) -> int:
-        return dim * dim + branches * dim  # W_v commutes with the weighted sum, and W_k^T q is one vector per call
+    def mixing(self, dim: int, branches: int) -> int:
+        return 2 * (branches - 1) * dim * dim + 2 * branches * dim  # W_k of every branch; W_v once: it commutes
 
 
 MERGE_KINDS: dict[str, type[Merge]] = {

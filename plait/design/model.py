@@ -2,81 +2,65 @@
 
 import hashlib
 import json
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Self
 
 import msgspec
 
 from plait.design import pattern as patterns
-from plait.design.layers import KINDS, LETTERS, Layer
+from plait.design.ends import FRONT_KINDS, HEAD_KINDS, Front, Head, Logits, Tokens, Vectors
 from plait.design.merges import MERGE_KINDS, Average, Merge
-from plait.design.pattern import Chain, Item, Letter, Parallel, PatternError
-from plait.design.struct import Struct, check_keys, convert, convert_kind, positive
-
-
-class RMSNorm(Struct, frozen=True, kw_only=True, tag=False):
-    """x / rms(x) times w (arXiv 1910.07467); `zero_centered`: times 1 + w with w starting at 0 (Gemma, Qwen3-Next)."""
-
-    eps: float = 1e-6
-    zero_centered: bool = False
-
-    def __post_init__(self) -> None:
-        positive(self, "eps")
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One residual step of the model. `address` is how tables, plans and reports name it: "A#2" is the third A."""
-
-    index: int
-    address: str
-    item: Item
-
-    @property
-    def text(self) -> str:
-        return patterns.render((self.item,))
+from plait.design.norms import Norm, RMSNorm, read_norm
+from plait.design.pattern import Chain
+from plait.design.places import Node, ParallelPlace, Resolver, nodes, read_layer
+from plait.design.struct import DERIVED, Struct, check_keys, convert, convert_kind, non_defaults, positive
+from plait.design.wrap import PLAIN, Wrap
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
     """A design: vocabulary size, width, pattern, and what the pattern's letters mean.
 
-    Letters that `layers` leaves out have the defaults of `plait.design.layers.LETTERS`, derived from `dim`.
-    `merge` is used by every parallel slot whose pattern names none.
+    layers: what letters are; those left out have the defaults of `plait.design.layers.LETTERS`, derived from `dim`.
+    at: changes to single layers, by address: {"A#5": {"heads": 12}}; "par#0" has a merge and a wrap.
+    merge, merges: of every parallel slot whose pattern names none; and merges by name, for "[M|A]:name".
+    norm, wrap: the norm used throughout, and how layers sit on the residual stream.
+    front, head: what comes in (tokens, or vectors) and what is given (logits, or numbers).
+    tie_embeddings: the logits' matrix is the embeddings, where the front is tokens.
+    vocab: ids of the tokenizer, or classes; not needed between vectors and a regression head.
     """
 
-    vocab: int
     dim: int
     pattern: str
+    vocab: int = DERIVED
     layers: dict[str, Any] = {}
+    at: dict[str, Any] = {}
     merge: Any = Average()
+    merges: dict[str, Any] = {}
     norm: Any = RMSNorm()
+    wrap: Any = Wrap()
+    front: Any = Tokens()
+    head: Any = Logits()
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
         positive(self, "vocab", "dim")
-        hint = " (a cell of your own is known once plait.register has been called)"
-        layers = {name: convert_kind(layer, KINDS, f"layers.{name}", hint) for name, layer in self.layers.items()}
-        msgspec.structs.force_setattr(self, "layers", layers)
-        msgspec.structs.force_setattr(self, "merge", convert_kind(self.merge, MERGE_KINDS, "merge"))
-        msgspec.structs.force_setattr(self, "norm", convert(self.norm, RMSNorm, "norm"))
-        for letter in patterns.letters(self.chain):
-            self._resolve(letter)
+        self._set("layers", {name: read_layer(layer, f"layers.{name}") for name, layer in self.layers.items()})
+        self._set("merge", convert_kind(self.merge, MERGE_KINDS, "merge"))
+        merges = {name: convert_kind(merge, MERGE_KINDS, f"merges.{name}") for name, merge in self.merges.items()}
+        self._set("merges", merges)
+        self._set("norm", read_norm(self.norm, "norm"))
+        self._set("wrap", convert(self.wrap, Wrap, "wrap"))
+        self._set("front", convert_kind(self.front, FRONT_KINDS, "front"))
+        self._set("head", convert_kind(self.head, HEAD_KINDS, "head"))
+        if self.vocab is None and (isinstance(self.front, Tokens) or isinstance(self.head, Logits)):
+            raise ValueError("design: 'vocab' is missing; only a design from vectors to a regression head needs none")
+        self._set("at", {address: self._plain(change) for address, change in self.at.items()})
+        _ = self.slots  # raises for what does not fit
 
-    def _resolve(self, letter: Letter) -> Layer:
-        known = LETTERS | self.layers
-        if letter.name not in known:
-            described = {name: f"{name} ({type(layer).__name__})" for name, layer in known.items()}
-            raise PatternError(
-                self.pattern,
-                letter.column,
-                f"no layer is bound to {letter.name!r}; bind it in `layers`, or use one of {', '.join(described.values())}",
-            )
-        try:
-            return known[letter.name].resolve(self.dim)
-        except ValueError as error:
-            raise ValueError(f"layer {letter.name!r}: {error}") from None
+    @staticmethod
+    def _plain(change: Any) -> Any:
+        return change.to_dict() if isinstance(change, Struct) else change
 
     @cached_property
     def chain(self) -> Chain:
@@ -84,40 +68,45 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
         return patterns.parse(self.pattern)
 
     @cached_property
-    def bound(self) -> dict[str, Layer]:
-        """Every letter of the pattern with its layer, all numbers filled in."""
-        return {letter.name: self._resolve(letter) for letter in patterns.letters(self.chain)}
+    def slots(self) -> tuple[Node, ...]:
+        """The residual steps in order, each with its layer resolved: a layer, or branches with a merge."""
+        return Resolver(self).slots()
+
+    def places(self) -> tuple[str, ...]:
+        """The address of every layer and parallel slot, in reading order: "A#0", "par#0", "M#0", ..."""
+        return tuple(self._by_address)
+
+    def place(self, address: str) -> Node:
+        """What stands at an address. Raises ValueError naming the nearest address that exists."""
+        if address not in self._by_address:
+            raise ValueError(f"there is no place {address!r}; {nearest_place(address, self._by_address)}")
+        return self._by_address[address]
 
     @cached_property
-    def slots(self) -> tuple[Slot, ...]:
-        """The residual steps in order."""
-        seen: Counter[str] = Counter()
-        slots = []
-        for index, item in enumerate(self.chain):
-            name = patterns.render((item,))
-            slots.append(Slot(index, f"{name}#{seen[name]}", item))
-            seen[name] += 1
-            if isinstance(item, Parallel):  # an A inside a branch counts as an A
-                seen.update(letter.name for letter in patterns.letters((item,)))
-        return tuple(slots)
+    def _by_address(self) -> dict[str, Node]:
+        return {node.address: node for node in nodes(self.slots)}
 
-    def merge_of(self, item: Parallel) -> Merge:
-        """The merge of one parallel slot: the design's where the pattern names none or names the same kind."""
-        if item.merge is None or type(self.merge) is MERGE_KINDS[item.merge]:
-            return self.merge
-        return MERGE_KINDS[item.merge]()
+    @property
+    def full_wrap(self) -> Wrap:
+        """The design's wrap with nothing left out."""
+        return self.wrap.over(PLAIN.replace(norm=self.norm))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head's matrix is the embeddings'."""
+        return self.tie_embeddings and isinstance(self.front, Tokens) and isinstance(self.head, Logits)
 
     @cached_property
     def hash(self) -> str:
-        """Equal for designs that build the same model, however they are spelled."""
+        """Equal for designs that build the same model, however they are spelled. Fields at their defaults are left out, so
+        that a field that is new changes no hash."""
+        ends = {"norm": self.norm, "front": self.front, "head": self.head}
         full = {
             "vocab": self.vocab,
             "dim": self.dim,
-            "pattern": patterns.render(self.chain),
-            "layers": {name: full_dict(layer) for name, layer in sorted(self.bound.items())},
-            "merge": full_dict(self.merge),
-            "norm": full_dict(self.norm),
-            "tie_embeddings": self.tie_embeddings,
+            "tied": self.tied,
+            "slots": [_identity(node) for node in self.slots],
+            **{name: non_defaults(value) for name, value in ends.items()},
         }
         return hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -127,7 +116,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
         if not isinstance(data, dict):
             raise ValueError(f"design: expected a mapping, got {data!r}")
         check_keys(data, cls, "design")
-        missing = [name for name in ("vocab", "dim", "pattern") if name not in data]
+        missing = [name for name in ("dim", "pattern") if name not in data]
         if missing:
             raise ValueError(f"design: {missing[0]!r} is missing; a design needs vocab, dim and pattern")
         return convert(data, cls, "design")
@@ -140,8 +129,22 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
         return data
 
 
-def full_dict(config: Struct) -> dict[str, Any]:
-    """All fields that say what is built, defaults included, so that the hash does not depend on what was spelled out."""
-    values = {name: getattr(config, name) for name in config.__struct_fields__ if name not in config.only_how}
-    plain = {name: full_dict(value) if isinstance(value, Struct) else value for name, value in values.items()}
-    return {"kind": type(config).__name__} | plain
+def nearest_place(address: str, known: Any) -> str:
+    from plait.design.spelling import suggest
+
+    letter = str(address).partition("#")[0]
+    same = [place for place in known if place.partition("#")[0] == letter]
+    if same:
+        return f"{letter!r} goes from {same[0]} to {same[-1]}" if len(same) > 1 else f"the only {letter!r} is {same[0]}"
+    return suggest(str(address), known) if len(list(known)) < 12 else f"places: {', '.join(list(known)[:8])}, ..."
+
+
+def _identity(node: Node) -> Any:
+    """What a slot is, without names: letters and merges may be called anything. Shared layers are told by who shares."""
+    if isinstance(node, ParallelPlace):
+        branches = [[_identity(part) for part in branch] for branch in node.branches]
+        return {"merge": non_defaults(node.merge), "branches": branches, "wrap": non_defaults(node.wrap, PLAIN)}
+    layer = non_defaults(node.layer.replace(wrap=None)) | {"wrap": non_defaults(node.wrap, PLAIN)}
+    return layer | ({"letter": node.letter} if node.layer.shared else {})
+
+

@@ -15,13 +15,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from plait.design.spelling import suggest
-
-MERGES = ("average", "gated", "merge_attention", "projection", "sum")
 MAX_SLOTS = 10_000  # a typing slip such as "A99999999" should be an error, not an hour of building
 
 _LETTER = re.compile(r"[A-Z][a-z]*")
-_NAME = re.compile(r"[A-Za-z_]+")
+_NAME = re.compile(r"[a-z_][a-z0-9_]*")
 _COUNT = re.compile(r"\d+")
 
 
@@ -48,6 +45,7 @@ class Parallel:
     branches: tuple["Chain", ...]
     merge: str | None = None
     column: int = field(default=0, compare=False)
+    merge_column: int = field(default=0, compare=False)
 
 
 Item = Letter | Parallel
@@ -142,22 +140,19 @@ class _Reader:
         at = self.closed(at, "]", opened)
         if len(branches) < 2:
             raise self.error(at - 1, "one branch alone is not parallel: write '[M|A]', or drop the brackets")
-        merge, at = self.merge(at)
-        return (Parallel(tuple(branches), merge, opened + 1),), at
+        merge, start, at = self.merge(at)
+        return (Parallel(tuple(branches), merge, opened + 1, start + 1),), at
 
-    def merge(self, at: int) -> tuple[str | None, int]:
+    def merge(self, at: int) -> tuple[str | None, int, int]:
+        """The name, where it begins, and the position after it."""
         colon = self.skip(at)
         if self.peek(colon) != ":":
-            return None, at
+            return None, at, at
         start = self.skip(colon + 1)
-        match = _NAME.match(self.text, start)
+        match = _NAME.match(self.text, start)  # "[M|A]:sum AF" and "[M|A]:sumAF" both end the name at the capital
         if not match:
-            raise self.error(start, f"expected the name of a merge after ':', one of {', '.join(MERGES)}")
-        # "[M|A]:sum AF" and "[M|A]:sumAF" both end the name at the capital
-        name = match.group() if match.group() in MERGES else re.split(r"(?<=[a-z_])(?=[A-Z])", match.group())[0]
-        if name not in MERGES:
-            raise self.error(start, f"unknown merge {name!r}; {suggest(name, MERGES)}")
-        return name, start + len(name)
+            raise self.error(start, "expected the name of a merge after ':', in lower case, as in '[M|A]:gated'")
+        return match.group(), start, match.end()
 
     def count(self, at: int) -> tuple[int, int]:
         start = self.skip(at)

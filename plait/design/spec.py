@@ -36,3 +36,11 @@ class StateSpec:
 def wide(dtype: str) -> str:
     """The dtype of what accumulates (recurrent states, decays, norms) in a model of `dtype`: at least float32."""
     return "float64" if dtype == "float64" else "float32"
+
+
+def recurrent_spec(
+    batch: int, matrix: tuple[int, int, int], conv_width: int, channels: int, dtype: str
+) -> StateSpec:
+    """A matrix (heads, v, k) and the convolution's last inputs."""
+    s = TensorSpec("s", (batch, *matrix), wide(dtype))
+    return StateSpec("recurrent", (s, TensorSpec("conv", (batch, conv_width - 1, channels), dtype)))

@@ -8,6 +8,8 @@ from plait.design.spelling import suggest
 
 T = TypeVar("T", bound="Struct")
 
+DERIVED: Any = None  # the default of a number that `resolve` fills in: a plain int from there on
+
 
 class _Checked(type(msgspec.Struct)):
     """Constructor calls get the same errors as files: what is wrong, where, and what was probably meant."""
@@ -26,6 +28,10 @@ class Struct(msgspec.Struct, metaclass=_Checked, frozen=True, kw_only=True, omit
 
     only_how: ClassVar[tuple[str, ...]] = ()  # fields that say how a result is computed, not what it is
 
+    def _set(self, name: str, value: Any) -> None:
+        """Put a field in its final form, in `__post_init__`."""
+        msgspec.structs.force_setattr(self, name, value)
+
     def replace(self: T, **changes: Any) -> T:
         """A copy with some fields changed."""
         return type(self)(**{**msgspec.structs.asdict(self), **changes})
@@ -33,6 +39,17 @@ class Struct(msgspec.Struct, metaclass=_Checked, frozen=True, kw_only=True, omit
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back; values equal to the defaults are left out."""
         return msgspec.json.decode(msgspec.json.encode(self))  # JSON's types alone: a tuple would not equal its list
+
+
+def non_defaults(config: Struct, base: Struct | None = None) -> dict[str, Any]:
+    """The kind and the fields that are not as in `base` (else: not at their defaults) and say what is built."""
+    base_values = {f.name: f.default for f in msgspec.structs.fields(config)} if base is None else {}
+    found: dict[str, Any] = {"kind": type(config).__struct_config__.tag or type(config).__name__}
+    for name in config.__struct_fields__:
+        value = getattr(config, name)
+        if name not in config.only_how and value != (base_values.get(name) if base is None else getattr(base, name)):
+            found[name] = non_defaults(value) if isinstance(value, Struct) else value
+    return found
 
 
 def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str) -> None:
@@ -56,6 +73,8 @@ def convert(data: Any, cls: type[T], where: str) -> T:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a mapping, got {data!r}")
     check_keys(data, cls, where)
+    defaults = {field.name: field.default for field in msgspec.structs.fields(cls)}
+    data = {key: value for key, value in data.items() if value is not None or defaults.get(key, 0) is not None}
     try:
         return msgspec.convert(data, cls)
     except msgspec.ValidationError as error:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import plait
-from plait.design.recurrent import EMPTY
+from plait.design.layers.recurrent import EMPTY
 from plait.layers import context_for
 from plait.layers.recurrent import CELLS, RecurrentCell, RecurrentLayer, cell_of
 from plait.ops import shooting

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.design.recurrent import EMPTY as EMPTY
+from plait.design.layers.recurrent import EMPTY as EMPTY
 from plait.ops.kernels import cast
 
 Parts = tuple[Tensor, ...]

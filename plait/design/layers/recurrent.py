@@ -2,16 +2,28 @@
 
 from typing import ClassVar, Literal, Self
 
-from plait.design.layer import Layer, default_head_dim, told
+from plait.design.layers.layer import Layer, head_sizes, wide_head_dim
 from plait.design.spec import StateSpec, TensorSpec, wide
-from plait.design.struct import positive
+from plait.design.struct import DERIVED, positive
+from plait.design.weights import (
+    Constant,
+    Normal,
+    Ramp,
+    Start,
+    Uniform,
+    Weight,
+    Weights,
+    norm,
+    projection,
+    short_conv,
+)
 
 Solver = Literal["shooting", "deer", "quasi_deer", "elk", "quasi_elk", "sequential"]
 
 EMPTY = -1e4  # the log of a normaliser that has seen nothing: its exponential is 0 even in float64
 
 
-class Recurrent(Layer, frozen=True, kw_only=True):
+class NonlinearRecurrence(Layer, frozen=True, kw_only=True):
     """A cell of heads * head_dim units between projections: out_proj(norm(h) * silu(gate)), h from silu(conv(x)).
 
     recurrence: who hears of h: "diagonal" each unit of itself, "heads" the units of a head of each other, "dense" all.
@@ -25,10 +37,10 @@ class Recurrent(Layer, frozen=True, kw_only=True):
     """
 
     only_how = ("solver", "tol", "max_passes", "strict")
-    keeps: ClassVar[tuple[str, int] | None] = None  # the gate that keeps: its input's name, and which sign opens it
+    keeps: ClassVar[tuple[int, int] | None] = None  # the gate that keeps: which input it is, and which sign opens it
 
-    heads: int | None = None
-    head_dim: int | None = None
+    heads: int = DERIVED
+    head_dim: int = DERIVED
     recurrence: Literal["diagonal", "heads", "dense"] = "diagonal"
     projection: Literal["dense", "heads"] = "dense"
     conv_width: int | None = 4
@@ -44,9 +56,14 @@ class Recurrent(Layer, frozen=True, kw_only=True):
     strict: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "heads", "head_dim", "conv_width", "spread", "clip", "tol", "max_passes")
-        if self.keeps is None and self.gate_bias != 0:
+        if self.keeping() is None and self.gate_bias != 0:
             raise ValueError(f"{type(self).__name__} has no gate that keeps, so gate_bias must be 0")
+
+    def keeping(self) -> tuple[int, int] | None:
+        """`keeps`, where it depends on the config."""
+        return self.keeps
 
     def sizes(self) -> tuple[int, int, int]:
         """A unit's inputs, states, and weights besides the recurrent ones."""
@@ -57,47 +74,70 @@ class Recurrent(Layer, frozen=True, kw_only=True):
         return ()
 
     def resolve(self, dim: int) -> Self:
-        name = type(self).__name__
-        if self.head_dim is None and self.heads and dim % self.heads:
-            raise ValueError(f"{name}: heads {self.heads} do not divide dim {dim}; change heads or give head_dim")
-        head_dim = self.head_dim or (dim // self.heads if self.heads else default_head_dim(dim, name))
-        if self.heads is None and dim % head_dim:
-            raise ValueError(f"{name}: dim {dim} is not a multiple of head_dim {head_dim}; give heads")
-        heads = self.heads or dim // head_dim
+        name, given = type(self).__name__, self.heads or self.head_dim
+        heads, head_dim = head_sizes(name, dim, self.heads, self.head_dim, 0 if given else wide_head_dim(dim, name))
         if self.projection == "heads" and dim % heads:
             raise ValueError(f"{name}: heads {heads} do not divide dim {dim}, which projection 'heads' needs")
         return self.replace(heads=heads, head_dim=head_dim)
 
+    @property
     def units(self) -> int:
-        return told(self.heads) * told(self.head_dim)
+        return self.heads * self.head_dim
 
     def groups(self) -> tuple[int, int]:
         """Heads and units per head as the recurrence sees them: all units are one head where it is dense."""
-        return (1, self.units()) if self.recurrence == "dense" else (told(self.heads), told(self.head_dim))
+        return (1, self.units) if self.recurrence == "dense" else (self.heads, self.head_dim)
 
-    def _matrices(self, dim: int) -> int:
-        """Weights that matrix products read."""
-        units, (g, _, _), (heads, k) = self.units(), self.sizes(), self.groups()
-        seen = dim if self.projection == "dense" else dim // told(self.heads)
-        recurrent = 0 if self.recurrence == "diagonal" else g * heads * k * k
-        return g * units * seen + recurrent + dim * units * (1 + self.output_gate)
+    def cell_weights(self, dim: int) -> Weights:
+        """The input projection and the recurrence. Projected inputs are ordered (input, head, unit); a projection within
+        heads has a matrix per head instead. What is one number per unit is a vector: it gets no weight decay."""
+        units, (g, _, own), (heads, k) = self.units, self.sizes(), self.groups()
+        xavier = Normal((2 / (g + units)) ** 0.5)  # of a matrix (inputs, units), as ParaRNN (arXiv 2510.21450)
+        R = Weight("R", (g, heads, k, k), "blocks", Uniform(-(k**-0.5), k**-0.5))  # as torch.nn
+        if self.recurrence == "diagonal":
+            R = Weight("R", (g * units,), "vector", Uniform(-self.spread, self.spread) if self.spread else xavier)
+        return (
+            *self._input(dim, g),
+            R,
+            *((Weight("recurrent_bias", (g * units,), "bias", Constant(0.0)),) if self.recurrent_bias else ()),
+            *((Weight("weights", (own * units,), "vector", xavier),) if own else ()),
+        )
 
-    def parameters(self, dim: int) -> int:
-        units, (g, _, weights) = self.units(), self.sizes()
-        conv = dim * (self.conv_width + self.bias) if self.conv_width else 0
-        vectors = g * (self.recurrence == "diagonal") + g * self.bias + g * self.recurrent_bias
-        return self._matrices(dim) + conv + units * (vectors + weights + self.output_gate)
+    def _input(self, dim: int, g: int) -> Weights:
+        own = dim if self.projection == "dense" else dim // self.heads
+        shape = (g * self.units, dim) if self.projection == "dense" else (self.heads, g * self.head_dim, own)
+        weight = Weight("in_proj.weight", shape, "matrix" if len(shape) == 2 else "blocks", Normal(own**-0.5))
+        if not self.bias:
+            return (weight,)
+        return weight, Weight("in_proj.bias", (g * self.units,), "bias", self._gate_start(g))
 
-    def flops(self, dim: int, context: int) -> int:
-        return 2 * self._matrices(dim)
+    def _gate_start(self, g: int) -> Start:
+        """Biases are 0 but for those of the gate that keeps."""
+        keeping = self.keeping()
+        if keeping is None:
+            return Constant(0.0)
+        low, high = self.gate_bias if isinstance(self.gate_bias, tuple) else (self.gate_bias, self.gate_bias)
+        gate, sign = keeping
+        return Ramp(gate, g, self.head_dim, sign * low, sign * high)
+
+    def weights(self, dim: int, reads: int | None = None) -> Weights:
+        own = reads or dim
+        return (
+            *(short_conv(own, self.conv_width, self.bias) if self.conv_width else ()),
+            *(weight.inside("cell.") for weight in self.cell_weights(own)),
+            *(projection("gate_proj", self.units, own) if self.output_gate else ()),
+            *((norm("norm", self.units, plain=True),) if self.output_gate else ()),
+            *projection("out_proj", dim, self.units, writes=True),
+        )
 
     def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
         _, states, _ = self.sizes()
         s = TensorSpec("s", (batch, states, *self.groups()), wide(dtype), self.start())
-        return StateSpec("recurrent", (s, TensorSpec("conv", (batch, (self.conv_width or 1) - 1, dim), dtype)))
+        channels = self.wrap.width(dim) if self.wrap else dim
+        return StateSpec("recurrent", (s, TensorSpec("conv", (batch, (self.conv_width or 1) - 1, channels), dtype)))
 
 
-class RNN(Recurrent, frozen=True, kw_only=True, tag="rnn"):
+class RNN(NonlinearRecurrence, frozen=True, kw_only=True, tag="rnn"):
     """Elman's network, h = tanh(x + m) or relu, as `torch.nn.RNN`; m is R h of the step before."""
 
     activation: Literal["tanh", "relu"] = "tanh"
@@ -106,22 +146,22 @@ class RNN(Recurrent, frozen=True, kw_only=True, tag="rnn"):
         return 1, 1, 0
 
 
-class GRU(Recurrent, frozen=True, kw_only=True, tag="gru"):
+class GRU(NonlinearRecurrence, frozen=True, kw_only=True, tag="gru"):
     """GRU (arXiv 1406.1078), as `torch.nn.GRU` and, diagonal, ParaGRU (arXiv 2510.21450): h = (1 - z) h + z c."""
 
-    keeps = ("z", -1)
+    keeps = (0, -1)  # z
 
     def sizes(self) -> tuple[int, int, int]:
         return 3, 1, 0
 
 
-class LSTM(Recurrent, frozen=True, kw_only=True, tag="lstm"):
+class LSTM(NonlinearRecurrence, frozen=True, kw_only=True, tag="lstm"):
     """LSTM, as `torch.nn.LSTM`: c = f c + i z, h = o tanh(c). coupled: i = 1 - f. peephole: the gates also read c.
 
     With both it is ParaLSTM (arXiv 2510.21450).
     """
 
-    keeps = ("f", 1)
+    keeps = (0, 1)  # f
 
     coupled: bool = False
     peephole: bool = False
@@ -131,10 +171,10 @@ class LSTM(Recurrent, frozen=True, kw_only=True, tag="lstm"):
         return gates, 2, (gates - 1) * self.peephole
 
 
-class SLSTM(Recurrent, frozen=True, kw_only=True, tag="slstm"):
+class SLSTM(NonlinearRecurrence, frozen=True, kw_only=True, tag="slstm"):
     """sLSTM (arXiv 2405.04517): exponential input gate, normaliser, recurrence within heads."""
 
-    keeps = ("f", 1)
+    keeps = (1, 1)  # f
 
     recurrence: Literal["diagonal", "heads", "dense"] = "heads"
 

@@ -1,0 +1,76 @@
+"""Every weight of a design by its full name, as the model's modules carry it: "slots.3.mixer.qkv_proj.weight"."""
+
+from dataclasses import replace
+
+from plait.design.model import ModelConfig
+from plait.design.norms import RMSNorm
+from plait.design.places import Node, Place
+from plait.design.weights import Constant, Normal, Weight, Weights
+
+
+def weights(design: ModelConfig) -> Weights:
+    """All weights, each once, with starts that know the model's depth and norm."""
+    found = (*front_weights(design), *(weight for slot in slot_weights(design) for weight in slot), *head_weights(design))
+    return tuple(_started(weight, design) for weight in found)
+
+
+def front_weights(design: ModelConfig) -> Weights:
+    normed = design.norm.weights("embed_norm", design.dim) if design.front.norm else ()
+    return (*design.front.weights(design.dim, design.vocab), *normed)
+
+
+def head_weights(design: ModelConfig) -> Weights:
+    return (*design.norm.weights("norm", design.dim), *design.head.weights(design.dim, design.vocab, design.tied))
+
+
+def slot_weights(design: ModelConfig) -> list[Weights]:
+    """Slot by slot; shared weights where they first appear."""
+    uses: set[str] = set()
+    return [_slot(design, node, f"slots.{i}.", uses) for i, node in enumerate(design.slots)]
+
+
+def _slot(design: ModelConfig, node: Node, name: str, uses: set[str]) -> Weights:
+    wrap = node.wrap
+    before = wrap.before.weights(f"{name}norm", wrap.width(design.dim)) if wrap.before else ()
+    after = wrap.after.weights(f"{name}after", design.dim) if wrap.after else ()
+    return (*before, *_node(design, node, f"{name}mixer.", uses), *after)
+
+
+def _node(design: ModelConfig, node: Node, name: str, uses: set[str]) -> Weights:
+    if isinstance(node, Place):
+        return _layer(design, node, name, uses)
+    branches = [_branch(design, part, f"{name}branches.{b}.", uses) for b, part in enumerate(node.branches)]
+    normed = range(len(node.branches)) if node.merge.branch_norm else ()
+    norms = [design.norm.weights(f"{name}norms.{b}", design.dim) for b in normed]
+    merge = tuple(weight.inside(f"{name}merge.") for weight in node.merge.learned(design.dim, len(node.branches)))
+    return tuple(weight for group in (*branches, *norms, merge) for weight in group)
+
+
+def _layer(design: ModelConfig, place: Place, name: str, uses: set[str]) -> Weights:
+    layer, reads = place.layer, place.wrap.width(design.dim)
+    own = () if layer.shared and place.letter in uses else layer.weights(design.dim, reads)
+    uses.add(place.letter)
+    return tuple(weight.inside(name) for weight in (*own, *layer.adapters(design.dim, reads)))
+
+
+def _branch(design: ModelConfig, chain: tuple[Node, ...], name: str, uses: set[str]) -> Weights:
+    """A chain's layers; each but the first reads through a norm of its own."""
+    found: list[Weight] = []
+    for i, node in enumerate(chain):
+        found += _node(design, node, f"{name}layers.{i}.", uses)
+        if i and node.wrap.before:
+            found += node.wrap.before.weights(f"{name}norms.{i}", design.dim)
+        if node.wrap.after:
+            found += node.wrap.after.weights(f"{name}after.{i}", design.dim)
+    return tuple(found)
+
+
+def _started(weight: Weight, design: ModelConfig) -> Weight:
+    """Norms start as the design's do; what writes into the residual stream starts smaller by sqrt(slots), so that the
+    stream's variance does not grow with depth."""
+    if weight.start is None:
+        centred = isinstance(design.norm, RMSNorm) and design.norm.zero_centered
+        return replace(weight, start=Constant(0.0 if centred else 1.0))
+    if weight.writes and isinstance(weight.start, Normal):
+        return replace(weight, start=Normal(weight.start.std * len(design.slots) ** -0.5))
+    return weight

@@ -1,0 +1,43 @@
+"""Layer configs: what each letter of a pattern may be. Numbers left out are derived from the model's `dim`.
+
+A file per family, under the same name as its module in `plait.layers`. Each config declares what it learns and the state it
+keeps, so that both can be counted without building anything; tests hold the counts against the real modules.
+"""
+
+from plait.design.layers.attention import Attention as Attention
+from plait.design.layers.attention import RoPE as RoPE
+from plait.design.layers.feed_forward import GELU as GELU
+from plait.design.layers.feed_forward import FeedForward as FeedForward
+from plait.design.layers.feed_forward import ReLU2 as ReLU2
+from plait.design.layers.feed_forward import SwiGLU as SwiGLU
+from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from plait.design.layers.layer import Layer as Layer
+from plait.design.layers.mamba2 import Mamba2 as Mamba2
+from plait.design.layers.recurrent import GRU as GRU
+from plait.design.layers.recurrent import LSTM as LSTM
+from plait.design.layers.recurrent import RNN as RNN
+from plait.design.layers.recurrent import SLSTM as SLSTM
+
+KINDS: dict[str, type[Layer]] = {
+    "attention": Attention,
+    "mamba2": Mamba2,
+    "gated_deltanet": GatedDeltaNet,
+    "rnn": RNN,
+    "gru": GRU,
+    "lstm": LSTM,
+    "slstm": SLSTM,
+    "swiglu": SwiGLU,
+    "gelu": GELU,
+    "relu2": ReLU2,
+}
+
+LETTERS: dict[str, Layer] = {
+    "A": Attention(),
+    "W": Attention(window=512),
+    "M": Mamba2(),
+    "D": GatedDeltaNet(),
+    "G": GRU(),
+    "H": LSTM(),
+    "S": SLSTM(),
+    "F": SwiGLU(),
+}

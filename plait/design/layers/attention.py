@@ -1,0 +1,93 @@
+"""Softmax attention."""
+
+from typing import Self
+
+from plait.design.layers.layer import Layer, head_sizes
+from plait.design.spec import StateSpec, TensorSpec
+from plait.design.spelling import suggest
+from plait.design.struct import DERIVED, Struct, positive
+from plait.design.weights import Bias, Constant, Weight, Weights, norm, projection
+
+
+class RoPE(Struct, frozen=True, kw_only=True, tag=False):
+    """Rotary positions (arXiv 2104.09864): the first `fraction` of each head turns with the position.
+
+    `max_positions` is how far the model may be used: longer sequences are refused. None: no limit.
+    """
+
+    theta: float = 10_000.0
+    fraction: float = 1.0
+    max_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        positive(self, "theta", "max_positions")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"RoPE.fraction must be in (0, 1], got {self.fraction}; for none at all write rope: null")
+
+    def rotated(self, head_dim: int) -> int:
+        """How many of a head's channels turn; even."""
+        return int(head_dim * self.fraction) // 2 * 2
+
+
+class Attention(Layer, frozen=True, kw_only=True, tag="attention"):
+    """Softmax attention (arXiv 1706.03762). `kv_heads` 1 is MQA, below `heads` GQA (arXiv 2305.13245).
+
+    window: a query sees itself and the window - 1 tokens before it. softcap: logits become c tanh(logits / c).
+    output_gate: sigmoid gate from the input on the heads' output (Qwen3-Next). qk_norm: RMSNorm per head on q and k.
+    bias: true for all projections, or the names of those that have one, of q, k, v, gate and o: [q, k, v] is Qwen2.
+    scale: on q . k; null: 1 / sqrt(head_dim).
+    """
+
+    heads: int = DERIVED
+    kv_heads: int = DERIVED
+    head_dim: int = DERIVED
+    window: int | None = None
+    rope: RoPE | None = RoPE()
+    qk_norm: bool = False
+    output_gate: bool = False
+    softcap: float | None = None
+    scale: float | None = None
+    bias: Bias = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "heads", "kv_heads", "head_dim", "window", "softcap", "scale")
+        if self.heads and self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"Attention: kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        known = ("q", "k", "v", *(["gate"] if self.output_gate else []), "o")
+        for part in self.bias if isinstance(self.bias, tuple) else ():
+            if part not in known:
+                raise ValueError(f"Attention.bias: there is no projection {part!r}; {suggest(part, known)}")
+
+    def resolve(self, dim: int) -> Self:
+        heads, head_dim = head_sizes("Attention", dim, self.heads, self.head_dim, default=64)
+        if self.rope and head_dim % 2:
+            raise ValueError(
+                f"Attention: head_dim {head_dim} is odd, which RoPE cannot turn; use an even one or rope: null"
+            )
+        return self.replace(heads=heads, kv_heads=self.kv_heads or heads, head_dim=head_dim)
+
+    def rows(self) -> dict[str, int]:
+        """Channels of q, k, v and the gate, in the order of the fused projection."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {"q": query, "k": key, "v": key} | ({"gate": query} if self.output_gate else {})
+
+    def weights(self, dim: int, reads: int | None = None) -> Weights:
+        rows, o = self.rows(), self.bias if isinstance(self.bias, bool) else "o" in self.bias
+        norms = (norm("q_norm", self.head_dim), norm("k_norm", self.head_dim)) if self.qk_norm else ()
+        residual = (Weight("value_mix", (2,), "vector", Constant(0.5)),) if self.wrap and self.wrap.value_residual else ()
+        return (
+            *projection("qkv_proj", rows, reads or dim, bias=self.bias),
+            *projection("o_proj", dim, rows["q"], bias=o, writes=True),
+            *norms,
+            *residual,
+        )
+
+    def mixing(self, dim: int, context: int) -> int:
+        return 4 * self.heads * self.head_dim * min(context, self.window or context)
+
+    def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
+        keep = self.window - 1 if self.window else length
+        shape = (batch, keep, self.kv_heads, self.head_dim)
+        kind = "window" if self.window else "kv"
+        return StateSpec(kind, (TensorSpec("k", shape, dtype), TensorSpec("v", shape, dtype)))

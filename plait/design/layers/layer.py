@@ -1,0 +1,83 @@
+"""What all layer configs share."""
+
+from typing import Any, Self
+
+from plait.design.spec import StateSpec
+from plait.design.struct import Struct, convert, positive
+from plait.design.weights import Constant, Normal, Weight, Weights, total
+from plait.design.wrap import Wrap
+
+
+class Layer(Struct, frozen=True, kw_only=True):
+    """What all layers share. `wrap`: how the layer sits on the stream, where it differs from the design's wrap.
+
+    `shared`: every slot with this letter uses the same weights; norms on the stream and states are each slot's own, and so is
+    a low-rank addition to every projection where `adapter_rank` is set (Zamba2, arXiv 2411.15242).
+    """
+
+    shared: bool = False
+    adapter_rank: int | None = None
+    wrap: Any = None
+
+    def __post_init__(self) -> None:
+        positive(self, "adapter_rank")
+        if self.wrap is not None:
+            self._set("wrap", convert(self.wrap, Wrap, f"{type(self).__name__}.wrap"))
+        if self.adapter_rank and not self.shared:
+            raise ValueError(f"{type(self).__name__}.adapter_rank is for layers with shared: true")
+
+    def resolve(self, dim: int) -> Self:
+        """The same config with every derived number filled in for a model of width `dim`."""
+        return self
+
+    def weights(self, dim: int, reads: int | None = None) -> Weights:
+        """What the resolved layer learns in a model of width `dim`, reading `reads` channels where that is not dim."""
+        return ()
+
+    def adapters(self, dim: int, reads: int | None = None) -> Weights:
+        """What one use of a shared layer adds: B A x to every projection W x, B starting at zero."""
+        rank = self.adapter_rank
+        return tuple(part for weight in self.weights(dim, reads) for part in adapter(weight, rank)) if rank else ()
+
+    def mixing(self, dim: int, context: int) -> int:
+        """Forward FLOPs for one token that sees `context` tokens, beside those of the weights' matrices."""
+        return 0
+
+    def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
+        """What `batch` sequences of `length` tokens leave behind in a model of `dtype`."""
+        return StateSpec("none")
+
+    def parameters(self, dim: int, reads: int | None = None) -> int:
+        """Numbers learned by the resolved layer, one use's adapters included."""
+        return total(self.weights(dim, reads)) + total(self.adapters(dim, reads))
+
+    def flops(self, dim: int, context: int, reads: int | None = None) -> int:
+        """Forward FLOPs for one token that sees `context` tokens (2 per multiply-add)."""
+        learned = self.weights(dim, reads) + self.adapters(dim, reads)
+        return sum(weight.flops for weight in learned) + self.mixing(dim, context)
+
+
+def adapter(weight: Weight, rank: int) -> Weights:
+    """The low-rank addition to one projection; none to other weights."""
+    if weight.role != "matrix":
+        return ()
+    name, (rows, columns) = weight.name.removesuffix(".weight"), weight.shape
+    down = Weight(f"{name}.adapter_down", (rank, columns), "matrix", Normal(columns**-0.5))
+    return down, Weight(f"{name}.adapter_up", (rows, rank), "matrix", Constant(0.0))
+
+
+def head_sizes(name: str, dim: int, heads: int | None, head_dim: int | None, default: int) -> tuple[int, int]:
+    """heads and head_dim, what is not given derived from dim. `default`: the head_dim where neither is given."""
+    if head_dim is None and heads and dim % heads:
+        raise ValueError(f"{name}: heads {heads} do not divide dim {dim}; change heads or give head_dim")
+    head_dim = head_dim or (dim // heads if heads else default)
+    if heads is None and dim % head_dim:
+        raise ValueError(f"{name}: dim {dim} is not a multiple of head_dim {head_dim}, so heads must be given")
+    return heads or dim // head_dim, head_dim
+
+
+def wide_head_dim(dim: int, name: str) -> int:
+    """64, as most small published models; 128 from width 512 on where it divides."""
+    if dim % 64:
+        raise ValueError(f"{name}: dim {dim} is not a multiple of 64, so heads and head_dim must be given")
+    return 128 if dim >= 512 and dim % 128 == 0 else 64

@@ -1,0 +1,200 @@
+"""Every place of a model: which layer stands where, resolved, and under which address.
+
+Addresses count letters in reading order, branches included: "A#2" is the third A of the model. A parallel slot is "par#0".
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from plait.design.layers import KINDS, LETTERS, Attention, Layer
+from plait.design.merges import MERGE_KINDS, Merge
+from plait.design.pattern import Item, Letter, Parallel, PatternError
+from plait.design.spelling import suggest
+from plait.design.struct import convert, convert_kind
+from plait.design.wrap import Wrap
+
+if TYPE_CHECKING:
+    from plait.design.model import ModelConfig
+
+HINT = " (a layer or cell of your own is known once plait.register has been called)"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One layer of the model, all its numbers filled in."""
+
+    address: str
+    letter: str
+    layer: Layer
+
+    @property
+    def wrap(self) -> Wrap:
+        return self.layer.wrap
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelPlace:
+    """Branches side by side on one input; each is a chain."""
+
+    address: str
+    branches: tuple[tuple["Node", ...], ...]
+    merge: Merge
+    wrap: Wrap
+
+
+Node = Place | ParallelPlace
+
+
+def nodes(chain: tuple[Node, ...]) -> Iterator[Node]:
+    """Everything in reading order, a parallel slot before what is in it."""
+    for node in chain:
+        yield node
+        for branch in node.branches if isinstance(node, ParallelPlace) else ():
+            yield from nodes(branch)
+
+
+def layers(chain: tuple[Node, ...]) -> Iterator[Place]:
+    """Every layer in reading order."""
+    return (node for node in nodes(chain) if isinstance(node, Place))
+
+
+def read_layer(data: Any, where: str) -> Layer:
+    """A layer config from plain data."""
+    return convert_kind(data, KINDS, where, HINT)
+
+
+class Resolver:
+    """From a design's pattern, letters and overrides to its places."""
+
+    def __init__(self, design: "ModelConfig"):
+        self.design = design
+        self.bound: dict[str, Layer] = LETTERS | design.layers
+        self.seen: Counter[str] = Counter()
+        self.left = dict(design.at)
+
+    def slots(self) -> tuple[Node, ...]:
+        slots = tuple(self._node(item, inside=False) for item in self.design.chain)
+        if self.left:
+            from plait.design.model import nearest_place
+
+            address = next(iter(self.left))
+            known = [node.address for node in nodes(slots)]
+            raise ValueError(f"at: there is no place {address!r}; {nearest_place(address, known)}")
+        self._check_shared(slots)
+        return slots
+
+    def _address(self, name: str) -> str:
+        self.seen[name] += 1
+        return f"{name}#{self.seen[name] - 1}"
+
+    def _node(self, item: Item, inside: bool) -> Node:
+        return self._place(item, inside) if isinstance(item, Letter) else self._parallel(item, inside)
+
+    def _place(self, letter: Letter, inside: bool) -> Place:
+        address = self._address(letter.name)
+        where, change = f"layer {letter.name!r}", self.left.pop(address, None)
+        layer = self._bound(letter)
+        if change is not None:
+            layer, where = overridden(layer, change, f"at.{address}"), f"at.{address}"
+        wrap = (layer.wrap or Wrap()).over(self.design.full_wrap)
+        try:
+            layer = layer.replace(wrap=_fitting(layer, wrap, inside)).resolve(self.design.dim)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        return Place(address, letter.name, layer)
+
+    def _bound(self, letter: Letter) -> Layer:
+        if letter.name in self.bound:
+            return self.bound[letter.name]
+        described = ", ".join(f"{name} ({type(layer).__name__})" for name, layer in self.bound.items())
+        raise PatternError(
+            self.design.pattern,
+            letter.column,
+            f"no layer is bound to {letter.name!r}; bind it in `layers`, or use one of {described}",
+        )
+
+    def _parallel(self, item: Parallel, inside: bool) -> ParallelPlace:
+        address = self._address("par")
+        change = self.left.pop(address, {})
+        merge, wrap = self._merge(item), self.design.full_wrap
+        if not isinstance(change, dict) or set(change) - {"merge", "wrap"}:
+            raise ValueError(f"at.{address}: a parallel slot has a 'merge' and a 'wrap' to change, got {change!r}")
+        if "merge" in change:
+            merge = self._named_merge(change["merge"], f"at.{address}.merge")
+        if "wrap" in change:
+            wrap = convert(change["wrap"], Wrap, f"at.{address}.wrap").over(wrap)
+        if wrap.reads != "stream" and (inside or "wrap" in change):
+            raise ValueError(f"{address}: branches read the stream alone; give `reads` to the layers of other slots")
+        branches = tuple(tuple(self._node(part, inside=True) for part in branch) for branch in item.branches)
+        try:
+            merge.check(len(branches))
+        except ValueError as error:
+            raise ValueError(f"{address}: {error}") from None
+        return ParallelPlace(address, branches, merge, wrap.replace(reads="stream", value_residual=False))
+
+    def _merge(self, item: Parallel) -> Merge:
+        """The design's where the pattern names none or names the same kind; else the one bound to the name, or of that kind."""
+        default, named = self.design.merge, self.design.merges
+        if item.merge is None:
+            return default
+        if item.merge not in named and item.merge not in MERGE_KINDS:
+            reason = f"unknown merge {item.merge!r}; {suggest(item.merge, {**MERGE_KINDS, **named})}"
+            raise PatternError(self.design.pattern, item.merge_column, reason)
+        if item.merge in named:
+            return named[item.merge]
+        return default if type(default) is MERGE_KINDS[item.merge] else MERGE_KINDS[item.merge]()
+
+    def _named_merge(self, data: Any, where: str) -> Merge:
+        if isinstance(data, str) and data in self.design.merges:
+            return self.design.merges[data]
+        return convert_kind(data, MERGE_KINDS, where)
+
+    def _check_shared(self, slots: tuple[Node, ...]) -> None:
+        first: dict[str, Place] = {}
+        for place in layers(slots):
+            if not place.layer.shared:
+                continue
+            other = first.setdefault(place.letter, place)
+            own, theirs = (p.layer.replace(wrap=p.wrap.replace(norms=None, norm=None, factor=None)) for p in (place, other))
+            if own != theirs:
+                raise ValueError(
+                    f"{place.address} shares its weights with {other.address}, so it can differ in norms and factor alone; "
+                    "bind another letter for a layer of its own"
+                )
+
+
+def overridden(layer: Layer, change: Any, where: str) -> Layer:
+    """`layer` with some fields changed; a change that names another kind is a new layer."""
+    if isinstance(change, str):
+        change = {"kind": change}
+    if not isinstance(change, dict):
+        raise ValueError(f"{where}: expected a mapping of fields to values, got {change!r}")
+    data = layer.to_dict()
+    if change.get("kind", data["kind"]) != data["kind"]:
+        data = {}
+    return read_layer(_joined(data, change), where)
+
+
+def _joined(data: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`change` over `data`, mappings inside mappings too."""
+    inner = {k: _joined(data[k], v) for k, v in change.items() if isinstance(v, dict) and isinstance(data.get(k), dict)}
+    return data | change | inner
+
+
+def _fitting(layer: Layer, wrap: Wrap, inside: bool) -> Wrap:
+    """The wrap that a layer gets: what the design asks of all where the layer can have it; what itself asks it must."""
+    name, own = type(layer).__name__, layer.wrap or Wrap()
+    if own.value_residual and not isinstance(layer, Attention):
+        raise ValueError(f"{name} has no values, so wrap.value_residual is for attention layers")
+    if inside and own.reads not in (None, "stream"):
+        raise ValueError("a layer inside a branch reads what its branch reads; wrap.reads is for slots")
+    changes: dict[str, Any] = {}
+    if not isinstance(layer, Attention):
+        changes["value_residual"] = False
+    if inside:
+        changes["reads"] = "stream"
+    return wrap.replace(**changes)
+
+
