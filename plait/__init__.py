@@ -23,6 +23,13 @@ from plait.design import RMSNorm as RMSNorm
 from plait.design import RoPE as RoPE
 from plait.design import Sum as Sum
 from plait.design import SwiGLU as SwiGLU
+from plait.design import Layer as Layer
+from plait.design import LayerNorm as LayerNorm
+from plait.design import Logits as Logits
+from plait.design import Regression as Regression
+from plait.design import Tokens as Tokens
+from plait.design import Vectors as Vectors
+from plait.design import Wrap as Wrap
 from plait.design import load_design as load_design
 from plait.design import parse as parse
 from plait.design import render as render
@@ -30,11 +37,13 @@ from plait.design import render as render
 if TYPE_CHECKING:
     from plait.data import load_tokenizer as load_tokenizer
     from plait.engine import generate as generate
+    from plait.layers.declared import LayerModule as LayerModule
     from plait.layers.register import register as register
     from plait.model import LanguageModel as LanguageModel
     from plait.model import build as build
     from plait.model import load as load
     from plait.model import save as save
+    from plait.model import swap as swap
     from plait.ops.shooting import Cell as Cell
     from plait.state import ModelState as ModelState
     from plait.state import StaleState as StaleState
@@ -47,6 +56,8 @@ _LAZY = {
     "LanguageModel": "plait.model",
     "build": "plait.model",
     "load": "plait.model",
+    "swap": "plait.model",
+    "LayerModule": "plait.layers.declared",
     "save": "plait.model",
     "ModelState": "plait.state",
     "StaleState": "plait.state",

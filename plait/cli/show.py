@@ -8,11 +8,13 @@ import typer
 from plait.cli.changes import reach_letters, read_changes
 from plait.cli.command import Outcome, shell
 from plait.design import PRESETS, ModelConfig, load_design, render
-from plait.design.count import flops_per_token, parameters, slot_counts, state_bytes
+from plait.design.count import flops_per_token, head_flops, parameters, slot_counts, state_bytes
+from plait.design.declared import front_weights, head_weights
 from plait.design.layers import LETTERS
 from plait.design.load import read_mapping
 from plait.design.merges import MERGE_KINDS
 from plait.design.summary import si, size
+from plait.design.weights import total
 
 CONTEXTS = {"1k": 1_024, "4k": 4_096, "128k": 131_072}
 FLOPS_AT = "4k"
@@ -66,15 +68,14 @@ def table(design: ModelConfig) -> Any:
         grid.add_column(name, no_wrap=True)
     for name in ("parameters", f"FLOPs/token at {FLOPS_AT}", *(f"state at {name}" for name in CONTEXTS)):
         grid.add_column(name, justify="right", no_wrap=True)
-    shared = design.vocab * design.dim
-    grid.add_row(
-        "embed", "Embedding, tied" if design.tie_embeddings else "Embedding", si(shared), "0", *[""] * len(CONTEXTS)
-    )
+    front, head = total(front_weights(design)), total(head_weights(design))
+    described = f"{type(design.front).__name__}{', tied' if design.tied else ''}"
+    flops = si(sum(weight.flops for weight in front_weights(design)))
+    grid.add_row("front", described, si(front), flops, *[""] * len(CONTEXTS))
     for index, row in enumerate(counts[FLOPS_AT]):
         states = (size(rows[index].state_bytes) if rows[index].state_bytes else "0" for rows in counts.values())
         grid.add_row(row.address.replace("[", r"\["), row.layer, si(row.parameters), si(row.flops), *states)
-    head = "0" if design.tie_embeddings else si(shared)
-    grid.add_row("head", "Linear", head, si(2 * shared), *[""] * len(CONTEXTS), end_section=True)
+    grid.add_row("head", type(design.head).__name__, si(head), si(head_flops(design)), *[""] * len(CONTEXTS), end_section=True)
     grid.add_row(
         "all",
         f"{len(design.slots)} slots",

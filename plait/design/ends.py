@@ -1,7 +1,7 @@
 """The two ends of a model: what comes in becomes vectors (front), and vectors become what is asked for (head)."""
 
 from plait.design.struct import Struct, positive
-from plait.design.weights import Normal, Weight, Weights, projection
+from plait.design.weights import Constant, Normal, Weight, Weights, projection
 
 
 class Front(Struct, frozen=True, kw_only=True):
@@ -68,8 +68,10 @@ class Head(Struct, frozen=True, kw_only=True):
 
     def weights(self, dim: int, vocab: int, tied: bool) -> Weights:
         """All but the norm's."""
-        weight, *bias = projection("lm_head", self.rows(vocab), dim, bias=self.bias)
-        return tuple(bias) if tied else (weight, *bias)
+        if tied:
+            bias = Weight("lm_head_bias", (self.rows(vocab),), "bias", Constant(0.0))
+            return (bias,) if self.bias else ()
+        return projection("lm_head", self.rows(vocab), dim, bias=self.bias)
 
 
 class Logits(Head, frozen=True, kw_only=True, tag="logits"):

@@ -65,6 +65,18 @@ def read_layer(data: Any, where: str) -> Layer:
     return convert_kind(data, KINDS, where, HINT)
 
 
+def paths(node: Node, path: str = "") -> dict[str, str]:
+    """Addresses by the path that a layer of one slot has in it: "" for a slot of one layer, ".1.0" for a branch's first."""
+    if isinstance(node, Place):
+        return {path: node.address}
+    found: dict[str, str] = {path: node.address}
+    for b, branch in enumerate(node.branches):
+        alone = len(branch) == 1
+        for i, part in enumerate(branch):
+            found |= paths(part, f"{path}.{b}" if alone else f"{path}.{b}.{i}")
+    return found
+
+
 class Resolver:
     """From a design's pattern, letters and overrides to its places."""
 
@@ -125,14 +137,14 @@ class Resolver:
             merge = self._named_merge(change["merge"], f"at.{address}.merge")
         if "wrap" in change:
             wrap = convert(change["wrap"], Wrap, f"at.{address}.wrap").over(wrap)
-        if wrap.reads != "stream" and (inside or "wrap" in change):
-            raise ValueError(f"{address}: branches read the stream alone; give `reads` to the layers of other slots")
+        if wrap.reads != "stream":
+            raise ValueError(f"{address}: branches read the stream alone; give wrap.reads to the layers of other slots")
         branches = tuple(tuple(self._node(part, inside=True) for part in branch) for branch in item.branches)
         try:
             merge.check(len(branches))
         except ValueError as error:
             raise ValueError(f"{address}: {error}") from None
-        return ParallelPlace(address, branches, merge, wrap.replace(reads="stream", value_residual=False))
+        return ParallelPlace(address, branches, merge, wrap.replace(value_residual=False))
 
     def _merge(self, item: Parallel) -> Merge:
         """The design's where the pattern names none or names the same kind; else the one bound to the name, or of that kind."""

@@ -7,17 +7,15 @@ from typing import Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.data import Batch, Tokenizer
-from plait.model import LanguageModel, token_loss
+from plait.model import CrossEntropy, LanguageModel, token_loss
 from plait.state import ModelState
 from plait.train.solver import Fared, Stats, read, together
 
 STEP = 512  # tokens read in one call while streaming
-SLICE = 2**24  # logits that exist at once while streaming: 64 MiB of float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch], tokens: int | Non
         batch = batch.to(model.device)
         stats: Stats = {}
         nats, scored = token_loss(model, batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens, stats=stats)
-        total += Perplexity(nats.item(), scored, batch.bytes, read(stats))
+        total += Perplexity(nats.item(), int(scored), batch.bytes, read(stats))
     return _checked(total)
 
 
@@ -150,14 +148,7 @@ class _Reader:
         return hidden
 
     def _nats(self, features: Float[Tensor, "t d"], targets: Int[Tensor, " t"]) -> float:
-        rows = max(1, SLICE // self.model.design.vocab)
-        total = 0.0
-        for h, t in zip(features.split(rows), targets.split(rows), strict=True):
-            logits = self.model.head(h)
-            total += F.cross_entropy(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)), t, reduction="sum"
-            ).item()
-        return total
+        return self.model.head.loss(features[None], CrossEntropy(targets[None])).total.item()
 
 
 def _checked(total: Perplexity) -> Perplexity:

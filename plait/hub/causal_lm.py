@@ -12,7 +12,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from plait.hub.cache import PlaitCache
 from plait.hub.config import PlaitConfig
-from plait.model.build import WIDE, cast, init_weights
+from plait.design import declared
+from plait.design.weights import FLOAT32
+from plait.model.build import cast, init_weights
 from plait.model.language_model import LanguageModel
 from plait.model.loss import IGNORE
 
@@ -28,13 +30,14 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch
-    _keep_in_fp32_modules_strict = list(WIDE)
     _no_split_modules = ["Sublayer"]
 
     def __init__(self, config: PlaitConfig):
         super().__init__(config)
-        self.model = LanguageModel(config.model_config)
-        init_weights(self.model)
+        design = config.model_config
+        wide = (weight.name for weight in declared.weights(design) if weight.role in FLOAT32)
+        self._keep_in_fp32_modules_strict = {name.rpartition(".")[2] for name in wide}
+        self.model = init_weights(LanguageModel(design))
         cast(self.model, torch.get_default_dtype())
         self.gradient_checkpointing = False
         self.register_load_state_dict_pre_hook(_own_names)

@@ -4,9 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plait.design.layers import Attention, told
+from plait.design.layers import Attention
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
+from plait.layers.declared import LayerModule
 from plait.layers.norm import Norm
 from plait.layers.rope import turn
 from plait.ops.attention import attention
@@ -14,31 +15,40 @@ from plait.ops.kernels import cast
 from plait.state import KV, Window
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(LayerModule):
     """`qkv_proj` holds the rows of q, k, v and, with `output_gate`, of the gate, in this order."""
 
+    config: Attention
+    qkv_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    value_mix: nn.Parameter | None
+
     def __init__(self, config: Attention, design: ModelConfig):
-        super().__init__()
-        self.config = config
-        query, key = config.widths()
-        self.widths = [query + key, key] + [query] * config.output_gate
-        self.qkv_proj = nn.Linear(design.dim, sum(self.widths), bias=config.bias)
-        self.o_proj = nn.Linear(query, design.dim, bias=config.bias)
-        self.heads, self.kv_heads, head_dim = told(config.heads), told(config.kv_heads), told(config.head_dim)
-        self.q_norm = Norm(head_dim, design.norm) if config.qk_norm else None
-        self.k_norm = Norm(head_dim, design.norm) if config.qk_norm else None
+        super().__init__(config, design)
+        q, k, v, *gate = config.rows().values()
+        self.widths = [q + k, v, *gate]
+        if not config.qk_norm:
+            self.q_norm = self.k_norm = None
+        if not (config.wrap and config.wrap.value_residual):
+            self.value_mix = None
 
     def forward(
         self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | None
     ) -> tuple[Float[Tensor, "b t d"], KV | Window | None]:
         c = self.config
         qk, v, *gate = self.qkv_proj(x).split_with_sizes(self.widths, -1)
-        qk, v = qk.unflatten(-1, (self.heads + self.kv_heads, -1)), v.unflatten(-1, (self.kv_heads, -1))  # (b, t, h, k)
+        qk, v = qk.unflatten(-1, (c.heads + c.kv_heads, -1)), v.unflatten(-1, (c.kv_heads, -1))  # (b, t, h, k)
+        if self.value_mix is not None:
+            v = self.with_first(v, self.value_mix, context)
         if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], 2)
+            qk = torch.cat([self.q_norm(qk[:, :, : c.heads]), self.k_norm(qk[:, :, c.heads :])], 2)
         if c.rope is not None:
             qk = turn(qk, c.rope, context)
-        q, k = qk.split_with_sizes((self.heads, self.kv_heads), 2)
+        q, k = qk.split_with_sizes((c.heads, c.kv_heads), 2)
+        if c.scale is not None:
+            q = q * (c.scale * c.head_dim**0.5)  # the op's own scale is 1 / sqrt(k)
         if state is None:
             o = attention(q, k, v, window=c.window, softcap=c.softcap, packing=context.packing)
         elif isinstance(state, Window):
@@ -47,6 +57,17 @@ class AttentionLayer(nn.Module):
             o, state = self.cached(q, k, v, context, state)
         o = o.flatten(2)
         return self.o_proj(o * torch.sigmoid(gate[0]) if gate else o), state
+
+    def with_first(self, v: Tensor, mix: Tensor, context: Context) -> Tensor:
+        """l1 v + l2 v0, v0 the values of the model's first attention layer (arXiv 2410.17897); in that layer v0 is v."""
+        first = context.once("v0", lambda: v)
+        if first.shape != v.shape:
+            raise ValueError(
+                f"value residual: values of {tuple(v.shape[2:])} (heads, head_dim) cannot be mixed with the first "
+                f"attention layer's {tuple(first.shape[2:])}; give both layers equal kv_heads and head_dim"
+            )
+        here, there = cast(mix, v.dtype).unbind()
+        return here * v + there * first
 
     def cached(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: KV) -> tuple[Tensor, KV]:
         """Attend to all keys since the start; in the buffer, key j stands at position j."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from plait.ops.packing import Packing
@@ -17,7 +17,8 @@ class Context:
 
     `positions` restart at 0 at each document and go on where a state left off. `found` is where the layers of a slot leave
     numbers about this call, each under its `path` in the slot; nothing is left on modules. Which slot it is nobody inside
-    knows, so that equal slots are one graph to torch.compile.
+    knows, so that equal slots are one graph to torch.compile. `embeddings` (b, t, d), what the first slot reads, are there where a slot
+    reads them too.
     """
 
     positions: Int[Tensor, "b t"]
@@ -25,6 +26,7 @@ class Context:
     packing: Packing | None = None
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     path: str = ""
+    embeddings: Tensor | None = None
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -54,7 +56,7 @@ class Context:
     def slot(self) -> Callable[[], "Context"]:
         """Makes the same call as the next slot sees it, each time anew: a slot that is recomputed must see what it saw."""
         known = dict(self._cache)
-        return lambda: Context(self.positions, self.lengths, self.packing, _cache=dict(known))
+        return lambda: Context(self.positions, self.lengths, self.packing, {}, "", self.embeddings, dict(known))
 
     def learn(self, slot: "Context") -> None:
         """What a slot has computed once is there for the slots after it."""
@@ -62,7 +64,8 @@ class Context:
 
     def inside(self, part: int) -> "Context":
         """The same call as a part of this layer sees it."""
-        return Context(self.positions, self.lengths, self.packing, self.found, f"{self.path}.{part}", self._cache)
+        path = f"{self.path}.{part}"
+        return Context(self.positions, self.lengths, self.packing, self.found, path, _cache=self._cache)
 
     def report(self, name: str, value: Any) -> None:
         """Leave a number about this call."""
@@ -70,20 +73,20 @@ class Context:
 
 
 def context_for(
-    tokens: Int[Tensor, "b t"],
+    inputs: Shaped[Tensor, "b t ..."],
     lengths: tuple[int, ...] | None = None,
     documents: tuple[int, ...] | None = None,
 ) -> Context:
     """The context of a call: `lengths` seen before per state row, `documents` the packed lengths (batch 1)."""
-    b, t = tokens.shape
-    packing = Packing(documents, tokens.device) if documents is not None else None
+    (b, t), device = inputs.shape[:2], inputs.device
+    packing = Packing(documents, device) if documents is not None else None
     before = lengths or (0,) * (b if documents is None else len(documents))
     if packing is not None:
         positions = packing.offsets
         if any(before):
-            positions = positions + torch.tensor(before, device=tokens.device)[packing.documents]
+            positions = positions + torch.tensor(before, device=device)[packing.documents]
     elif len(set(before)) == 1:
-        positions = torch.arange(before[0], before[0] + t, device=tokens.device).expand(b, t)
+        positions = torch.arange(before[0], before[0] + t, device=device).expand(b, t)
     else:
-        positions = torch.tensor(before, device=tokens.device)[:, None] + torch.arange(t, device=tokens.device)
+        positions = torch.tensor(before, device=device)[:, None] + torch.arange(t, device=device)
     return Context(positions, before, packing)

@@ -6,9 +6,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from plait.design.layers import GELU, FeedForward, ReLU2, SwiGLU, told
+from plait.design.layers import GELU, FeedForward, ReLU2, SwiGLU
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
+from plait.layers.declared import LayerModule
 from plait.ops.graph import whole
 from plait.state import Nothing
 
@@ -55,14 +56,16 @@ ACTIVATIONS = {SwiGLU: swiglu, GELU: gelu, ReLU2: relu2}
 _swiglu = whole(_SwiGLU)
 
 
-class FeedForwardLayer(nn.Module):
+class FeedForwardLayer(LayerModule):
     """down(act(up x)); in a SwiGLU `up_proj` holds the rows of gate and up."""
 
+    config: FeedForward
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
     def __init__(self, config: FeedForward, design: ModelConfig):
-        super().__init__()
+        super().__init__(config, design)
         self.act = ACTIVATIONS[type(config)]
-        self.up_proj = nn.Linear(design.dim, config.inputs() * told(config.hidden), bias=config.bias)
-        self.down_proj = nn.Linear(told(config.hidden), design.dim, bias=config.bias)
 
     def forward(
         self, x: Float[Tensor, "b t d"], context: Context, state: Nothing | None

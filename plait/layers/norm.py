@@ -1,24 +1,29 @@
-"""RMSNorm."""
+"""RMSNorm and LayerNorm."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plait.design.model import RMSNorm
+from plait.design.norms import LayerNorm, RMSNorm
 from plait.ops.rms_norm import rms_norm
 
 
 class Norm(nn.Module):
-    """x / rms(x) * w, or * (1 + w) where zero-centred (arXiv 1910.07467); over the last axis, in float32 at least."""
+    """Over the last axis, computed in float32 at least: x / rms(x) * w, or * (1 + w) where zero-centred (arXiv 1910.07467);
+    or a LayerNorm (arXiv 1607.06450)."""
 
-    def __init__(self, width: int, config: RMSNorm):
+    def __init__(self, width: int, config: RMSNorm | LayerNorm):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
         self.config = config
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, 0.0 if self.config.zero_centered else 1.0)
+        start = 0.0 if isinstance(config, RMSNorm) and config.zero_centered else 1.0
+        self.weight = nn.Parameter(torch.full((width,), start, dtype=torch.float32))
+        biased = isinstance(config, LayerNorm) and config.bias
+        self.bias = nn.Parameter(torch.zeros(width, dtype=torch.float32)) if biased else None
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        return rms_norm(x, self.weight, self.config.eps, self.config.zero_centered)
+        c = self.config
+        if isinstance(c, RMSNorm):
+            return rms_norm(x, self.weight, c.eps, c.zero_centered)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, c.eps)

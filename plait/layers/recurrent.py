@@ -8,79 +8,49 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plait.design.layers import told
+from plait.design.layers.recurrent import GRU, LSTM, RNN, SLSTM, NonlinearRecurrence
 from plait.design.model import ModelConfig
-from plait.design.recurrent import GRU, LSTM, RNN, SLSTM, Recurrent
+from plait.design.norms import RMSNorm, inner
 from plait.layers.context import Context
-from plait.layers.mamba2 import reset_conv
+from plait.layers.declared import DeclaredModule, HeadProjection, LayerModule
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
 from plait.ops.packing import Packing
 from plait.ops.shooting import Bound, Cell, Info, NotConverged, cells, shooting
-from plait.state import Recurrent as State
-from plait.state import recurrent
+from plait.layers.start import start
+from plait.state import Recurrent, recurrent
 
-CELLS: dict[type[Recurrent], type[Cell]] = {RNN: cells.RNN, GRU: cells.GRU, LSTM: cells.LSTM, SLSTM: cells.SLSTM}
+CELLS: dict[type[NonlinearRecurrence], type[Cell]] = {RNN: cells.RNN, GRU: cells.GRU, LSTM: cells.LSTM, SLSTM: cells.SLSTM}
 
 
-def cell_of(config: Recurrent) -> Cell:
+def cell_of(config: NonlinearRecurrence) -> Cell:
     """The cell that a config speaks of."""
-    return made(CELLS[type(config)], config)
+    return cell_with(CELLS[type(config)], config)
 
 
-def made(kind: Any, config: Recurrent) -> Cell:
+def cell_with(kind: Any, config: NonlinearRecurrence) -> Cell:
     """A cell of this kind; its fields are among the config's."""
     return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
 
 
-class RecurrentCell(nn.Module):
-    """Input projection and recurrence: x (b, t, dim) -> h (b, t, units).
+class RecurrentCell(DeclaredModule):
+    """Input projection and recurrence: x (b, t, dim) -> h (b, t, units), weights drawn from `seed`."""
 
-    Projected inputs are ordered (input, head, unit); a projection within heads has a matrix per head instead. What is one
-    number per unit is a vector: it gets no weight decay.
-    """
+    in_proj: nn.Linear | HeadProjection
+    R: nn.Parameter
+    recurrent_bias: nn.Parameter | None
+    weights: nn.Parameter | None
 
-    def __init__(self, config: Recurrent, dim: int):
+    def __init__(self, config: NonlinearRecurrence, dim: int, seed: int = 0):
         super().__init__()
         self.config = config = config.resolve(dim)
         self.cell = cell_of(config)
-        heads, k, units = told(config.heads), told(config.head_dim), config.units()
-        g, _, weights = config.sizes()
-        self.in_proj = nn.Linear(dim, g * units, bias=False) if config.projection == "dense" else None
-        self.in_heads = None if self.in_proj is not None else nn.Parameter(torch.empty(heads, g * k, dim // heads))
-        self.bias = nn.Parameter(torch.empty(g * units)) if config.bias else None
-        self.recurrent_bias = nn.Parameter(torch.empty(g * units)) if config.recurrent_bias else None
-        wide, size = config.groups()
-        shape = (g * units,) if config.recurrence == "diagonal" else (g, wide, size, size)
-        self.recurrent = nn.Parameter(torch.empty(shape))
-        self.weights = nn.Parameter(torch.empty(weights * units)) if weights else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Projections N(0, 1/fan_in). Numbers per unit as ParaRNN (arXiv 2510.21450), Xavier's normal of a matrix (inputs,
-        units); matrices as torch.nn, uniform in +-1/sqrt(k). Biases 0 but for the gate that keeps."""
-        c = self.config
-        g, units = c.sizes()[0], c.units()
-        weight = self.in_heads if self.in_proj is None else self.in_proj.weight
-        assert weight is not None
-        nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-        if c.recurrence == "diagonal" and c.spread is not None:
-            nn.init.uniform_(self.recurrent, -c.spread, c.spread)
-        elif c.recurrence == "diagonal":
-            nn.init.normal_(self.recurrent, std=(2 / (g + units)) ** 0.5)
-        else:
-            bound = self.recurrent.shape[-1] ** -0.5
-            nn.init.uniform_(self.recurrent, -bound, bound)
-        if self.weights is not None:
-            nn.init.normal_(self.weights, std=(2 / (g + units)) ** 0.5)
-        for bias in (self.bias, self.recurrent_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
-        if c.keeps is not None and self.bias is not None:
-            low, high = c.gate_bias if isinstance(c.gate_bias, tuple) else (c.gate_bias, c.gate_bias)
-            name, sign = c.keeps
-            gate = self.bias.data.view(g, -1, told(c.head_dim))[self.cell.inputs.index(name)]
-            gate.copy_(sign * torch.linspace(low, high, told(c.head_dim)))
+        declared = config.cell_weights(dim)
+        self.declare(declared, RMSNorm())
+        for name in {"recurrent_bias", "weights"} - {weight.name for weight in declared}:
+            self.register_parameter(name, None)
+        if self.R.device.type != "meta":
+            start(self, declared, seed)
 
     def forward(
         self, x: Float[Tensor, "b t d"], s: Float[Tensor, "n s h k"] | None = None, packing: Packing | None = None
@@ -100,32 +70,24 @@ class RecurrentCell(nn.Module):
         return h.flatten(2), None if s is None else final, info
 
     def project(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t g h k"]:
-        """What each unit reads. Within heads it is one product per head, and seen in this order without a copy."""
+        """What each unit reads."""
         b, t, _ = x.shape
         g, (heads, k) = len(self.cell.inputs), self.config.groups()
-        if self.in_proj is not None:
-            return F.linear(x, self.in_proj.weight, self.bias).view(b, t, g, heads, k)
-        assert self.in_heads is not None
-        h, rows, own = self.in_heads.shape
-        parts, weight = x.reshape(b * t, h, own).transpose(0, 1), self.in_heads.mT
-        if self.bias is None:
-            y = torch.bmm(parts, weight)  # (h, b t, g k)
-        else:
-            bias = self.bias.view(g, h, -1).transpose(0, 1).reshape(h, 1, rows)
-            y = torch.baddbmm(bias, parts, weight)
-        y = y.view(h, b, t, g, -1).permute(1, 2, 3, 0, 4)
-        return y if h == heads else y.reshape(b, t, g, heads, k)
+        if not isinstance(self.in_proj, HeadProjection):
+            return self.in_proj(x).view(b, t, g, heads, k)
+        y = self.in_proj(x, g)
+        return y if y.shape[3] == heads else y.reshape(b, t, g, heads, k)
 
     def bound(self) -> Bound:
         """The cell with its weights, as `shooting` takes it."""
         g, (heads, k) = len(self.cell.inputs), self.config.groups()
-        recurrent, weights = self.recurrent, ()
+        R, weights = self.R, ()
         if self.config.recurrence == "diagonal":
-            recurrent = recurrent.view(g, heads, k)
+            R = R.view(g, heads, k)
         if self.weights is not None:
             weights = self._clipped(self.weights).view(-1, heads, k).unbind(0)
         bias = None if self.recurrent_bias is None else self.recurrent_bias.view(g, heads, k)
-        return self.cell.bind(self._clipped(recurrent), bias=bias, weights=weights)
+        return self.cell.bind(self._clipped(R), bias=bias, weights=weights)
 
     def _clipped(self, weight: Tensor) -> Tensor:
         clip = self.config.clip
@@ -144,8 +106,8 @@ class RecurrentCell(nn.Module):
         cell = cls(config, module.input_size).to(like.device, like.dtype)
         names = {
             "in_proj.weight": "weight_ih",
-            "recurrent": "weight_hh",
-            "bias": "bias_ih",
+            "R": "weight_hh",
+            "in_proj.bias": "bias_ih",
             "recurrent_bias": "bias_hh",
         }
         for name, parameter in cell.named_parameters():
@@ -177,24 +139,36 @@ def _rows(module: nn.Module, weight: Tensor) -> Tensor:
     return weight
 
 
-class RecurrentLayer(nn.Module):
+class RecurrentLayer(LayerModule):
     """The cell between a short convolution and a gated norm, as in ParaRNN (arXiv 2510.21450) and Mamba-2."""
 
-    def __init__(self, config: Recurrent, design: ModelConfig):
-        super().__init__()
-        dim, units, width = design.dim, config.units(), config.conv_width
-        self.conv1d_weight = nn.Parameter(torch.empty(dim, width)) if width else None
-        self.conv1d_bias = nn.Parameter(torch.empty(dim)) if width and config.bias else None
-        self.cell = RecurrentCell(config, dim)
-        self.gate_proj = nn.Linear(dim, units, bias=False) if config.output_gate else None
-        self.norm = Norm(units, design.norm.replace(zero_centered=False)) if config.output_gate else None
-        self.out_proj = nn.Linear(units, dim, bias=False)
-        if self.conv1d_weight is not None:
-            reset_conv(self.conv1d_weight, self.conv1d_bias)
+    config: NonlinearRecurrence
+    conv1d_weight: nn.Parameter | None
+    conv1d_bias: nn.Parameter | None
+    gate_proj: nn.Linear | None
+    norm: Norm | None
+    out_proj: nn.Linear
+
+    def __init__(self, config: NonlinearRecurrence, design: ModelConfig):
+        super().__init__(config, design)
+        for name, present in (
+            ("conv1d_weight", config.conv_width),
+            ("conv1d_bias", config.conv_width and config.bias),
+            ("gate_proj", config.output_gate),
+            ("norm", config.output_gate),
+        ):
+            if not present:
+                setattr(self, name, None)
+
+    def assemble(self, design: ModelConfig) -> None:
+        self.cell = RecurrentCell(self.config, self.reads(design) or design.dim)
+
+    def norms(self, design: ModelConfig) -> dict[str, RMSNorm]:
+        return {"norm": inner(design.norm).replace(zero_centered=False)}
 
     def forward(
-        self, x: Float[Tensor, "b t d"], context: Context, state: State | None
-    ) -> tuple[Float[Tensor, "b t d"], State | None]:
+        self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
+    ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         u, conv = x, state and state.conv
         if self.conv1d_weight is not None:
             u, conv = causal_conv(x, self.conv1d_weight, self.conv1d_bias, state=conv, packing=context.packing)
@@ -206,10 +180,10 @@ class RecurrentLayer(nn.Module):
             h = self.norm(h) * F.silu(self.gate_proj(x))
         return self.out_proj(h), recurrent(s, conv)
 
-    def _solve(self, u: Tensor, context: Context, state: State | None) -> tuple[Tensor, Tensor | None, Info]:
+    def _solve(self, u: Tensor, context: Context, state: Recurrent | None) -> tuple[Tensor, Tensor | None, Info]:
         return self.cell(u, state and state.s, context.packing)
 
-    def _strictly(self, u: Tensor, context: Context, state: State | None) -> tuple[Tensor, Tensor | None, Info]:
+    def _strictly(self, u: Tensor, context: Context, state: Recurrent | None) -> tuple[Tensor, Tensor | None, Info]:
         try:  # in a method of its own: where a graph breaks inside a try, torch.compile gives up the whole function
             return self._solve(u, context, state)
         except NotConverged as error:

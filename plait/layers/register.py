@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from plait.design.layers import KINDS, LETTERS
-from plait.design.recurrent import Recurrent
-from plait.layers.recurrent import CELLS, RecurrentLayer, made
+from plait.design.layers.recurrent import NonlinearRecurrence
+from plait.layers.recurrent import CELLS, RecurrentLayer, cell_with
 from plait.layers.stack import LAYERS
 from plait.ops.shooting import Cell
 
 Parts = tuple[Tensor, ...]
 
 
-def register(letter: str, cell: type[Cell], **defaults: Any) -> type[Recurrent]:
+def register(letter: str, cell: type[Cell], **defaults: Any) -> type[NonlinearRecurrence]:
     """Bind a letter to a layer of this cell, and make its config, which is returned: the fields of every recurrent layer
     (heads, recurrence, clip, ...) and the cell's own. Its kind is the class name in lower case.
 
@@ -31,7 +31,7 @@ def register(letter: str, cell: type[Cell], **defaults: Any) -> type[Recurrent]:
     known: Any = KINDS.get(kind)
     config = known if known is not None and CELLS[known] is cell else _config(kind, cell)
     layer = config(**defaults)
-    _probe(made(cell, layer))
+    _probe(cell_with(cell, layer))
     if known is not config:  # the class before it, if there was one, keeps its modules but loses its letters
         for name in [name for name, bound in LETTERS.items() if type(bound) is known]:
             del LETTERS[name]
@@ -49,7 +49,7 @@ def _check_class(cell: Any) -> None:
     for field in fields(cell):
         if field.name in ("inputs", "states", "weights", "start", "keeps"):
             raise TypeError(f"{name}.{field.name} became a field: write it without a type")
-        if field.name in Recurrent.__struct_fields__:
+        if field.name in NonlinearRecurrence.__struct_fields__:
             raise TypeError(f"{name}.{field.name} is what every recurrent layer has already; choose another name")
 
 
@@ -69,27 +69,32 @@ def _check_names(letter: str, kind: str, cell: type[Cell]) -> None:
         raise ValueError(f"letter {letter!r} is {type(bound).__name__} already; choose another")
 
 
-def _config(kind: str, cell: Any) -> type[Recurrent]:
+def _config(kind: str, cell: Any) -> type[NonlinearRecurrence]:
     """A config class like those of plait.design.recurrent, which counts by asking the cell."""
     types = get_type_hints(cell)
     own = fields(cell)
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in own}
 
-    def sizes(self: Recurrent) -> tuple[int, int, int]:
-        it = made(cell, self)
+    def sizes(self: NonlinearRecurrence) -> tuple[int, int, int]:
+        it = cell_with(cell, self)
         return len(it.inputs), len(it.states), len(it.weights)
+
+    def keeping(self: NonlinearRecurrence) -> tuple[int, int] | None:
+        name, sign = getattr(cell, "keeps", None) or (None, 1)
+        inputs = cell_with(cell, self).inputs
+        return (inputs.index(name), sign) if name in inputs else None  # `_probe` refuses one that is not
 
     namespace = {
         "__doc__": cell.__doc__,
         "__module__": cell.__module__,
         "__annotations__": {f.name: types[f.name] for f in own},
-        "keeps": getattr(cell, "keeps", None),
+        "keeping": keeping,
         "sizes": sizes,
-        "start": lambda self: tuple(made(cell, self).start),
+        "start": lambda self: tuple(cell_with(cell, self).start),
         **{name: value for name, value in defaults.items() if value is not MISSING},
     }
     options = {"frozen": True, "kw_only": True, "tag": kind}
-    return new_class(cell.__name__, (Recurrent,), options, lambda body: body.update(namespace))
+    return new_class(cell.__name__, (NonlinearRecurrence,), options, lambda body: body.update(namespace))
 
 
 ROWS, UNITS = 2, 5

@@ -1,25 +1,28 @@
-"""From a design's slots to modules: residual sublayers, chains and parallel branches."""
+"""From a design's places to modules: residual sublayers, chains and parallel branches."""
 
-from collections.abc import Callable
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.design.layers import GELU, Attention, GatedDeltaNet, Layer, Mamba2, ReLU2, SwiGLU
+from plait.design.layers.recurrent import GRU, LSTM, RNN, SLSTM
 from plait.design.model import ModelConfig
-from plait.design.pattern import Chain, Item, Parallel
-from plait.design.recurrent import GRU, LSTM, RNN, SLSTM
+from plait.design.places import Node, ParallelPlace, Place
+from plait.design.wrap import Wrap
 from plait.layers.attention import AttentionLayer
 from plait.layers.context import Context
+from plait.layers.declared import LayerModule
 from plait.layers.feed_forward import FeedForwardLayer
 from plait.layers.gated_deltanet import GatedDeltaNetLayer
 from plait.layers.mamba2 import Mamba2Layer
-from plait.layers.merge import MERGES
+from plait.layers.merges import MERGES
 from plait.layers.norm import Norm
 from plait.layers.recurrent import RecurrentLayer
 from plait.state import Branches, SlotState
 
-LAYERS: dict[type[Layer], Callable[..., nn.Module]] = {
+LAYERS: dict[type[Layer], type[LayerModule]] = {
     Attention: AttentionLayer,
     Mamba2: Mamba2Layer,
     GatedDeltaNet: GatedDeltaNetLayer,
@@ -36,48 +39,64 @@ Hidden = Float[Tensor, "b t d"]
 
 
 class Sublayer(nn.Module):
-    """One residual step of the model, x + f(norm(x))."""
+    """One residual step of the model, x + factor * after(f(norm(x))); `wrap` says which of these there are."""
 
-    def __init__(self, mixer: nn.Module, design: ModelConfig):
+    norm: Norm | None
+    after: Norm | None
+
+    def __init__(self, mixer: nn.Module, wrap: Wrap, dim: int):
         super().__init__()
-        self.norm = Norm(design.dim, design.norm)
+        self.norm = Norm(wrap.width(dim), wrap.before) if wrap.before else None
         self.mixer = mixer
+        self.after = Norm(dim, wrap.after) if wrap.after else None
+        self.factor, self.reads_both = wrap.factor, wrap.reads == "stream_and_embeddings"
 
     def forward(self, x: Hidden, context: Context, state: SlotState | None) -> tuple[Hidden, SlotState | None]:
-        y, state = self.mixer(self.norm(x), context, state)
-        return x + y, state
+        u = torch.cat([x, context.embeddings], -1) if self.reads_both else x
+        y, state = self.mixer(u if self.norm is None else self.norm(u), context, state)
+        return x + added(y, self.after, self.factor), state
+
+
+def added(y: Hidden, after: nn.Module | None, factor: float | None) -> Hidden:
+    """What a layer's output adds to its stream."""
+    y = y if after is None else after(y)
+    return y if factor == 1 else y * factor
 
 
 class ChainLayer(nn.Module):
     """The layers of one branch. The first reads the branch's (normed) input u; each later one reads the norm of u plus
     what the chain has added so far. The output is what the chain adds."""
 
-    def __init__(self, layers: list[nn.Module], design: ModelConfig):
+    def __init__(self, layers: list[nn.Module], wraps: list[Wrap], dim: int):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norms = nn.ModuleList(Norm(design.dim, design.norm) for _ in layers[1:])
+        self.norms = nn.ModuleDict({str(i): Norm(dim, w.before) for i, w in enumerate(wraps) if i and w.before})
+        self.after = nn.ModuleDict({str(i): Norm(dim, w.after) for i, w in enumerate(wraps) if w.after})
+        self.factors = [wrap.factor for wrap in wraps]
 
     def forward(self, u: Hidden, context: Context, state: Branches | None) -> tuple[Hidden, Branches | None]:
         states = [None] * len(self.layers) if state is None else state.parts
         contexts = [context] if len(self.layers) == 1 else [context.inside(i) for i in range(len(self.layers))]
-        total, first = self.layers[0](u, contexts[0], states[0])
-        after = [first]
-        for norm, layer, here, before in zip(self.norms, list(self.layers)[1:], contexts[1:], states[1:], strict=True):
-            y, new = layer(norm(u + total), here, before)
-            total = total + y
+        total, after = None, []
+        for i, (layer, here, before) in enumerate(zip(self.layers, contexts, states, strict=True)):
+            x = u if total is None else u + total
+            y, new = layer(self.norms[str(i)](x) if str(i) in self.norms else x, here, before)
+            y = added(y, self.after[str(i)] if str(i) in self.after else None, self.factors[i])
+            total = y if total is None else total + y
             after.append(new)
+        assert total is not None  # a chain has a layer
         return total, None if state is None else Branches(tuple(after))
 
 
 class ParallelLayer(nn.Module):
-    """Branches side by side on one normed input, each normed again (unless told otherwise) and merged."""
+    """Branches side by side on one normed input, each normed again (unless its merge says otherwise) and merged."""
 
-    def __init__(self, branches: list[ChainLayer], item: Parallel, design: ModelConfig):
+    def __init__(self, branches: list[ChainLayer], place: ParallelPlace, design: ModelConfig):
         super().__init__()
-        config = design.merge_of(item)
+        config = place.merge
         self.branches = nn.ModuleList(branches)
         self.norms = nn.ModuleList(Norm(design.dim, design.norm) for _ in branches) if config.branch_norm else None
-        self.merge = MERGES[type(config)](config, design.dim, len(branches))
+        self.merge = MERGES[type(config)](config, design.dim, len(branches))  # type: ignore[arg-type]  # each its own config
 
     def forward(self, u: Hidden, context: Context, state: Branches | None) -> tuple[Hidden, Branches | None]:
         states = [None] * len(self.branches) if state is None else state.parts
@@ -92,21 +111,41 @@ class ParallelLayer(nn.Module):
 
 
 def build_stack(design: ModelConfig) -> nn.ModuleList:
-    """One `Sublayer` per slot; layers whose config says `shared` are built once per letter."""
-    shared: dict[str, nn.Module] = {}
+    """One `Sublayer` per slot; layers whose config says `shared` have one set of weights per letter."""
+    build = _Builder(design)
+    return nn.ModuleList(Sublayer(build.node(slot), slot.wrap, design.dim) for slot in design.slots)
 
-    def layer(item: Item) -> nn.Module:
-        if isinstance(item, Parallel):
-            return ParallelLayer([chain(branch) for branch in item.branches], item, design)
-        config = design.bound[item.name]
-        if config.shared and item.name in shared:
-            return shared[item.name]
-        module = LAYERS[type(config)](config, design)
-        if config.shared:
-            shared[item.name] = module
+
+def build_layer(place: Place, design: ModelConfig) -> LayerModule:
+    """The module of one layer, its weights not drawn yet."""
+    module: Any = LAYERS[type(place.layer)]
+    return module(place.layer, design)
+
+
+class _Builder:
+    """Modules in reading order, and the first use of every shared letter."""
+
+    def __init__(self, design: ModelConfig):
+        self.design = design
+        self.shared: dict[str, LayerModule] = {}
+
+    def node(self, node: Node) -> nn.Module:
+        if isinstance(node, Place):
+            return self.layer(node)
+        return ParallelLayer([self.chain(branch) for branch in node.branches], node, self.design)
+
+    def layer(self, place: Place) -> LayerModule:
+        if not place.layer.shared:
+            return build_layer(place, self.design)
+        first = self.shared.get(place.letter)
+        if first is not None and not place.layer.adapter_rank:
+            return first
+        module = build_layer(place, self.design)
+        if first is not None:
+            module.share(first)
+        self.shared.setdefault(place.letter, module)
+        module.adapt(self.design)
         return module
 
-    def chain(items: Chain) -> ChainLayer:
-        return ChainLayer([layer(item) for item in items], design)
-
-    return nn.ModuleList(Sublayer(layer(slot.item), design) for slot in design.slots)
+    def chain(self, branch: tuple[Node, ...]) -> ChainLayer:
+        return ChainLayer([self.node(node) for node in branch], [node.wrap for node in branch], self.design.dim)

@@ -1,14 +1,13 @@
 """From a design to a model with fresh weights."""
 
 import torch
-from torch import nn
 
+from plait.design import declared
 from plait.design.load import load_design
 from plait.design.model import ModelConfig
+from plait.design.weights import FLOAT32
+from plait.layers.start import start
 from plait.model.language_model import LanguageModel
-
-OUTPUTS = ("o_proj", "out_proj", "down_proj")  # what writes into the residual stream
-WIDE = ("A_log", "dt_bias", "D")  # never below float32: a decay rounded to bfloat16 is another decay
 
 
 def build(
@@ -18,29 +17,34 @@ def build(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
-    """A model with weights that depend on `seed` alone, not on the device or on torch's own random state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LanguageModel(load_design(design))
-        init_weights(model)
-    return cast(model, dtype).to(device)
+    """A model whose every weight depends on `seed` and its own name alone: not on other layers, the device, or what torch's
+    random state and default dtype are. On the device "meta" it has no values; `init_weights` then fills it in."""
+    model = empty_model(load_design(design), device=device, dtype=dtype)
+    if torch.device(device).type != "meta":
+        init_weights(model, seed)
+    return model
 
 
-def init_weights(model: LanguageModel) -> None:
-    """Linear weights N(0, 1/fan_in), those that write into the residual stream smaller by sqrt(number of slots), so that
-    its variance does not grow with depth; embeddings N(0, 1/dim). All other parameters were set by their own layers."""
-    nn.init.normal_(model.embed.weight, std=model.design.dim**-0.5)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            depth = len(model.slots) if name.rsplit(".", 1)[-1] in OUTPUTS else 1
-            nn.init.normal_(module.weight, std=(module.in_features * depth) ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+def empty_model(
+    design: ModelConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """A model with room for weights, which are whatever was in memory."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating point type such as torch.float32, got {dtype}")
+    with torch.inference_mode(False), torch.device(device):
+        return cast(LanguageModel(design), dtype)
+
+
+def init_weights(model: LanguageModel, seed: int = 0) -> LanguageModel:
+    """Draw every weight that lies in memory, as `build` does; on several ranks each may draw its own."""
+    parameters = dict(model.named_parameters())
+    start(model, tuple(w for w in declared.weights(model.design) if not parameters[w.name].is_meta), seed)
+    return model
 
 
 def cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     """All parameters to `dtype`, decay parameters to at least float32."""
+    wide = {weight.name for weight in declared.weights(model.design) if weight.role in FLOAT32}
     for name, parameter in model.named_parameters():
-        wide = name.rsplit(".", 1)[-1] in WIDE
-        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if name in wide else dtype)
     return model

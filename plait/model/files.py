@@ -1,23 +1,24 @@
-"""Models as folders: config.json and model.safetensors, and the tokenizer's files where one is given."""
+"""Models as folders: config.json and safetensors, and the tokenizer's files where one is given."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors
-import safetensors.torch
 import torch
+from torch import nn
 
+from plait.design import declared
 from plait.design.load import read_mapping
 from plait.design.model import ModelConfig
 from plait.design.spec import BYTES
 from plait.design.spelling import suggest
-from plait.files import write_atomic, write_text
-from plait.model.build import cast
+from plait.design.weights import FLOAT32
+from plait.files import write_text
+from plait.model.build import cast, empty_model
 from plait.model.language_model import LanguageModel
+from plait.model.weight_files import SHARD_BYTES, WeightFiles, weight_files, write_weights
 
-CONFIG, WEIGHTS, ENDS = "config.json", "model.safetensors", "generation_config.json"
+CONFIG, ENDS = "config.json", "generation_config.json"
 
 
 class Saves(Protocol):
@@ -29,13 +30,21 @@ class Saves(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-def save(model: LanguageModel, folder: str | Path, tokenizer: Saves | None = None) -> None:
-    """Write the model (and tokenizer) so that `plait.load` and transformers can read it. Each file is replaced whole."""
-    folder = Path(folder)
+def save(
+    model: LanguageModel | nn.Module,
+    folder: str | Path,
+    tokenizer: Saves | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the model (and tokenizer) so that `plait.load` and transformers can read it. Each file is replaced whole.
+
+    A model inside torch.compile, DataParallel or DistributedDataParallel is saved as itself. Weights of more than
+    `shard_bytes` go into several files with an index.
+    """
+    model, folder = bare(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    metadata = {"format": "pt", "design": model.design.hash}
-    write_atomic(folder / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path, metadata))
+    write_weights(folder, stored(model), {"format": "pt", "design": model.design.hash}, shard_bytes)
     config = {
         "model_type": "plait",
         "architectures": ["PlaitForCausalLM"],
@@ -50,16 +59,36 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Saves | None = Non
         _write_json(folder / ENDS, {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos})
 
 
+def bare(model: nn.Module) -> LanguageModel:
+    """The model inside whatever torch wraps around one."""
+    inner = model
+    while not isinstance(inner, LanguageModel):
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(wrapped, nn.Module):
+            raise TypeError(f"expected a model that plait.build or plait.load gave, got {type(model).__name__}")
+        inner = wrapped
+    return inner
+
+
+def stored(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """Everything that a file holds: parameters, each once, and buffers, by names that no compiled part has changed."""
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {name.replace("_orig_mod.", ""): x.detach() for name, x in {**dict(model.named_parameters()), **buffers}.items()}
+
+
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
-    """Read a saved model, or the newest checkpoint of a training run's folder. Raises ValueError naming what is wrong."""
+    """Read a saved model, or the newest checkpoint of a training run's folder. Raises ValueError naming what is wrong.
+
+    Every tensor has the dtype that it has in the file, unless `dtype` says otherwise.
+    """
     folder = model_folder(folder)
     config = read_config(folder)
     design = ModelConfig.from_dict(config["design"])
-    tensors = _read_weights(folder / WEIGHTS, design)
-    with torch.device("meta"):
-        model = LanguageModel(design)
-    model = cast(model, getattr(torch, config["dtype"])).to_empty(device=device)
-    _fill(model, tensors, folder / WEIGHTS)
+    files = weight_files(folder)
+    model = empty_model(design, device=device, dtype=getattr(torch, config["dtype"]))
+    with torch.no_grad():
+        _fill(model, files, torch.device(device))
     return model if dtype is None else cast(model, dtype)
 
 
@@ -96,29 +125,21 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def _read_weights(path: Path, design: ModelConfig) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; the folder holds a config without weights")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            written_for = (file.metadata() or {}).get("design", design.hash)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: corrupt or cut short ({error}), {os.path.getsize(path):,} bytes") from None
-    if written_for != design.hash:
-        raise ValueError(f"{path}: weights of design {written_for}, but {CONFIG} beside it describes {design.hash}")
-    return tensors
-
-
-def _fill(model: LanguageModel, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Copy tensors in; every parameter must be there, every tensor used, every shape equal."""
-    parameters = dict(model.named_parameters())
-    missing, unused = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-    if missing or unused:
-        raise ValueError(f"{path}: missing tensors {missing[:3]}, unused tensors {unused[:3]} (first three of each)")
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
+def _fill(model: LanguageModel, files: WeightFiles, device: torch.device) -> None:
+    """Put every tensor in its place, one after the other; each must be there, be used, and have the right shape."""
+    wide = {weight.name for weight in declared.weights(model.design) if weight.role in FLOAT32}
+    places = stored(model)
+    files.check(places.keys(), model.design.hash)
+    owners = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in files:
+        if tensor.shape != places[name].shape:
             raise ValueError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+                f"{files.path_of(name)}: {name} has shape {tuple(tensor.shape)}, expected {tuple(places[name].shape)}"
             )
-        parameter.data.copy_(tensors[name])
+        dtype = torch.promote_types(tensor.dtype, torch.float32) if name in wide else tensor.dtype
+        if not dtype.is_floating_point and places[name].is_floating_point():
+            raise ValueError(f"{files.path_of(name)}: {name} is {dtype}; expected floating point numbers")
+        if places[name].dtype == dtype:  # into memory that torch aligned: rounding must not depend on the file
+            places[name].copy_(tensor)
+        else:
+            owners[name].data = tensor.to(device, dtype, copy=True)

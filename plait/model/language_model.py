@@ -1,51 +1,96 @@
 """The language model: embedding, residual stack, head. One call form for training, prefill, decoding and packing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plait.design import count
+from plait.design.declared import front_weights
+from plait.design.ends import Tokens
 from plait.design.layers import Attention
-from plait.design.model import ModelConfig
+from plait.design.model import ModelConfig, nearest_place
+from plait.design.places import Node, ParallelPlace, layers, paths
 from plait.design.spec import StateSpec
 from plait.design.summary import summary
 from plait.layers import Context, build_stack, context_for
+from plait.layers.declared import Projection, empty
 from plait.layers.norm import Norm
+from plait.model.front import with_meta
+from plait.model.head import Head
 from plait.model.padding import Padding, packed_lengths
 from plait.ops.shooting import NotConverged
 from plait.state import KV, Branches, ModelState, Nothing, Recurrent, SlotState, Window
 
 
 class LanguageModel(nn.Module):
-    """Built by `plait.build(design)`; `print(model)` shows its slots, parameters, FLOPs and state bytes."""
+    """Front, slots, head. Built by `plait.build(design)`; `print(model)` shows slots, parameters, FLOPs and state bytes.
+
+    embed (and embed_norm, positions, meta where the design has them) are the front, slots the residual stack, norm and
+    lm_head (None where the embeddings are the head's matrix too) the head.
+    """
+
+    embed: nn.Module
+    embed_norm: Norm | None
+    positions: nn.Embedding | None
+    meta: nn.Parameter | None
 
     def __init__(self, design: ModelConfig):
         super().__init__()
         self.design = design
-        self.embed = nn.Embedding(design.vocab, design.dim)
+        self._make_front()
         self.slots = build_stack(design)
         self.norm = Norm(design.dim, design.norm)
-        self.lm_head = None if design.tie_embeddings else nn.Linear(design.dim, design.vocab, bias=False)
+        self._make_head()
         self.activation_checkpointing = False
-        ropes = [c.rope for c in design.bound.values() if isinstance(c, Attention) and c.rope]
-        self.max_positions = min((r.max_positions for r in ropes if r.max_positions), default=None)
+        self.max_positions = self.limit(design)
+
+    @staticmethod
+    def limit(design: ModelConfig) -> int | None:
+        """How many tokens a sequence may have; None: any number."""
+        ropes = [p.layer.rope for p in layers(design.slots) if isinstance(p.layer, Attention) and p.layer.rope]
+        limits = [rope.max_positions - design.front.meta for rope in ropes if rope.max_positions]
+        return min([*limits, *([design.front.positions] if design.front.positions else [])], default=None)
+
+    def _make_front(self) -> None:
+        design = self.design
+        declared = {weight.name: weight for weight in front_weights(design)}
+        if isinstance(design.front, Tokens):
+            self.embed = nn.Embedding(design.vocab, design.dim, _weight=empty(declared["embed.weight"]).data)
+        else:
+            self.embed = Projection(declared["embed.weight"], declared.get("embed.bias"))
+        self.embed_norm = Norm(design.dim, design.norm) if design.front.norm else None
+        self.positions = None
+        if table := declared.get("positions.weight"):
+            self.positions = nn.Embedding(*table.shape, _weight=empty(table).data)
+        self.meta = empty(declared["meta"]) if "meta" in declared else None
+
+    def _make_head(self) -> None:
+        design = self.design
+        declared = {weight.name: weight for weight in design.head.weights(design.dim, design.vocab, design.tied)}
+        own = declared.get("lm_head.weight")
+        self.lm_head = None if own is None else Projection(own, declared.get("lm_head.bias"))
+        self.lm_head_bias = empty(declared["lm_head_bias"]) if "lm_head_bias" in declared else None
+
+    @property
+    def head(self) -> Head:
+        """`head(hidden)` gives logits from `features`; `head.loss(hidden, rule)` a loss."""
+        return Head(self.design.head, self.lm_head, self.embed, self.lm_head_bias)
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return next(self.embed.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        return next(self.embed.parameters()).dtype
 
     def forward(
         self,
-        tokens: Int[Tensor, "b t"],
+        tokens: Shaped[Tensor, "b t ..."],
         state: ModelState | None = None,
         *,
         cu_seqlens: Int[Tensor, " n+1"] | None = None,
@@ -54,6 +99,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "b t v"], ModelState | None]:
         """Logits (b, t, vocab), and the state after these tokens where one was given.
 
+        tokens: ids (b, t), or vectors (b, t, features) where the design's front takes those.
         cu_seqlens: batch 1, documents packed end to end, n + 1 offsets from 0; a state then has one row per document.
         attention_mask (b, t): 1 for tokens, 0 for padding on either side; logits at padding mean nothing.
         stats: a dict that layers leave numbers about this call in.
@@ -63,7 +109,7 @@ class LanguageModel(nn.Module):
 
     def features(
         self,
-        tokens: Int[Tensor, "b t"],
+        tokens: Shaped[Tensor, "b t ..."],
         state: ModelState | None = None,
         *,
         cu_seqlens: Int[Tensor, " n+1"] | None = None,
@@ -71,7 +117,7 @@ class LanguageModel(nn.Module):
         stats: dict[str, Any] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], ModelState | None]:
         """What `head` reads: the normed output of the last slot, zero at padding. Arguments as in `forward`."""
-        self._check_tokens(tokens)
+        self._check_inputs(tokens)
         padding = None
         documents = None
         if attention_mask is not None:
@@ -84,50 +130,94 @@ class LanguageModel(nn.Module):
             documents = packed_lengths(tokens, cu_seqlens)
         rows = tokens.shape[0] if documents is None else len(documents)
         self._check_state(state, rows)
-        context = context_for(tokens, state.lengths if state else None, documents)
-        self._check_length(context, documents)
-        hidden, slots = self._stack(self.embed(tokens), context, state.slots if state else None, stats)
-        hidden = self.norm(hidden)
+        seen = state.lengths if state else (0,) * rows
+        stretch = with_meta(self._embed(tokens), self.meta, seen, documents)
+        context = context_for(stretch.x, seen, stretch.documents)
+        after = self._after(context, stretch.documents)
+        hidden, slots = self.run(self._placed(stretch.x, context), context, state.slots if state else None, stats=stats)
+        hidden = self.norm(stretch.only_text(hidden))
         if padding is not None:
             hidden = padding.restore(hidden)
-        if state is None:
-            return hidden, None
-        counts = documents or (tokens.shape[1],) * rows
-        lengths = tuple(n + c for n, c in zip(state.lengths, counts, strict=True))
-        return hidden, ModelState(slots, lengths, state.design)
+        return hidden, None if state is None else ModelState(slots, after, state.design)
 
-    def head(self, hidden: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
-        """Logits from `features`."""
-        return F.linear(hidden, self.head_weight)
+    def _embed(self, inputs: Shaped[Tensor, "b t ..."]) -> Float[Tensor, "b t d"]:
+        x = self.embed(inputs)
+        return x if self.design.front.scale == 1 else x * self.design.front.scale
 
-    @property
-    def head_weight(self) -> Float[Tensor, "v d"]:
-        """The head's matrix: the embeddings themselves where they are tied."""
-        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+    def _placed(self, x: Float[Tensor, "b t d"], context: Context) -> Float[Tensor, "b t d"]:
+        """Embeddings with learned positions, which meta tokens have none of, and normed, where the front says so."""
+        if self.positions is not None:
+            place = context.positions - self.design.front.meta
+            table = self.positions(place.clamp_min(0))
+            x = x + (table if self.meta is None else table * (place >= 0)[..., None])
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        if any(slot.wrap.reads == "stream_and_embeddings" for slot in self.design.slots):
+            context.embeddings = x
+        return x
 
-    def _stack(
+    def run(
         self,
+        hidden: Float[Tensor, "b t d"],
+        context: Context,
+        state: tuple[SlotState, ...] | None = None,
+        *,
+        slots: Iterable[int | str] | slice | None = None,
+        stats: dict[str, Any] | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], tuple[SlotState, ...]]:
+        """The stream after some slots (all: None), by index, slice or address, in the order given; and their states.
+
+        `state` is one value per slot of the model; `plait.layers.context_for(hidden)` makes a fresh context.
+        """
+        after = []
+        for i in self._indices(slots):
+            hidden, new = self._run_slot(i, hidden, context, state[i] if state else None, stats)
+            after.append(new)
+        return hidden, tuple(after)
+
+    def _indices(self, slots: Iterable[int | str] | slice | None) -> Iterable[int]:
+        everything = range(len(self.slots))
+        if slots is None:
+            return everything
+        if isinstance(slots, slice):
+            return everything[slots]
+        by_address = {slot.address: i for i, slot in enumerate(self.design.slots)}
+        found = []
+        for slot in slots:
+            if isinstance(slot, str) and slot not in by_address:
+                raise ValueError(f"there is no slot {slot!r}; {nearest_place(slot, by_address)}")
+            found.append(by_address[slot] if isinstance(slot, str) else everything[slot])
+        return found
+
+    def _run_slot(
+        self,
+        i: int,
         x: Float[Tensor, "b t d"],
         context: Context,
-        states: tuple[SlotState, ...] | None,
+        before: SlotState | None,
         stats: dict[str, Any] | None,
-    ) -> tuple[Float[Tensor, "b t d"], tuple[SlotState, ...]]:
-        after = []
-        for i, slot in enumerate(self.slots):
-            before, address = states[i] if states else None, self.design.slots[i].address
-            try:
-                if self.activation_checkpointing and torch.is_grad_enabled():
-                    x, new, here = checkpoint(_run, slot, x, context.slot(), before, use_reentrant=False)
-                else:
-                    x, new, here = _run(slot, x, context.slot(), before)
-            except NotConverged as error:
-                raise NotConverged(f"{address}{error}") from None
-            context.learn(here)
-            after.append(new)
-            if stats is not None:
-                for path, numbers in here.found.items():
-                    stats.setdefault(address + path, {}).update(numbers)
-        return x, tuple(after)
+    ) -> tuple[Float[Tensor, "b t d"], SlotState]:
+        slot = self.slots[i]
+        try:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, new, here = checkpoint(_run, slot, x, context.slot(), before, use_reentrant=False)
+            else:
+                x, new, here = _run(slot, x, context.slot(), before)
+        except NotConverged as error:
+            path, _, what = str(error).partition(": ")
+            raise NotConverged(f"{paths(self.design.slots[i])[path]}: {what}") from None
+        context.learn(here)
+        if stats is not None:
+            addresses = paths(self.design.slots[i])
+            for path, numbers in here.found.items():
+                stats.setdefault(addresses[path], {}).update(numbers)
+        return x, new
+
+    def place(self, address: str) -> nn.Module:
+        """The module at an address of `design.places()`: a layer's, or that of a parallel slot."""
+        self.design.place(address)  # raises for an address that does not exist
+        found = (_find(node, slot.mixer, address) for node, slot in zip(self.design.slots, self.slots, strict=True))
+        return next(module for module in found if module is not None)
 
     def init_state(self, batch: int = 1, length: int = 0) -> ModelState:
         """The state before the first token, with room for the keys of `length` tokens (it grows by itself)."""
@@ -141,6 +231,19 @@ class LanguageModel(nn.Module):
     def state_spec(self, batch: int = 1, length: int = 0) -> StateSpec:
         """Shapes, dtypes and bytes of the state of `batch` sequences of `length` tokens; allocates nothing."""
         return count.state_spec(self.design, batch, length, str(self.dtype).removeprefix("torch."))
+
+    def _check_inputs(self, inputs: Tensor) -> None:
+        if isinstance(self.design.front, Tokens):
+            return self._check_tokens(inputs)
+        features = self.design.front.features
+        if inputs.ndim != 3 or not inputs.is_floating_point() or inputs.shape[-1] != features:
+            raise ValueError(
+                f"this model reads vectors: expected floating point numbers of shape (batch, time, {features}), "
+                f"got {tuple(inputs.shape)} {inputs.dtype}"
+            )
+        if inputs.numel() == 0:
+            raise ValueError(f"inputs are empty, shape {tuple(inputs.shape)}: a call needs at least one row of one vector")
+        return None
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or tokens.is_floating_point():
@@ -169,18 +272,30 @@ class LanguageModel(nn.Module):
         if state.batch != rows:
             raise ValueError(f"the state has {state.batch} rows, but the call has {rows}; use state.select(rows)")
 
-    def _check_length(self, context: Context, documents: tuple[int, ...] | None) -> None:
-        if self.max_positions is None:
-            return
+    def _after(self, context: Context, documents: tuple[int, ...] | None) -> tuple[int, ...]:
+        """What each row will have seen, meta tokens included. Raises ValueError where that is more than positions go."""
         counts = documents or (context.positions.shape[1],) * len(context.lengths)
-        longest = max(n + c for n, c in zip(context.lengths, counts, strict=True))
-        if longest > self.max_positions:
+        after = tuple(n + c for n, c in zip(context.lengths, counts, strict=True))
+        longest = max(after) - self.design.front.meta
+        if self.max_positions is not None and longest > self.max_positions:
             raise ValueError(
-                f"a sequence of {longest} tokens is longer than RoPE was configured for (max_positions {self.max_positions})"
+                f"a sequence of {longest} tokens is longer than this model's positions go (max_positions {self.max_positions})"
             )
+        return after
 
     def __repr__(self) -> str:
         return summary(self.design)
+
+
+def _find(node: Node, module: Any, address: str) -> nn.Module | None:
+    """The module of `address` in one slot, if it is there."""
+    if node.address == address:
+        return module
+    for branch, chain in zip(node.branches, module.branches, strict=True) if isinstance(node, ParallelPlace) else ():
+        for part, layer in zip(branch, chain.layers, strict=True):
+            if (found := _find(part, layer, address)) is not None:
+                return found
+    return None
 
 
 def _run(

@@ -1,69 +1,238 @@
-"""Next-token loss without holding all logits at once."""
+"""What a model is trained on and measured by: one loss, by several rules, without holding all logits at once."""
 
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from plait.model.language_model import LanguageModel
-from plait.ops.graph import whole
-
-IGNORE = -100  # a target that is not scored, as everywhere in the field
-SLICE = 2**25  # logits in one slice: 128 MiB of float32
+IGNORE = -100  # a target that is not scored, as everywhere in the field; so is every other negative one
+SLICE = 2**25  # numbers that a rule makes of one slice: 128 MiB of float32
 
 
-def token_loss(
-    model: LanguageModel,
-    inputs: Int[Tensor, "b t"],
-    targets: Int[Tensor, "b t"],
-    *,
-    cu_seqlens: Int[Tensor, " n+1"] | None = None,
-    attention_mask: Tensor | None = None,
-    stats: dict[str, Any] | None = None,
-) -> tuple[Float[Tensor, ""], int]:
-    """Sum over the scored targets of -log p in nats (float32 or wider), and how many were scored (target not -100)."""
-    if targets.shape != inputs.shape:
-        raise ValueError(f"targets must have the inputs' shape {tuple(inputs.shape)}, got {tuple(targets.shape)}")
-    hidden, _ = model.features(inputs, cu_seqlens=cu_seqlens, attention_mask=attention_mask, stats=stats)
+@dataclass(frozen=True, slots=True, eq=False)
+class Loss:
+    """total: the sum over the scored positions, float32 or wider; count: how many they are, on the device; parts: the sums
+    that the total is made of, by name."""
+
+    total: Float[Tensor, ""]
+    count: Int[Tensor, ""]
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Float[Tensor, ""]:
+        """Over the scored positions; 0 where there was none."""
+        return self.total / self.count.clamp_min(1)
+
+
+class Rule(Protocol):
+    """What outputs are held against. `copies`: how many numbers it holds for each output."""
+
+    copies: int
+
+    def count(self) -> Int[Tensor, ""]:
+        """How many positions are scored."""
+        ...
+
+    def score(
+        self, y: Float[Tensor, "n o"], rows: slice, gradient: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The sums over these rows by name, float32 at least, and the gradient of their sum at the outputs y."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropy:
+    """-log p of the targets (b, t), in nats; negative targets are not scored."""
+
+    targets: Int[Tensor, "..."]
+    copies = 1
+
+    def count(self) -> Int[Tensor, ""]:
+        return (self.targets >= 0).sum()
+
+    def check(self, outputs: int) -> None:
+        """Raise ValueError for a target that is no id; on a device, torch's own assertion does."""
+        if self.targets.device.type == "cpu" and self.targets.numel() and int(self.targets.max()) >= outputs:
+            raise ValueError(f"target {int(self.targets.max())} is outside the model's vocabulary of {outputs}")
+
+    def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+        target = self.targets.flatten()[rows].long()
+        logp = wide(y).log_softmax(-1)  # (n, v)
+        scored = (target >= 0).to(logp.dtype)[:, None]
+        target = target.clamp_min(0)[:, None]
+        sums = {"cross_entropy": -(logp.gather(1, target) * scored).sum()}
+        if not gradient:
+            return sums, None
+        return sums, logp.exp_().scatter_add_(1, target, -torch.ones_like(scored)).mul_(scored)
+
+
+@dataclass(frozen=True, eq=False)
+class KL:
+    """KL(teacher || model) of the two distributions at a temperature T, times T^2 (arXiv 1503.02531), from the teacher's
+    hidden states (b, t, d') and its head, so that its logits too exist only slice by slice.
+
+    scored: positions that count (b, t); None: all.
+    """
+
+    hidden: Float[Tensor, "..."]
+    head: Callable[[Tensor], Tensor]
+    temperature: float = 1.0
+    scored: Bool[Tensor, "..."] | None = None
+    copies = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number above 0, got {self.temperature}")
+
+    def count(self) -> Int[Tensor, ""]:
+        if self.scored is not None:
+            return self.scored.sum()
+        return torch.tensor(self.hidden.shape[:-1].numel(), device=self.hidden.device)
+
+    def check(self, outputs: int) -> None:
+        with torch.no_grad():
+            theirs = self.head(self.hidden.flatten(0, -2)[:1]).shape[-1]
+        if theirs != outputs:
+            raise ValueError(f"the teacher has a vocabulary of {theirs}, this model one of {outputs}: KL needs equal ones")
+
+    def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+        T = self.temperature
+        with torch.no_grad():
+            theirs = wide(self.head(self.hidden.flatten(0, -2)[rows])).div(T).log_softmax(-1)
+        ours = wide(y).div(T).log_softmax(-1)
+        p = theirs.exp()
+        rowwise = torch.linalg.vecdot(p, theirs.sub_(ours)) * T**2
+        scored = None if self.scored is None else self.scored.flatten()[rows].to(ours.dtype)
+        sums = {"kl": (rowwise if scored is None else rowwise * scored).sum()}
+        if not gradient:
+            return sums, None
+        dy = ours.exp_().sub_(p).mul_(T)
+        return sums, dy if scored is None else dy.mul_(scored[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class SquaredError:
+    """Mean over the outputs of (y - target)^2, targets (b, t, o). scored: positions that count (b, t); None: all."""
+
+    targets: Float[Tensor, "..."]
+    scored: Bool[Tensor, "..."] | None = None
+    copies = 1
+
+    def count(self) -> Int[Tensor, ""]:
+        if self.scored is not None:
+            return self.scored.sum()
+        return torch.tensor(self.targets.shape[:-1].numel(), device=self.targets.device)
+
+    def check(self, outputs: int) -> None:
+        if self.targets.shape[-1] != outputs:
+            raise ValueError(f"targets have {self.targets.shape[-1]} numbers a position, the model gives {outputs}")
+
+    def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+        difference = wide(y) - self.targets.flatten(0, -2)[rows]
+        if self.scored is not None:
+            difference = difference * self.scored.flatten()[rows, None]
+        sums = {"squared_error": difference.square().mean(-1).sum()}
+        return sums, difference.mul_(2 / y.shape[-1]) if gradient else None
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """A weighted sum of rules over the same outputs; what counts is what counts for the first."""
+
+    parts: Sequence[tuple[float, Any]]
+
+    @property
+    def copies(self) -> int:
+        return 1 + sum(rule.copies for _, rule in self.parts)
+
+    def count(self) -> Int[Tensor, ""]:
+        return self.parts[0][1].count()
+
+    def check(self, outputs: int) -> None:
+        for _, rule in self.parts:
+            rule.check(outputs)
+
+    def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+        sums: dict[str, Tensor] = {}
+        total: Tensor | None = None
+        for weight, rule in self.parts:
+            own, dy = rule.score(y, rows, gradient)
+            sums |= {name: weight * value for name, value in own.items()}
+            if dy is not None:
+                total = dy.mul_(weight) if total is None else total.add_(dy, alpha=weight)
+        return sums, total
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def head_loss(
+    hidden: Float[Tensor, "b t d"], head: Callable[[Tensor], Tensor], weights: Sequence[nn.Parameter], outputs: int, rule: Any
+) -> Loss:
+    """The loss of `head(hidden)` by `rule`, slice by slice. `weights` are the head's parameters that may get gradients."""
+    rule.check(outputs)
+    learned = [weight for weight in weights if weight.requires_grad]
+    rows = max(1, SLICE // (outputs * rule.copies))
     train = torch.is_grad_enabled()
-    total = _head_loss(hidden.flatten(0, 1), model.head_weight, targets.flatten(), train)
-    return total, int((targets != IGNORE).sum())
+    total, names, sums = _HeadLoss.apply(hidden.flatten(0, -2), head, rule, rows, train, *learned)
+    return Loss(total, rule.count(), dict(zip(names, sums.unbind(), strict=True)))
+
+
+def loss_of(outputs: Float[Tensor, "b t o"], rule: Any) -> Loss:
+    """The loss of outputs that exist already."""
+    rule.check(outputs.shape[-1])
+    flat = outputs.flatten(0, -2)
+    total, names, sums = _HeadLoss.apply(flat, lambda y: y, rule, max(1, len(flat)), torch.is_grad_enabled())
+    return Loss(total, rule.count(), dict(zip(names, sums.unbind(), strict=True)))
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Head and cross-entropy in one, slice by slice. The gradient of a slice's logits is softmax - one-hot, known as soon
-    as the logits are; so it is used at once, and neither logits nor probabilities outlive their slice."""
+    """Head and rule in one, slice by slice. The gradient at a slice's outputs is known as soon as they are; so it is used at
+    once, through whatever the head is made of, and no (tokens, outputs) tensor outlives its slice."""
 
     @staticmethod
     def forward(
-        ctx, hidden: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], targets: Int[Tensor, " n"], train: bool
-    ) -> Float[Tensor, ""]:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=wide)
-        dhidden = torch.empty_like(hidden) if train else hidden
-        dweight = torch.zeros_like(weight, dtype=wide) if train else weight
-        rows = max(1, SLICE // len(weight))
+        ctx: Any,
+        hidden: Float[Tensor, "n d"],
+        head: Callable[[Tensor], Tensor],
+        rule: Any,
+        rows: int,
+        train: bool,
+        *weights: Tensor,
+    ) -> tuple[Tensor, tuple[str, ...], Tensor]:
+        at_least = torch.promote_types(hidden.dtype, torch.float32)
+        sums: dict[str, Tensor] = {}
+        dhidden = torch.zeros_like(hidden) if train else None
+        dweights = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights if train]
         for first in range(0, len(hidden), rows):
-            h, target = hidden[first : first + rows], targets[first : first + rows]
-            scored = (target != IGNORE).to(wide)[:, None]
-            target = target.clamp_min(0)[:, None]
-            logp = (h @ weight.T).to(wide).log_softmax(-1)  # (rows, v)
-            total = total - (logp.gather(1, target) * scored).sum()
-            if train:
-                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(scored)).mul_(scored).to(h.dtype)
-                dhidden[first : first + rows] = dlogits @ weight.to(h.dtype)
-                dweight += dlogits.T @ h
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype = weight.dtype
-        return total
+            here = slice(first, first + rows)
+            h = hidden[here].detach().requires_grad_(train)
+            with torch.set_grad_enabled(train):
+                y = head(h)
+            own, dy = rule.score(y.detach(), here, train)
+            sums = {name: sums[name] + value if sums else value for name, value in own.items()}
+            if dhidden is not None and dy is not None:
+                grads = torch.autograd.grad(y, [h, *weights], dy.to(y.dtype), allow_unused=True)
+                dhidden[here] = grads[0]
+                for dweight, grad in zip(dweights, grads[1:], strict=True):
+                    if grad is not None:
+                        dweight += grad
+        ctx.save_for_backward(*([dhidden] if dhidden is not None else []), *dweights)
+        ctx.dtypes = [w.dtype for w in weights]
+        parts = torch.stack(list(sums.values())).to(at_least)
+        ctx.mark_non_differentiable(parts)
+        return parts.sum(), tuple(sums), parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dtotal: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        dhidden, dweight = ctx.saved_tensors
-        return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.weight_dtype), None, None
-
-
-_head_loss = whole(_HeadLoss)
+    def backward(ctx: Any, dtotal: Tensor, *others: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dhidden, *dweights = ctx.saved_tensors
+        scaled = ((d * dtotal.to(d.dtype)).to(dtype) for d, dtype in zip(dweights, ctx.dtypes, strict=True))
+        return dhidden * dtotal.to(dhidden.dtype), None, None, None, None, *scaled

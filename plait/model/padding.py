@@ -18,9 +18,9 @@ class Padding:
     @classmethod
     def of(cls, tokens: Int[Tensor, "b t"], attention_mask: Tensor) -> Self | None:
         """None where nothing is padded."""
-        if attention_mask.shape != tokens.shape:
+        if attention_mask.shape != tokens.shape[:2]:
             raise ValueError(
-                f"attention_mask must have the tokens' shape {tuple(tokens.shape)}, got {tuple(attention_mask.shape)}"
+                f"attention_mask must have the tokens' shape {tuple(tokens.shape[:2])}, got {tuple(attention_mask.shape)}"
             )
         mask = attention_mask.to(torch.bool)
         lengths = tuple(mask.sum(1).tolist())

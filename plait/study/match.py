@@ -3,9 +3,10 @@
 from typing import Any
 
 from plait.design.count import parameters
-from plait.design.layers import FeedForward
+from plait.design.layers import LETTERS, FeedForward
 from plait.design.load import load_design
 from plait.design.model import ModelConfig
+from plait.design.places import layers
 
 STEP = 8  # hidden channels go in steps of this many, so that matrix multiplications stay aligned
 TOLERANCE = 0.03  # matched means: within this share of the budget
@@ -18,13 +19,13 @@ def match_parameters(pattern: str, budget: int, **design: Any) -> ModelConfig:
     multiple of 8. Raises ValueError where the pattern has none, or no width comes within 3 % of the budget.
     """
     base = load_design(pattern, **design)
-    mixers = [letter for letter, layer in base.bound.items() if isinstance(layer, FeedForward)]
+    bound = LETTERS | base.layers
+    mixers = {p.letter: bound[p.letter] for p in layers(base.slots) if isinstance(p.layer, FeedForward)}
     if not mixers:
         raise ValueError(f"pattern {pattern!r} has no feed-forward layer such as F, whose width could match {budget:,}")
 
     def widened(hidden: int) -> ModelConfig:
-        changed = {letter: base.bound[letter].replace(hidden=hidden).to_dict() for letter in mixers}
-        return base.replace(layers={**base.layers, **changed})
+        return base.replace(layers=base.layers | {name: layer.replace(hidden=hidden) for name, layer in mixers.items()})
 
     one, two = parameters(widened(STEP)), parameters(widened(2 * STEP))
     steps = max(1, 1 + round((budget - one) / (two - one)))  # parameters grow in a straight line with the width

@@ -42,7 +42,7 @@ def heldout_loss(
         stats: Stats = {}
         with autocast(model.device, precision):
             nll, count = token_loss(model, part.inputs, part.targets, cu_seqlens=part.cu_seqlens, stats=stats)
-        total, scored, text = total + nll.item(), scored + count, text + part.bytes
+        total, scored, text = total + nll.item(), scored + int(count), text + part.bytes
         layers = together(layers, read(stats))
     model.train(training)
     return HeldOut(total / max(1, scored), scored, text, layers)

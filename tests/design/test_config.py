@@ -98,18 +98,18 @@ def test_the_example_of_the_documentation():
     )
     assert len(design.slots) == 48
     assert [slot.address for slot in design.slots[:8]] == ["D#0", "F#0", "D#1", "F#1", "D#2", "F#2", "A#0", "F#3"]
-    assert design.bound["A"].head_dim == 64
+    assert design.place("A#0").layer.head_dim == 64
 
 
 def test_addresses_count_letters_inside_branches():
     design = ModelConfig(vocab=5, dim=64, pattern="A [M|A]F [M|A] A")
-    assert [slot.address for slot in design.slots] == ["A#0", "[M|A]#0", "F#0", "[M|A]#1", "A#3"]
+    assert [slot.address for slot in design.slots] == ["A#0", "par#0", "F#0", "par#1", "A#3"]
 
 
 @pytest.mark.parametrize("dim", range(64, 1025, 64))
 @pytest.mark.parametrize("letter", LETTERS)
 def test_defaults_fit_any_multiple_of_64(letter, dim):
-    layer = ModelConfig(vocab=5, dim=dim, pattern=letter).bound[letter]
+    layer = ModelConfig(vocab=5, dim=dim, pattern=letter).slots[0].layer
     for name in ("heads", "head_dim", "kv_heads", "hidden", "value_heads", "value_head_dim"):
         if name in layer.__struct_fields__:
             assert getattr(layer, name) > 0
@@ -147,7 +147,7 @@ def test_hash_is_of_what_is_built():
         ({"layers": {"A": {"heads": 4}}}, "layers.A: expected a mapping with a 'kind', one of attention,"),
         ({"layers": {"A": {"kind": "attention", "rope": {"tetha": 1}}}}, "did you mean 'theta'?"),
         ({"merge": "gatet"}, "merge: unknown kind 'gatet'; did you mean 'gated'?"),
-        ({"norm": {"epsilon": 1}}, "norm: unknown key 'epsilon'; did you mean 'eps'?"),
+        ({"norm": {"epsilon": 1}}, "norm (rms_norm): unknown key 'epsilon'; did you mean 'eps'?"),
         ({"vocab": "many"}, "Expected `int`, got `str`"),
         ({"vocab": 0}, "ModelConfig.vocab must be above 0, got 0"),
         ({"dim": 70}, "layer 'A': Attention: dim 70 is not a multiple of head_dim 64, so heads must be given"),
@@ -179,7 +179,7 @@ def test_hash_is_of_what_is_built():
         ),
         (
             {"pattern": "S", "layers": {"S": {"kind": "slstm", "head_dim": 24}}},
-            "not a multiple of head_dim 24; give heads",
+            "not a multiple of head_dim 24, so heads must be given",
         ),
         (
             {"pattern": "G", "layers": {"G": {"kind": "gru", "heads": 3, "head_dim": 8, "projection": "heads"}}},
@@ -224,7 +224,7 @@ class TestLoad:
 
     def test_overrides_reach_in(self):
         design = load_design("tiny", **{"layers.A.kind": "attention", "layers.A.heads": 4, "norm.eps": 1e-5})
-        assert design.bound["A"].heads == 4
+        assert design.place("A#0").layer.heads == 4
         assert design.norm.eps == 1e-5
         assert "layers" not in PRESETS["tiny"]
 

@@ -10,10 +10,11 @@ from torch._dynamo.testing import CompileCounter
 import plait
 from plait.evaluate.laws import small
 from plait.layers import context_for
-from plait.layers.merge import MERGES
+from plait.layers.merges import MERGES
 from plait.layers.norm import Norm
 from plait.layers.rope import turn
 from plait.layers.stack import LAYERS
+from plait.layers.start import start
 from plait.ops import graph
 from plait.ops.attention import attention
 from plait.ops.rms_norm import l2norm
@@ -111,7 +112,9 @@ class TestMerges:
 
     def merge(self, kind, **config):
         config = kind(**config)
-        merge = MERGES[kind](config, DIM, self.branches).double()
+        merge = MERGES[kind](config, DIM, self.branches)
+        start(merge, config.learned(DIM, self.branches), seed=0)
+        merge = merge.double()
         return merge, randn(2, 5, DIM), [randn(2, 5, DIM) for _ in range(self.branches)]
 
     def test_sum_and_average(self):
@@ -145,7 +148,7 @@ class TestMerges:
 
 def build_one(letter, config, **design):
     design = plait.ModelConfig(vocab=5, dim=16, pattern=letter, layers={letter: config}, **design)
-    return LAYERS[type(config)](design.bound[letter], design).double()
+    return plait.build(design).place(f"{letter}#0").double()
 
 
 def test_every_layer_has_a_module():
@@ -193,7 +196,7 @@ def test_a_branch_is_a_residual_chain():
     u, context = randn(1, 6, 64), context_for(torch.zeros(1, 6, dtype=torch.long))
     delta, feed_forward = slot.branches[0].layers
     first = delta(u, context, None)[0]
-    second = feed_forward(slot.branches[0].norms[0](u + first), context, None)[0]
+    second = feed_forward(slot.branches[0].norms["1"](u + first), context, None)[0]
     other = slot.branches[1].layers[0](u, context, None)[0]
     assert torch.allclose(slot(u, context, None)[0], first + second + other)
 

@@ -49,7 +49,7 @@ def test_a_letter_in_one_call():
     config = plait.register("Z", Leaky, gate_bias=(1.0, 2.0), heads=4)
     assert config.__name__ == "Leaky" and config.__doc__ == Leaky.__doc__
     design = plait.ModelConfig(vocab=7, dim=64, pattern="ZF [Z|A]F", layers={"A": plait.Attention(heads=2)})
-    assert design.bound["Z"].gate_bias == (1.0, 2.0)
+    assert design.place("Z#0").layer.gate_bias == (1.0, 2.0)
     assert plait.ModelConfig.from_dict(design.to_dict()) == design
     bound = design.replace(layers={"Z": config(slope=2.0, recurrence="heads", heads=2)})
     assert bound.to_dict()["layers"]["Z"] == {"kind": "leaky", "slope": 2.0, "recurrence": "heads", "heads": 2}
@@ -97,7 +97,7 @@ def test_the_page_of_the_documentation():
     exec(code, names)
     logits, _ = names["model"](torch.arange(20)[None])
     assert logits.isfinite().all()
-    assert plait.build(names["other"]).design.bound["Z"].slope == 2.0
+    assert plait.build(names["other"]).design.place("Z#0").layer.slope == 2.0
 
 
 def cell(step, **names):

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 import plait
-from plait.model import files, model_folder
+from plait.model import files, weight_files, model_folder
 
 DESIGN = plait.ModelConfig(vocab=31, dim=64, pattern="M [A|D]", layers={"M": plait.Mamba2(shared=True)})
 
@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_the_old_model(folder, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.safetensors.torch, "save_file", full)
+    monkeypatch.setattr(weight_files.safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         plait.save(plait.build(DESIGN, seed=9), folder)
     assert torch.equal(plait.load(folder).embed.weight, old)

@@ -63,7 +63,7 @@ def qwen3_next(key_heads=2, value_heads=4):
 
 def qwen3_next_weights(theirs: Weights, design: plait.ModelConfig) -> Weights:
     ours = outer(theirs, "model.embed_tokens", "model.norm")
-    delta = design.bound["D"]
+    delta = design.place("D#0").layer
     share = delta.value_heads // delta.heads
     for layer in range(8):
         here = {name.split(".", 3)[3]: x for name, x in theirs.items() if name.startswith(f"model.layers.{layer}.")}

@@ -13,13 +13,13 @@ PATTERNS = ["(AF)4", "(DF)4", "(MF)4", "(DF)3 AF", "([D|A]F)4", "[MF|AF]2 F", "(
 def test_sizes_match_within_three_percent(pattern, budget):
     design = match_parameters(pattern, budget, vocab=1_024, dim=128)
     assert abs(parameters(design) / budget - 1) <= 0.03
-    assert design.bound["F"].hidden % 8 == 0
+    assert design.place("F#0").layer.hidden % 8 == 0
 
 
 def test_only_the_feed_forward_width_gives_way():
     design = match_parameters("(AF)2 G", 3_000_000, vocab=500, dim=128, layers={"G": {"kind": "gelu"}})
-    assert full_dict(design.bound["A"]) == full_dict(match_parameters("AF", 500_000, vocab=500, dim=128).bound["A"])
-    assert design.bound["F"].hidden == design.bound["G"].hidden
+    assert full_dict(design.place("A#0").layer) == full_dict(match_parameters("AF", 500_000, vocab=500, dim=128).place("A#0").layer)
+    assert design.place("F#0").layer.hidden == design.place("G#0").layer.hidden
 
 
 def test_what_cannot_be_matched_says_why():

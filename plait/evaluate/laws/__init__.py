@@ -10,7 +10,7 @@ from plait.evaluate.laws.compare import TOLERANCES as TOLERANCES
 from plait.evaluate.laws.compare import LawBroken as LawBroken
 from plait.evaluate.laws.designs import DESIGNS as DESIGNS
 from plait.evaluate.laws.designs import small as small
-from plait.evaluate.laws.models import compiled, counts, files
+from plait.evaluate.laws.models import compiled, counts, files, surgery
 from plait.evaluate.laws.models import packages as packages
 from plait.evaluate.laws.solver import solver
 from plait.evaluate.laws.states import fork, rollback, spec
@@ -31,6 +31,7 @@ LAWS: dict[str, Law] = {
     "counts": counts,
     "compiled": compiled,
     "solver": solver,
+    "surgery": surgery,
 }
 
-EXACT = ("spec", "files", "counts", "packages")  # laws without a tolerance: equal, or broken
+EXACT = ("spec", "files", "counts", "packages", "surgery")  # laws without a tolerance: equal, or broken

@@ -202,8 +202,8 @@ def extreme_gates(model: LanguageModel) -> None:
         for module in model.modules():
             if isinstance(module, Mamba2Layer | GatedDeltaNetLayer):
                 module.in_proj.weight[-len(module.A_log) :] *= 30
-            elif isinstance(module, RecurrentCell) and module.bias is not None:
-                gates = module.bias.view(len(module.cell.inputs), -1)
+            elif isinstance(module, RecurrentCell) and module.in_proj.bias is not None:
+                gates = module.in_proj.bias.view(len(module.cell.inputs), -1)
                 units = torch.arange(gates.shape[1], device=gates.device)
                 for i, gate in enumerate(gates):  # every combination of open and shut on some unit
                     gate.copy_(torch.where(units >> i & 1 == 0, 12.0, -12.0))

@@ -13,11 +13,12 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.flop_counter import FlopCounterMode
 
-from plait.design import Attention, count
+from plait.design import GELU, Attention, count, declared
 from plait.design.model import ModelConfig
+from plait.design.places import layers
+from plait.design.weights import FLOAT32
 from plait.evaluate.laws.compare import LawBroken, Values, agree, outcome, some_tokens, subject, with_gradients
-from plait.model import build, load, save
-from plait.model.build import WIDE, init_weights
+from plait.model import LanguageModel, build, init_weights, load, save, swap
 from plait.ops.graph import LOOKS_INSIDE
 from plait.ops.kernels import forced
 from plait.state import ModelState
@@ -31,24 +32,29 @@ def files(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
         with tempfile.TemporaryDirectory() as folder:
             save(model, folder)
             copy = load(folder, device)
-            _equal_weights(law, dict(model.named_parameters()), dict(copy.named_parameters()))
+            _equal_weights(law, dict(model.named_parameters()), dict(copy.named_parameters()), wide_names(design))
             tokens = some_tokens(design, 9, device)[None]
             agree(law, "logits", {"": copy(tokens)[0]}, {"": model(tokens)[0]}, exactly=True)
             _refuses_strays(law, Path(folder))
     fresh = build(design, device="cpu")
-    special = {name: p.clone() for name, p in fresh.named_parameters() if name.rsplit(".", 1)[-1] in WIDE}
+    before = {name: p.clone() for name, p in fresh.named_parameters()}
     init_weights(fresh)
-    _equal_weights(law, special, {name: p for name, p in fresh.named_parameters() if name in special})
+    _equal_weights(law, before, dict(fresh.named_parameters()), wide_names(design))
     return 0.0
 
 
-def _equal_weights(law: str, want: Values, got: Values) -> None:
+def wide_names(design: ModelConfig) -> set[str]:
+    """Weights that no cast may narrow."""
+    return {weight.name for weight in declared.weights(design) if weight.role in FLOAT32}
+
+
+def _equal_weights(law: str, want: Values, got: Values, wide: set[str]) -> None:
     if got.keys() != want.keys():
         raise LawBroken(law, f"parameters {sorted(got.keys() ^ want.keys())[:3]} are in one of the two only")
     for name, x in want.items():
         if got[name].dtype != x.dtype or not torch.equal(got[name], x):
             raise LawBroken(law, f"{name} is not what it was ({x.dtype}, now {got[name].dtype})")
-        if name.rsplit(".", 1)[-1] in WIDE and x.dtype not in (torch.float32, torch.float64):
+        if name in wide and x.dtype not in (torch.float32, torch.float64):
             raise LawBroken(law, f"{name} is {x.dtype}, in which one decay cannot be told from another")
 
 
@@ -80,7 +86,8 @@ def _refuses_strays(law: str, folder: Path) -> None:
 def counts(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
     """10: parameters, FLOPs and state bytes are what the design says without building it."""
     law, model = "counts", subject(design, device, dtype)
-    length = min([c.window for c in design.bound.values() if isinstance(c, Attention) and c.window], default=19)
+    windows = [place.layer.window for place in layers(design.slots) if isinstance(place.layer, Attention)]
+    length = min([window for window in windows if window], default=19)
     tokens = some_tokens(design, length, device)[None]
     with forced("reference"), FlopCounterMode(display=False) as counter:
         model(tokens)
@@ -91,11 +98,42 @@ def counts(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
         seen |= fresh.keys()
         _counted(law, f"parameters of {row.address}", row.parameters, sum(fresh.values()))
     _counted(law, "parameters", count.parameters(design), sum(p.numel() for p in model.parameters()))
-    flops = count.flops_per_token(design, length)
-    _counted(law, f"FLOPs per token at {length} tokens", flops * length, counter.get_total_flops())
+    read = length + design.front.meta  # which pass through the slots alone
+    slots = sum(row.flops for row in count.slot_counts(design, read))
+    flops = count.flops_per_token(design, read) * length + slots * design.front.meta
+    _counted(law, f"FLOPs of {length} tokens", flops, counter.get_total_flops())
     name = str(dtype).removeprefix("torch.")
     _counted(law, "state bytes", count.state_bytes(design, length, name), state.nbytes)
     return 0.0
+
+
+def surgery(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
+    """15: swapping a layer for its equal changes nothing; for another, nothing but that layer, and back again."""
+    law, model = "surgery", subject(design, device, dtype)
+    tokens = some_tokens(design, 20, device)[None]
+    logits = {"": model(tokens)[0]}
+    for place in layers(design.slots):
+        same = swap(model, {place.address: place.layer})
+        if same.design.hash != design.hash or any(a is not b for a, b in zip(same.slots, model.slots, strict=True)):
+            raise LawBroken(law, f"{place.address} for its equal is another model")
+        agree(law, f"{place.address} for its equal", {"": same(tokens)[0]}, logits, exactly=True)
+    for place in list(layers(design.slots))[:2]:
+        _other_layer(law, model, place.address, tokens)
+    agree(law, "the model that was changed", {"": model(tokens)[0]}, logits, exactly=True)
+    return 0.0
+
+
+def _other_layer(law: str, model: LanguageModel, address: str, tokens: torch.Tensor) -> None:
+    student = swap(model, {address: GELU(hidden=24)})
+    kept = {id(p) for p in model.parameters()}
+    names = {name for name, p in student.named_parameters() if id(p) not in kept}
+    said = {weight.name: weight.shape for weight in declared.weights(student.design)}
+    have = {name: tuple(p.shape) for name, p in student.named_parameters()}
+    if said != have:
+        raise LawBroken(law, f"{address}: weights {sorted(said.items() ^ have.items())[:2]} are not as declared")
+    if not names or any("_proj" not in name for name in names):
+        raise LawBroken(law, f"{address}: {sorted(names)[:3]} are new, and should be the new layer's alone")
+    student(tokens, student.init_state())
 
 
 def _counted(law: str, what: str, said: int, measured: int) -> None:

@@ -1,72 +1,76 @@
 """Merges: how the branches of a parallel slot become one output."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.design.merges import Average, Gated, Merge, MergeAttention, Projection, Sum
+from plait.design.norms import RMSNorm
+from plait.layers.declared import DeclaredModule
 
 Branch = Float[Tensor, "b t d"]
 
 
-class SumMerge(nn.Module):
-    """b_1 + ... + b_n."""
+class MergeModule(DeclaredModule):
+    """`forward(u, branches)`: u is what all branches read. Its parameters are those that the config declares."""
 
     def __init__(self, config: Merge, dim: int, branches: int):
         super().__init__()
+        self.declare(config.learned(dim, branches), RMSNorm())
+
+
+class SumMerge(MergeModule):
+    """w_1 b_1 + ... + w_n b_n."""
+
+    def __init__(self, config: Sum, dim: int, branches: int):
+        super().__init__(config, dim, branches)
+        self.weights = config.weights
 
     def forward(self, u: Branch, branches: list[Branch]) -> Branch:
+        if self.weights:
+            branches = [w * b for w, b in zip(self.weights, branches, strict=True)]
         return sum(branches[1:], branches[0])
 
 
-class AverageMerge(nn.Module):
+class AverageMerge(MergeModule):
     """The mean of the branches."""
-
-    def __init__(self, config: Merge, dim: int, branches: int):
-        super().__init__()
 
     def forward(self, u: Branch, branches: list[Branch]) -> Branch:
         return sum(branches[1:], branches[0]) / len(branches)
 
 
-class ProjectionMerge(nn.Module):
+class ProjectionMerge(MergeModule):
     """W [b_1; ...; b_n]."""
 
-    def __init__(self, config: Merge, dim: int, branches: int):
-        super().__init__()
-        self.out_proj = nn.Linear(branches * dim, dim, bias=False)
+    out_proj: nn.Linear
 
     def forward(self, u: Branch, branches: list[Branch]) -> Branch:
         return self.out_proj(torch.cat(branches, -1))
 
 
-class GatedMerge(nn.Module):
+class GatedMerge(MergeModule):
     """sum_i g_i b_i, g = softmax(W u) over the branches."""
 
-    def __init__(self, config: Merge, dim: int, branches: int):
-        super().__init__()
-        self.gate = nn.Parameter(torch.zeros(branches, dim))
+    gate: nn.Parameter
 
     def forward(self, u: Branch, branches: list[Branch]) -> Branch:
-        return weighted(nn.functional.linear(u, self.gate), branches)
+        return weighted(F.linear(u, self.gate), branches)
 
 
-class MergeAttentionMerge(nn.Module):
+class MergeAttentionMerge(MergeModule):
     """Attention over the branches at each position: w = softmax(q . W_k b_i / sqrt(d)), y = sum_i w_i W_v b_i.
 
-    Written with one product per token: q . W_k b = (W_k^T q) . b, and W_v commutes with the weighted sum.
+    W_v commutes with the weighted sum, so it is called once.
     """
 
-    def __init__(self, config: Merge, dim: int, branches: int):
-        super().__init__()
-        self.query = nn.Parameter(torch.empty(dim))
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        nn.init.normal_(self.query)
+    query: nn.Parameter
+    k_proj: nn.Linear
+    v_proj: nn.Linear
 
     def forward(self, u: Branch, branches: list[Branch]) -> Branch:
-        key = (self.k_proj.weight.mT @ self.query) * len(self.query) ** -0.5  # (d,)
-        scores = torch.cat([nn.functional.linear(b, key[None]) for b in branches], -1)  # (b, t, n)
+        query = (self.query * len(self.query) ** -0.5)[None]
+        scores = torch.cat([F.linear(self.k_proj(b), query) for b in branches], -1)  # (b, t, n)
         return self.v_proj(weighted(scores, branches))
 
 
@@ -76,7 +80,7 @@ def weighted(scores: Float[Tensor, "b t n"], branches: list[Branch]) -> Branch:
     return sum(w * b for w, b in zip(weights.split(1, -1), branches, strict=True))  # type: ignore[return-value]  # sum of tensors
 
 
-MERGES: dict[type[Merge], type[nn.Module]] = {
+MERGES: dict[type[Merge], type[MergeModule]] = {
     Sum: SumMerge,
     Average: AverageMerge,
     Projection: ProjectionMerge,

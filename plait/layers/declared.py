@@ -1,0 +1,143 @@
+"""From declared weights to modules: a layer's parameters are made from what its config says it learns."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plait.design.model import ModelConfig
+from plait.design.norms import Norm as NormConfig
+from plait.design.norms import inner
+from plait.design.weights import FLOAT32, Weight, Weights
+from plait.layers.norm import Norm
+
+
+class Projection(nn.Linear):
+    """y = W x + b, b on all rows or on named parts of them, + B A x where a shared layer's use has an addition of its own."""
+
+    adapter_down: nn.Parameter | None
+    adapter_up: nn.Parameter | None
+
+    def __init__(self, weight: Weight, bias: Weight | None):
+        nn.Module.__init__(self)  # the weights are drawn by the model, from seed and name
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = empty(weight), None if bias is None else empty(bias)
+        self.parts = weight.parts
+        biased = {name for name, _ in bias.parts} if bias is not None else set()
+        self.unbiased = tuple((size, name in biased) for name, size in weight.parts) if biased else ()
+        self.adapter_down = self.adapter_up = None
+
+    def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        y = F.linear(x, self.weight, self._bias())
+        if self.adapter_down is None or self.adapter_up is None:
+            return y
+        return y + F.linear(F.linear(x, self.adapter_down), self.adapter_up)
+
+    def _bias(self) -> Tensor | None:
+        """The bias of every row, zeros where a part has none."""
+        if self.bias is None or len(self.bias) == self.out_features:
+            return self.bias
+        rows = iter(self.bias.split([size for size, biased in self.unbiased if biased]))
+        return torch.cat([next(rows) if biased else self.bias.new_zeros(size) for size, biased in self.unbiased])
+
+
+class HeadProjection(nn.Module):
+    """A projection within heads: head h reads its own channels of x and has a matrix of its own."""
+
+    def __init__(self, weight: Weight, bias: Weight | None):
+        super().__init__()
+        self.weight, self.bias = empty(weight), None if bias is None else empty(bias)  # (h, g k, own), (g h k,)
+
+    def forward(self, x: Float[Tensor, "b t d"], inputs: int) -> Float[Tensor, "b t g h k"]:
+        """One product per head, and seen in this order without a copy."""
+        (b, t, _), (h, rows, own) = x.shape, self.weight.shape
+        parts, weight = x.reshape(b * t, h, own).transpose(0, 1), self.weight.mT
+        if self.bias is None:
+            y = torch.bmm(parts, weight)  # (h, b t, g k)
+        else:
+            y = torch.baddbmm(self.bias.view(inputs, h, -1).transpose(0, 1).reshape(h, 1, rows), parts, weight)
+        return y.view(h, b, t, inputs, -1).permute(1, 2, 3, 0, 4)
+
+
+class DeclaredModule(nn.Module):
+    """A module whose parameters are declared weights. Casting it leaves those that must be float32 at least as wide as that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide: tuple[str, ...] = ()
+
+    def declare(self, weights: Weights, norm: NormConfig, norms: Mapping[str, NormConfig] | None = None) -> None:
+        """Make the parameters; weights inside a module that is there already are its own. `norm` is that of all norms
+        but the named ones in `norms`."""
+        self.wide = tuple(w.name for w in weights if w.role in FLOAT32)
+        by_name = {weight.name: weight for weight in weights}
+        for name, weight in by_name.items():
+            path, _, leaf = name.rpartition(".")
+            if not path:
+                self.register_parameter(leaf, empty(weight))
+            elif leaf == "weight" and not hasattr(self, path.partition(".")[0]):
+                kind = (norms or {}).get(path, norm)
+                self.add_module(path, _module(weight, by_name.get(f"{path}.bias"), kind))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of nn.Module, behind `to`, `half`, `bfloat16` and the like. A decay rounded to bfloat16 is another decay."""
+        kept = [p for name, p in self.named_parameters(recurse=False) if name in self.wide]
+        ids = {id(x) for p in kept for x in (p, p.grad) if x is not None}
+
+        def careful(x: Tensor) -> Tensor:
+            y = fn(x)
+            narrow = id(x) in ids and y.is_floating_point() and y.dtype.itemsize < 4 and x.dtype.itemsize >= 4
+            return x.to(y.device, torch.promote_types(y.dtype, torch.float32)) if narrow else y
+
+        return super()._apply(careful if ids else fn, recurse)
+
+
+class LayerModule(DeclaredModule):
+    """A layer: `forward(x (b, t, reads), context, state) -> (y (b, t, dim), state)`; state in, state out; None in, None out.
+
+    Its parameters are those that `config.weights` declares, each under its name.
+    """
+
+    def __init__(self, config: Any, design: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.assemble(design)
+        self.declare(config.weights(design.dim, self.reads(design)), inner(design.norm), self.norms(design))
+
+    def assemble(self, design: ModelConfig) -> None:
+        """Make the modules inside that declare their own weights."""
+
+    def norms(self, design: ModelConfig) -> Mapping[str, NormConfig]:
+        """Norms inside the layer that are not the design's RMSNorm, by name."""
+        return {}
+
+    def reads(self, design: ModelConfig) -> int | None:
+        """Channels that the layer reads; None: the model's width."""
+        return self.config.wrap.width(design.dim) if self.config.wrap else None
+
+    def share(self, other: "LayerModule") -> None:
+        """Become another use of a shared layer: its very weights."""
+        for name, parameter in other.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            if not leaf.startswith("adapter_"):
+                setattr(self.get_submodule(path), leaf, parameter)
+
+    def adapt(self, design: ModelConfig) -> None:
+        """Add this use's own low-rank additions."""
+        for weight in self.config.adapters(design.dim, self.reads(design)):
+            path, _, leaf = weight.name.rpartition(".")
+            setattr(self.get_submodule(path), leaf, empty(weight))
+
+
+def empty(weight: Weight) -> nn.Parameter:
+    """Room for a weight, float32 whatever the process's default is."""
+    return nn.Parameter(torch.empty(weight.shape, dtype=torch.float32))
+
+
+def _module(weight: Weight, bias: Weight | None, norm: NormConfig) -> nn.Module:
+    if weight.role == "norm":
+        return Norm(weight.shape[0], norm)
+    return Projection(weight, bias) if weight.role == "matrix" else HeadProjection(weight, bias)

@@ -1,0 +1,114 @@
+"""Changing layers of a model that is built."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from plait.design import declared
+from plait.design.model import ModelConfig
+from plait.design.places import Node, ParallelPlace, Place
+from plait.design.surgery import with_places
+from plait.design.weights import FLOAT32
+from plait.layers.merges import MERGES
+from plait.layers.norm import Norm
+from plait.layers.stack import ChainLayer, ParallelLayer, Sublayer, build_layer
+from plait.layers.start import drawn
+from plait.model.language_model import LanguageModel
+
+
+def swap(model: LanguageModel, changes: Mapping[str, Any], *, seed: int = 0) -> LanguageModel:
+    """A model with other layers at some addresses: `swap(model, {"A#3": plait.GatedDeltaNet()})`.
+
+    All other modules are the very objects of `model`, which itself stays as it is; new weights are drawn from `seed`, as
+    `plait.build` would draw them, in the dtype and on the device of the model. A change is a layer config, a kind's name,
+    or a mapping of fields to change. Raises ValueError for an address, a field or a size that does not exist or fit.
+    """
+    design = with_places(model.design, changes)
+    student = copy.copy(model)
+    student._modules, student._parameters = dict(model._modules), dict(model._parameters)
+    student.design = design
+    pairs = zip(model.design.slots, design.slots, model.slots, strict=True)
+    student.slots = nn.ModuleList(_Swap(design, model, i, seed).slot(*pair) for i, pair in enumerate(pairs))
+    student.max_positions = LanguageModel.limit(design)
+    return student
+
+
+class _Swap:
+    """One slot of the new model, made of the old one's modules where those stay."""
+
+    def __init__(self, design: ModelConfig, model: LanguageModel, index: int, seed: int):
+        self.design, self.seed, self.prefix = design, seed, f"slots.{index}."
+        self.device, self.dtype = model.device, model.dtype
+        self.training = model.training
+        self.weights = {weight.name: weight for weight in declared.weights(design)}
+
+    def slot(self, before: Node, now: Node, module: nn.Module) -> nn.Module:
+        assert isinstance(module, Sublayer)
+        if _same(before, now):
+            return module
+        slot = self._made(Sublayer(self._node(before, now, module.mixer, "mixer."), now.wrap, self.design.dim))
+        if before.wrap.before == now.wrap.before and before.wrap.reads == now.wrap.reads:
+            slot.norm = module.norm
+        if before.wrap.after == now.wrap.after:
+            slot.after = module.after
+        return slot.train(self.training)
+
+    def _node(self, before: Node, now: Node, module: Any, path: str) -> nn.Module:
+        if _same(before, now):
+            return module
+        if isinstance(now, Place):
+            return self._drawn(build_layer(now, self.design), path)
+        assert isinstance(before, ParallelPlace)
+        return self._parallel(before, now, module, path)
+
+    def _parallel(self, before: ParallelPlace, now: ParallelPlace, module: ParallelLayer, path: str) -> ParallelLayer:
+        chains = []
+        for b, (old, new, chain) in enumerate(zip(before.branches, now.branches, module.branches, strict=True)):
+            pairs = zip(old, new, chain.layers, strict=True)
+            parts = [self._node(*pair, f"{path}branches.{b}.layers.{i}.") for i, pair in enumerate(pairs)]
+            made = self._made(ChainLayer(parts, [node.wrap for node in new], self.design.dim))
+            _keep(made.norms, chain.norms)
+            _keep(made.after, chain.after)
+            chains.append(made)
+        parallel = self._made(ParallelLayer(chains, now, self.design))
+        if before.merge == now.merge:
+            parallel.norms, parallel.merge = module.norms, module.merge
+        else:
+            branches = len(now.branches)
+            parallel.merge = self._drawn(MERGES[type(now.merge)](now.merge, self.design.dim, branches), f"{path}merge.")  # type: ignore[arg-type]  # each its own config
+        return parallel
+
+    def _drawn(self, module: nn.Module, path: str) -> nn.Module:
+        """A new layer with weights as `plait.build` would draw them."""
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                weight = self.weights[f"{self.prefix}{path}{name}"]
+                dtype = torch.promote_types(self.dtype, torch.float32) if weight.role in FLOAT32 else self.dtype
+                parameter.data = drawn(weight, self.seed).to(self.device, dtype)
+        return module
+
+    def _made(self, module: Any) -> Any:
+        """New norms in the model's dtype and on its device; what it is made of is there already."""
+        for child in module.modules():
+            if isinstance(child, Norm) and child.weight.device != self.device:
+                child.to(self.device, self.dtype)
+        return module
+
+
+def _keep(new: nn.ModuleDict, old: nn.ModuleDict) -> None:
+    for name in new:
+        if name in old and new[name].config == old[name].config:
+            new[name] = old[name]
+
+
+def _same(before: Node, now: Node) -> bool:
+    """Equal but for their addresses and letters, which count anew."""
+    if isinstance(before, Place) or isinstance(now, Place):
+        return isinstance(before, Place) and isinstance(now, Place) and before.layer == now.layer
+    pairs = [zip(old, new, strict=True) for old, new in zip(before.branches, now.branches, strict=True)]
+    parts = all(_same(*pair) for branch in pairs for pair in branch)
+    return parts and replace(before, branches=(), address="") == replace(now, branches=(), address="")
