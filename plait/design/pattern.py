@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 MAX_SLOTS = 10_000  # a typing slip such as "A99999999" should be an error, not an hour of building
 
 _LETTER = re.compile(r"[A-Z][a-z]*")
-_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+_NAME = re.compile(r"[a-z_]+")
 _COUNT = re.compile(r"\d+")
 
 

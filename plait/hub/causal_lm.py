@@ -37,7 +37,7 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
         design = config.model_config
         wide = (weight.name for weight in declared.weights(design) if weight.role in FLOAT32)
         self._keep_in_fp32_modules_strict = {name.rpartition(".")[2] for name in wide}
-        self.model = init_weights(LanguageModel(design))
+        self.model = init_weights(LanguageModel(design), torch.initial_seed())
         cast(self.model, torch.get_default_dtype())
         self.gradient_checkpointing = False
         self.register_load_state_dict_pre_hook(_own_names)

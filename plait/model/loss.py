@@ -211,7 +211,7 @@ class _HeadLoss(torch.autograd.Function):
         sums: dict[str, Tensor] = {}
         dhidden = torch.zeros_like(hidden) if train else None
         dweights = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights if train]
-        for first in range(0, len(hidden), rows):
+        for first in range(0, max(1, len(hidden)), rows):
             here = slice(first, first + rows)
             h = hidden[here].detach().requires_grad_(train)
             with torch.set_grad_enabled(train):

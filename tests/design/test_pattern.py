@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.design import PatternError, parse, render
-from plait.design.pattern import MAX_SLOTS, MERGES, Letter, Parallel, letters
+from plait.design.merges import MERGE_KINDS
+from plait.design.pattern import MAX_SLOTS, Letter, Parallel, letters
 
 names = st.from_regex(r"[A-Z][a-z]{0,2}", fullmatch=True).map(Letter)
 
@@ -19,7 +20,7 @@ def chains(items):
 
 def parallels(items):
     branches = st.lists(chains(items), min_size=2, max_size=3).map(tuple)
-    return st.builds(Parallel, branches, st.none() | st.sampled_from(MERGES))
+    return st.builds(Parallel, branches, st.none() | st.sampled_from(sorted(MERGE_KINDS)))
 
 
 items = st.recursive(names, lambda inner: inner | parallels(inner), max_leaves=12)
@@ -114,7 +115,7 @@ def test_structure():
         ("mF", 1, "did you mean 'M'?"),
         ("M-F", 2, "unexpected '-'"),
         ("[M|A]:", 7, "expected the name of a merge"),
-        ("[M|A]:gatet", 7, "unknown merge 'gatet'; did you mean 'gated'?"),
+        ("[M|A]:Gated", 7, "expected the name of a merge after ':', in lower case"),
         ("M99999999", 1, f"more than {MAX_SLOTS:,} slots"),
         ("(" * 5000, 1, "nested too deeply"),
     ],

@@ -9,7 +9,7 @@ from plait.evaluate.laws.compare import TOLERANCES, agree
 from plait.evaluate.selfcheck import selfcheck
 from plait.layers import attention as attention_layer
 from plait.layers import gated_deltanet, mamba2, recurrent
-from plait.layers.merge import GatedMerge
+from plait.layers.merges import GatedMerge
 from plait.layers.norm import Norm
 from plait.state import KVBuffer, ModelState
 

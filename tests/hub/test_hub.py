@@ -12,7 +12,7 @@ import plait.hub
 from plait.data import ByteTokenizer, train_bpe
 from plait.engine import generate_tokens
 from plait.hub import PlaitCache, PlaitConfig
-from plait.model.loss import token_loss
+from plait.model import token_loss
 
 PATTERNS = ["AF", "MF", "DF AF", "[M|A]F", "WF"]
 TOKENIZER = ByteTokenizer()

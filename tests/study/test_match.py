@@ -1,7 +1,6 @@
 import pytest
 
 from plait.design.count import parameters
-from plait.design.model import full_dict
 from plait.study import match_parameters
 from plait.study.demo import VOCAB, demo_study
 
@@ -18,7 +17,8 @@ def test_sizes_match_within_three_percent(pattern, budget):
 
 def test_only_the_feed_forward_width_gives_way():
     design = match_parameters("(AF)2 G", 3_000_000, vocab=500, dim=128, layers={"G": {"kind": "gelu"}})
-    assert full_dict(design.place("A#0").layer) == full_dict(match_parameters("AF", 500_000, vocab=500, dim=128).place("A#0").layer)
+    other = match_parameters("AF", 500_000, vocab=500, dim=128)
+    assert design.place("A#0").layer == other.place("A#0").layer
     assert design.place("F#0").layer.hidden == design.place("G#0").layer.hidden
 
 

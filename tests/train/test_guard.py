@@ -42,7 +42,7 @@ def test_the_layer_is_named(make_run, quiet, harm, slot, checkpointing):
     with pytest.raises(NonFinite) as caught:
         train(run, sample=sample, console=quiet)
     said = str(caught.value)
-    address = {0: "D#0", 2: "[M|A]#0", 5: "A#1"}[slot]
+    address = {0: "D#0", 2: "par#0", 5: "A#1"}[slot]
     kind = "gradient of" if "gradient" in harm.__name__ else f"{harm.__name__} of"
     assert said.startswith("step 8: ")
     assert f"{kind} {address}" in said
