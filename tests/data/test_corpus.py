@@ -3,13 +3,14 @@
 import itertools
 import json
 import os
+import shutil
 import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.data import DataError, NotFound, NotText, open_source, texts
+from plait.data import DataError, NotFound, NotText, known, open_source, texts
 from plait.data.text import cut_pieces, read_pieces
 
 
@@ -26,7 +27,7 @@ def test_pieces_are_the_text_and_its_tokens(tmp_path_factory, bpe, text, size):
     path = tmp_path_factory.mktemp("pieces") / "text"
     path.write_bytes(text.encode())
     if "\0" not in text:
-        assert "".join(read_pieces(path, size)) == text
+        assert "".join(read_pieces(path, size)) == text.removeprefix("\ufeff")
     pieces = list(cut_pieces(text, size))
     assert "".join(pieces) == text
     assert all(pieces)
@@ -44,8 +45,8 @@ def test_words_are_not_cut():
 
 
 def test_a_file_is_one_document_to_the_byte(write):
-    text = "\ufeffa\r\nb\n\n\u2028 c\r"
-    assert read(write("a.txt", text)) == {"a.txt": text}
+    text = "a\r\nb\n\n\ufeff\u2028 c\r"
+    assert read(write("a.txt", text)) == read(write("a.txt", "\ufeff" + text)) == {"a.txt": text}
 
 
 def test_a_folder_is_its_text_files_in_order(write, tmp_path):
@@ -69,9 +70,9 @@ def test_a_glob_is_what_matches(write, tmp_path, monkeypatch):
 def test_jsonl_fields(write, tmp_path):
     lines = [{"text": "one", "body": "1"}, {"text": "t\u2028wo", "body": "2"}, {"text": None, "body": "3"}]
     path = write("x.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
-    assert read(path) == {"x.jsonl:1": "one", "x.jsonl:2": "t\u2028wo", "x.jsonl:3": ""}
+    assert read(path) == {"1": "one", "2": "t\u2028wo", "3": ""}
     assert list(read(f"{path}:body").values()) == ["1", "2", "3"]
-    assert list(read(f"{tmp_path}/*.jsonl:body").values()) == ["1", "2", "3"]
+    assert read(f"{tmp_path}/*.jsonl:body") == {"x.jsonl:1": "1", "x.jsonl:2": "2", "x.jsonl:3": "3"}
     assert list(read(f"{tmp_path}:body").values()) == ["1", "2", "3"]
     half = write("half.jsonl", '{"text": "a\\ud800b \\ud83d\\ude00"}')
     assert list(read(half).values()) == ["a\ufffdb 😀"]
@@ -91,23 +92,76 @@ def test_stdlib_is_source_without_its_tests():
     assert source.identity() == open_source("stdlib").identity()
 
 
-def test_identity_changes_with_what_is_read(write, tmp_path):
-    path = write("a.txt", "one")
-    seen = [open_source(tmp_path).identity()]
+def test_identity_is_that_of_the_documents(write, tmp_path):
+    write("in/a.txt", "one")
+    write("in/b/rows.jsonl", '{"text": "a", "other": "c"}')
+    seen = [open_source(tmp_path / "in").identity()]
 
     def changed():
-        seen.append(open_source(tmp_path).identity())
-        return len(set(seen)) == len(seen)
+        seen.append(open_source(tmp_path / "in").identity())
+        return seen[-1] not in seen[:-1]
 
-    assert open_source(tmp_path).identity() == seen[0]
-    os.utime(path, ns=(1, 1))
+    assert not changed()
+    write("in/a.txt", "two")
     assert changed()
-    write("b.txt", "two")
+    write("in/c.txt", "one")
     assert changed()
-    path.rename(tmp_path / "c.txt")
+    (tmp_path / "in/c.txt").rename(tmp_path / "in/d.txt")
     assert changed()
-    path = write("x.jsonl", '{"text": "a", "b": "c"}')
-    assert open_source(path).identity() != open_source(f"{path}:b").identity()
+    path = tmp_path / "in/b/rows.jsonl"
+    assert open_source(path).identity() == open_source(f"{path}:text").identity()
+    assert open_source(path).identity() != open_source(f"{path}:other").identity()
+
+
+@pytest.mark.parametrize("spec", ["in", "in/*.txt", "in/**/*", "in/a.txt", "in/b/rows.jsonl", "in/b/rows.jsonl:other"])
+def test_identity_and_ids_stay_where_files_are_touched_copied_or_moved(write, tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    write("in/a.txt", "one")
+    write("in/b/rows.jsonl", '{"text": "a", "other": "c"}\n{"text": "b", "other": "d"}')
+    documents, identity = read(spec), open_source(spec).identity()
+    os.utime("in/a.txt", ns=(1, 1))
+    assert open_source(spec).identity() == identity
+    shutil.copytree("in", "elsewhere/out")
+    assert open_source(f"{tmp_path}/elsewhere/out{spec[2:]}").identity() == identity
+    assert read(f"elsewhere/out{spec[2:]}") == documents
+
+
+@pytest.mark.parametrize(("name", "content"), [("tale.txt", "once"), ("rows.jsonl", '{"text": "a"}')])
+def test_one_file_may_be_renamed(write, tmp_path, name, content):
+    path = write(name, content)
+    identity, texts = open_source(path).identity(), list(read(path).values())
+    renamed = path.rename(tmp_path / f"other{path.suffix.upper()}")
+    assert open_source(renamed).identity() == identity
+    assert list(read(renamed).values()) == texts
+
+
+def test_an_unchanged_file_is_not_read_again(write, tmp_path, monkeypatch):
+    source, memory, hashed = tmp_path / "in", tmp_path / "cache", []
+    kept = known._hash
+    monkeypatch.setattr(known, "_hash", lambda path: hashed.append(path.name) or kept(path))
+    monkeypatch.setattr(known, "SETTLED", -(10**12))  # as if what is written here had been written long ago
+    write("in/a", "one"), write("in/b", "two")
+
+    def reads():
+        hashed.clear()
+        identities.append(open_source(source, memory).identity())
+        return sorted(hashed)
+
+    identities = []
+    assert reads() == ["a", "b"]
+    assert reads() == []
+    mark = (source / "a").stat()
+    write("in/a", "ONE")
+    os.utime(source / "a", ns=(mark.st_atime_ns, mark.st_mtime_ns))  # as long, as old, and another text
+    assert reads() == ["a"]
+    assert identities[0] == identities[1] != identities[2]
+    for damage in (b"", b"[1]", b'{"x": 3}', b"\xff"):
+        next((memory / ".known").iterdir()).write_bytes(damage)
+        assert reads() == ["a", "b"]
+    assert identities[2] == identities[-1]
+    monkeypatch.setattr(known, "SETTLED", 10**12)  # written just now, perhaps again within a tick of the clock
+    assert reads() == []
+    assert reads() == ["a", "b"]
 
 
 def test_texts_pass_over_what_is_not_text(write, tmp_path):
@@ -178,7 +232,10 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.table({"text": rows, "id": list(range(601))}), tmp_path / "x.parquet")
     got = read(tmp_path / "x.parquet")
     assert list(got.values()) == [*rows[:-1], ""]
-    assert "x.parquet:601" in got
+    assert list(got)[-1] == "601"
+    (tmp_path / "x.parquet").rename(tmp_path / "X.PARQUET")
+    assert read(tmp_path / "X.PARQUET") == got
+    (tmp_path / "X.PARQUET").rename(tmp_path / "x.parquet")
     with pytest.raises(DataError, match="no field 'texts', its fields are 'text', 'id'; did you mean 'text'"):
         read(f"{tmp_path}/x.parquet:texts")
     with pytest.raises(DataError, match="row 1: field 'id' is int"):

@@ -129,6 +129,8 @@ def test_shards_are_used_again_and_made_again_when_anything_changed(write, tmp_p
     assert not works()
     assert not works(seed=1)
     os.utime(tmp_path / "in/a", ns=(1, 1))
+    assert not works()
+    write("in/a", "another document")
     assert works()
     write("in/d", "document d")
     assert works()
