@@ -27,9 +27,12 @@ def user_path(spec: str | os.PathLike[str]) -> Path:
         raise ValueError(f"path {text!r}: no such user; expected ~/ for your own home folder") from None
 
 
-def file_name(path: Path) -> str:
-    """A path's letters, the same in any locale and with the same slashes on any system; the other way to `user_path`."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "surrogateescape")
+def letters(text: str) -> str:
+    """What the system gave, a file's name or an argument, in the letters of its UTF-8, whatever the locale made of it."""
+    try:
+        return os.fsencode(text).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # not from the system
+        return text
 
 
 def read_text(path: Path) -> str:
@@ -102,7 +105,7 @@ def naming(path: Path, within: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        other = error.filename is not None and not str(error.filename).startswith(str(within))
+        other = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(within)
         if error.errno is None or other:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -32,7 +32,7 @@ from plait.data.known import content_hashes
 from plait.data.records import READERS, dataset_texts, extra
 from plait.data.text import cut_pieces, read_pieces
 from plait.data.walk import files_below, files_matching
-from plait.files import file_name, user_path
+from plait.files import letters, user_path
 
 EXPECTED = "stdlib, a text file, a folder, a glob, x.jsonl:field, x.parquet:field or hf:NAME"
 FIELD = "text"
@@ -178,7 +178,7 @@ def _files(path: str) -> tuple[tuple[tuple[str, Path], ...], bool] | None:
     if whole.exists():
         if not whole.is_file():
             raise DataError(f"{path}: neither a file nor a folder; expected {EXPECTED}")
-        return ((file_name(Path(whole.name)), whole),), True
+        return ((letters(whole.name), whole),), True
     files = files_matching(whole) if glob.has_magic(path) else []
     return (tuple(files), False) if files else None
 

@@ -53,6 +53,8 @@ def whole_characters(text: str) -> str:
     """Text that UTF-8 can hold: halves of a surrogate pair, which JSON can spell, are joined or become U+FFFD."""
     if is_text(text):
         return text
+    if not isinstance(text, str):
+        raise no_text(text)
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -64,10 +66,10 @@ def is_text(text: object) -> bool:
 def no_text(text: object) -> DataError:
     """Why a tokenizer cannot encode `text`."""
     if not isinstance(text, str):
-        return DataError(f"text to encode is of type {type(text).__name__}; expected str")
+        return DataError(f"text is of type {type(text).__name__}; expected str")
     half = _HALF.search(text)
     where = f"character {half.start()} (U+{ord(half[0]):04X})" if half else "a character"
-    return DataError(f"text to encode: {where} is half of a surrogate pair; expected Unicode text that UTF-8 can hold")
+    return DataError(f"text: {where} is half of a surrogate pair; expected Unicode text that UTF-8 can hold")
 
 
 def _cut_point(text: str) -> int:

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from plait.data.errors import DataError, whole_number
 from plait.data.text import is_text, no_text, whole_characters
 from plait.data.tokenizer import END_OF_TEXT, PiecewiseStream, TextStream, Tokenizer
-from plait.files import user_path, write_text
+from plait.files import user_path, write_atomic, write_text
 
 LARGEST = 1 << 20  # ids of a BPE made here: the library takes memory for all of them before it reads a word
 
@@ -130,7 +133,10 @@ class PythonTokenizer:
         return PiecewiseStream(self.decode, after)
 
     def save(self, folder: str | Path) -> None:
-        self._inner.save_pretrained(user_path(folder))
+        with tempfile.TemporaryDirectory() as made:
+            self._inner.save_pretrained(made)
+            for path in sorted(Path(made).iterdir()):
+                write_atomic(user_path(folder) / path.name, partial(shutil.copyfile, path))
 
 
 def measure_bytes(tokenizer: Tokenizer, tokens: Mapping[int, str], lengths: NDArray[np.int32]) -> None:
@@ -183,7 +189,6 @@ class _Counted:
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
-            if not isinstance(text, str):
-                raise no_text(text)
+            text = whole_characters(text)
             self.characters += len(text)
-            yield whole_characters(text)
+            yield text

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from plait.files import file_name
+from plait.files import letters
 
 Above = frozenset[tuple[int, int]]  # the folders on the way down, by device and inode
 
@@ -32,7 +32,7 @@ def files_matching(pattern: Path) -> list[tuple[str, Path]]:
 
 
 def _by_id(root: Path, files: Iterable[Path]) -> list[tuple[str, Path]]:
-    return sorted({file_name(path.relative_to(root)): path for path in files}.items())
+    return sorted({letters(path.relative_to(root).as_posix()): path for path in files}.items())
 
 
 def _matching(

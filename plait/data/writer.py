@@ -6,6 +6,7 @@ import os
 from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -43,9 +44,9 @@ def prepare(
     `progress(done, total)` counts bytes of text; `total` is None where it is unknown.
     Raises DataError for a corpus without text, OSError where the disk is full; either way nothing is left behind.
     """
-    if isinstance(heldout, bool) or not isinstance(heldout, int | float) or not 0 < heldout < 1:
+    if not isinstance(heldout, Real) or not 0 < heldout < 1:
         raise DataError(f"heldout={heldout}: expected a share between 0 and 1, for example 0.02")
-    seed = whole_number("seed", seed, 0)
+    heldout, seed = float(heldout), whole_number("seed", seed, 0)
     cache = user_path(folder)
     opened = source if not isinstance(source, str | Path) else open_source(source, cache)
     identity = opened.identity()
