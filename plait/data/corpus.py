@@ -36,6 +36,7 @@ from plait.files import letters, user_path
 
 EXPECTED = "stdlib, a text file, a folder, a glob, x.jsonl:field, x.parquet:field or hf:NAME"
 FIELD = "text"
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 # Tests quote broken source on purpose; encodings are generated character tables; the rest is not the library's own.
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 
@@ -187,6 +188,8 @@ def _file_source(
     spec: str, files: tuple[tuple[str, Path], ...], one: bool, field: str | None, memory: Path | None
 ) -> FileSource:
     if field is not None and not any(_kind(path) for _, path in files):
+        if one and files[0][1].suffix.lower() in PACKED:
+            raise DataError(f"{spec}: a compressed file; unpack it first")
         raise DataError(f"{spec}: ':{field}' names a field, and only .jsonl, .ndjson and .parquet files have fields")
     for _, path in files:
         if _kind(path) == ".parquet":
