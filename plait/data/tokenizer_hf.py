@@ -22,6 +22,8 @@ from plait.files import user_path, write_atomic, write_text
 
 LARGEST = 1 << 20  # ids of a BPE made here: the library takes memory for all of them before it reads a word
 
+RUN = re.compile(r"\S{1024}|\s{1024}")  # learning from a word takes the square of its length: no longer ones are given
+
 
 class HuggingFaceTokenizer:
     """A `tokenizers.Tokenizer`. `companions`: the texts of the files saved beside its tokenizer.json, by name."""
@@ -191,4 +193,8 @@ class _Counted:
         for text in self._texts:
             text = whole_characters(text)
             self.characters += len(text)
-            yield text
+            start = 0
+            for run in RUN.finditer(text):
+                yield text[start : run.end()]
+                start = run.end()
+            yield text[start:]

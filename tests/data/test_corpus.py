@@ -97,10 +97,11 @@ MARK = b"\xef\xbb\xbf"
         ("line.jsonl", b'{"text": "' + b"a " * (1 << 20) + b'"}', ["a " * (1 << 20)]),
         ("line.txt", b"a" * (3 << 20), ["a" * (3 << 20)]),
     ],
+    ids=range(10),
 )
 def test_odd_files_are_read(write, name, content, texts):
     got = list(read(write(name, content)).values())
-    assert got == texts, "other text"
+    assert got == texts
 
 
 def test_a_mark_of_byte_order_does_not_depend_on_where_blocks_end(tmp_path):
