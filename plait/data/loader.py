@@ -19,6 +19,7 @@ from plait.data.errors import DataError, nearest, whole_number
 from plait.data.shards import Shards
 
 NO_TARGET = -100
+MOST = (1 << 31) - 1  # tokens in a batch, whose offsets are int32
 Order = Literal["shuffled", "sequential"]
 ORDERS = ("shuffled", "sequential")
 
@@ -60,11 +61,11 @@ class Loader:
         order: Order = "shuffled",
         epochs: int | None = None,
     ):
-        batch, length = whole_number("batch", batch, 1), whole_number("length", length, 1)
+        batch, length = whole_number("batch", batch, 1, MOST), whole_number("length", length, 1, MOST)
         seed = whole_number("seed", seed, 0, (1 << 64) - 1)
-        if batch * length >= 1 << 31:
+        if batch * length > MOST:
             raise DataError(
-                f"batch * length = {batch} * {length}: expected fewer than 2**31 tokens, for int32 cu_seqlens"
+                f"batch * length = {batch * length}: expected fewer than 2**31 tokens, for int32 cu_seqlens"
             )
         if order not in ORDERS:
             raise DataError(f"order {order!r}: expected shuffled or sequential{nearest(str(order), ORDERS)}")

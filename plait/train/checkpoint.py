@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plait.data import Loader, Shards, Tokenizer
 from plait.design import ModelConfig
-from plait.files import read_text, sync_folder, write_atomic, write_text
+from plait.files import naming, read_text, sync_folder, write_atomic
 from plait.model import LanguageModel
 from plait.model import load as load_model
 from plait.model import save as save_model
@@ -52,7 +52,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            _write(temporary, run, position, model, tokenizer, optimizers, loader)
+            with naming(final, within=temporary):
+                _write(temporary, run, position, model, tokenizer, optimizers, loader)
             os.replace(temporary, final)
             sync_folder(final.parent)
             sync_folder(folder)
@@ -88,7 +89,7 @@ def _write(
         "run": run.to_dict(),
         "files": {path.relative_to(folder).as_posix(): _checksum(path) for path in files},
     }
-    write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for path in (*files, folder / FACTS):
         with path.open("rb") as file:
             os.fsync(file.fileno())
