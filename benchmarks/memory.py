@@ -31,7 +31,7 @@ def model_of(pattern: str) -> plait.LanguageModel:
 
 def peak_kib() -> int:
     """The highest resident set of this process so far, in KiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(line for line in Path("/proc/self/status").read_text("utf-8").splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1])
 
 
@@ -57,7 +57,9 @@ def one_step(pattern: str, length: int) -> None:
 def memory(pattern: str) -> dict[int, float]:
     """MiB by length."""
     command = [sys.executable, __file__, "--step", pattern]
-    run = {n: subprocess.run([*command, str(n)], check=True, capture_output=True, text=True).stdout for n in LENGTHS}
+    run = {
+        n: subprocess.run([*command, str(n)], check=True, capture_output=True, encoding="utf-8").stdout for n in LENGTHS
+    }
     return {n: float(out) for n, out in run.items()}
 
 
@@ -105,7 +107,7 @@ def main() -> None:
         print(f"{pattern:<10} decode   " + "  ".join(f"{c}: {ms:.2f} ms" for c, ms in row.items()) + f"  {spread:.2f}x")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {args.out}")
     return None
 

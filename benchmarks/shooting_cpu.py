@@ -109,7 +109,9 @@ def main() -> None:
     if args.out:
         head = {"device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__}
         shape = {"shape": f"B {B}, T {T}, D {D}, float32", "unit": "ms, medians"}
-        args.out.write_text(json.dumps(head | shape | {"cells": cells, "peers": peers}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps(head | shape | {"cells": cells, "peers": peers}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

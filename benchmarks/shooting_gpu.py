@@ -192,7 +192,7 @@ def main() -> None:
             "torch": torch.__version__,
             "shape": f"B {B}, T {T}, D {D}, bfloat16, unless said; ms: forward and all gradients",
         }
-        args.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

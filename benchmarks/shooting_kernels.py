@@ -141,7 +141,7 @@ def main() -> None:
                     flush=True,
                 )
                 if options.out:
-                    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+                    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def in_process(run: dict[str, Any]) -> dict[str, Any]:
     """`train` in a process of its own, with one thread."""
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--run", json.dumps(run)]
-    done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=one_thread)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         return run | {"error": done.stderr.strip().splitlines()[-1]}
@@ -194,7 +194,9 @@ def main() -> None:
     print("\n".join(table(records)))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"torch": torch.__version__, "runs": records}, indent=2) + "\n")
+        args.out.write_text(
+            json.dumps({"torch": torch.__version__, "runs": records}, indent=2) + "\n", encoding="utf-8"
+        )
         print(f"wrote {args.out}")
 
 

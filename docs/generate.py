@@ -60,7 +60,7 @@ def main() -> None:
         f"| `{name}` | {si(parameters(load_design(name)))} | `{json.dumps(data)}` |" for name, data in PRESETS.items()
     ]
     lines += ["", "## Runs", "", *describe("run.yaml", RunConfig), *describe("data", DataConfig)]
-    (HERE / "reference.md").write_text("\n".join(lines))
+    (HERE / "reference.md").write_text("\n".join(lines), encoding="utf-8")
     print(f"wrote {HERE / 'reference.md'}")
 
 

@@ -31,10 +31,11 @@ def command(
     """Continue a prompt with a trained model, printed as it comes."""
     from plait.data import load_tokenizer
     from plait.engine import stream
+    from plait.files import letters
     from plait.model import load, model_folder
     from plait.model.device import find_device
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else letters(prompt)
     folder = model_folder(run)
     model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
     started = time.perf_counter()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from plait.data.tokenizer import ByteTokenizer as ByteTokenizer
     from plait.data.tokenizer import TextStream as TextStream
     from plait.data.tokenizer import Tokenizer as Tokenizer
+    from plait.data.tokenizer_files import cached_bpe as cached_bpe
     from plait.data.tokenizer_files import load_tokenizer as load_tokenizer
     from plait.data.tokenizer_hf import train_bpe as train_bpe
     from plait.data.writer import prepare as prepare
@@ -35,6 +36,7 @@ _LAZY = {
     "Source": "corpus",
     "TextStream": "tokenizer",
     "Tokenizer": "tokenizer",
+    "cached_bpe": "tokenizer_files",
     "load_tokenizer": "tokenizer_files",
     "open_source": "corpus",
     "prepare": "writer",

@@ -1,7 +1,9 @@
-"""What goes wrong with a user's text or tokenizer, said in one line."""
+"""What goes wrong with a user's text, tokenizer or numbers, said in one line."""
 
 import difflib
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 
 class DataError(ValueError):
@@ -23,3 +25,23 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `known`, or an empty string where nothing is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def whole_number(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int; raises DataError unless it is a whole number from `low` to `high`. A bool is none."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise DataError(f"{name}={repr(value)[:60]}: expected a whole number of at least {low}")
+    shown = str(number) if number.bit_length() < 200 else f"(a number of {number.bit_length()} bits)"
+    if number < low:
+        raise DataError(f"{name}={shown}: expected at least {low}")
+    if high is not None and number > high:
+        raise DataError(f"{name}={shown}: expected at most {high}")
+    return number

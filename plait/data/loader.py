@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from plait.data.errors import DataError, nearest
+from plait.data.errors import DataError, nearest, whole_number
 from plait.data.shards import Shards
 
 NO_TARGET = -100
+MOST = (1 << 31) - 1  # tokens in a batch, whose offsets are int32
 Order = Literal["shuffled", "sequential"]
 ORDERS = ("shuffled", "sequential")
 
@@ -60,19 +61,15 @@ class Loader:
         order: Order = "shuffled",
         epochs: int | None = None,
     ):
-        for name, value in (("batch", batch), ("length", length)):
-            if value < 1:
-                raise DataError(f"{name}={value}: expected at least 1")
-        if seed < 0:
-            raise DataError(f"seed={seed}: expected at least 0")
-        if batch * length >= 1 << 31:
+        batch, length = whole_number("batch", batch, 1, MOST), whole_number("length", length, 1, MOST)
+        seed = whole_number("seed", seed, 0, (1 << 64) - 1)
+        if batch * length > MOST:
             raise DataError(
                 f"batch * length = {batch * length}: expected fewer than 2**31 tokens, for int32 cu_seqlens"
             )
         if order not in ORDERS:
-            raise DataError(f"order {order!r}: expected shuffled or sequential{nearest(order, ORDERS)}")
-        if epochs is not None and epochs < 1:
-            raise DataError(f"epochs={epochs}: expected at least 1, or None for no end")
+            raise DataError(f"order {order!r}: expected shuffled or sequential{nearest(str(order), ORDERS)}")
+        epochs = None if epochs is None else whole_number("epochs", epochs, 1)
         self.batch, self.length, self.seed, self.order, self.epochs = batch, length, seed, order, epochs
         self.shards, self.split = shards, split
         self._starts, self._ends = shards.documents(split)

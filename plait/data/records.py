@@ -1,30 +1,52 @@
 """Documents that are one field of a record: JSON lines, parquet files and Hugging Face datasets."""
 
+import codecs
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from plait.data.errors import DataError, NotFound, NotText, nearest
+from plait.data.errors import DataError, NotFound, NotText, first_line, nearest
+from plait.data.text import PACKED, whole_characters
+from plait.files import OTHER_UNICODE
+
+BLOCK = 1 << 12  # bytes that show what kind of file it is
+# Numbers are never a text, and Python refuses to convert those of thousands of digits.
+_JSON = json.JSONDecoder(parse_int=lambda digits: 0)
 
 
 def jsonl_texts(path: Path, field: str) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of every record; blank lines are passed over."""
+    """(line number from 1, text) of every record; blank lines and byte order marks are passed over."""
     with path.open("rb") as file:
+        _refuse_other_files(file.peek(BLOCK), path)
         for number, line in enumerate(file, start=1):
-            if line.isspace():
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if not line or line.isspace():
                 continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                raise NotText(f"{where}: not UTF-8; expected one JSON object a line") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON ({error.msg}); expected one JSON object a line") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: {type(record).__name__} found; expected a JSON object with field {field!r}")
-            yield number, _field(record, field, where)
+            yield number, _field(_record(line, field, f"{path}, line {number}"), field, f"{path}, line {number}")
+
+
+def _record(line: bytes, field: str, where: str) -> dict[str, Any]:
+    try:
+        record = _JSON.decode(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise NotText(f"{where}: not UTF-8; expected one JSON object a line") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}); expected one JSON object a line") from None
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply to be read; expected a JSON object with field {field!r}") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: {type(record).__name__} found; expected a JSON object with field {field!r}")
+    return record
+
+
+def _refuse_other_files(head: bytes, path: Path) -> None:
+    packed = PACKED.match(head)
+    if packed:
+        raise NotText(f"{path}: compressed ({packed.lastgroup}); expected one JSON object a line, unpack it first")
+    if head[:2] in OTHER_UNICODE:
+        raise NotText(f"{path}, line 1: {OTHER_UNICODE[head[:2]]}; expected one JSON object a line, save it as UTF-8")
 
 
 def parquet_texts(path: Path, field: str) -> Iterator[tuple[int, str]]:
@@ -33,20 +55,34 @@ def parquet_texts(path: Path, field: str) -> Iterator[tuple[int, str]]:
     try:
         file = parquet.ParquetFile(path)
     except (ValueError, OSError) as error:  # pyarrow's errors for files it cannot read are all of these
-        raise DataError(f"{path}: not a parquet file ({_first_line(error)})") from None
+        raise DataError(f"{path}: not a parquet file ({first_line(error)})") from None
     with file:
         names = file.schema_arrow.names
         if field not in names:
             raise _no_field(field, names, str(path))
-        number = 0
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield number, _field({field: value}, field, f"{path}, row {number}")
+        values = (
+            value
+            for batch in file.iter_batches(batch_size=256, columns=[field])
+            for value in batch.column(batch.schema.names.index(field)).to_pylist()
+        )
+        for number, value in _counted(values, lambda number: f"{path}, row {number}"):
+            yield number, _field({field: value}, field, f"{path}, row {number}")
 
 
 def dataset_texts(name: str, config: str | None, field: str) -> Iterator[tuple[int, str]]:
     """(row number from 1, text) of the training split of a Hugging Face dataset, streamed."""
+    rows = _counted(_dataset_rows(name, config), lambda number: f"hf:{name}, row {number}")
+    while True:
+        try:
+            number, row = next(rows)
+        except StopIteration:
+            return
+        except DataError as error:
+            raise _first_damage(Path(name), field) or error from None
+        yield number, _field(row, field, f"hf:{name}, row {number}")
+
+
+def _dataset_rows(name: str, config: str | None) -> Iterator[Mapping[str, Any]]:
     datasets = extra("datasets", f"hf:{name}")
     try:
         if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
@@ -55,11 +91,36 @@ def dataset_texts(name: str, config: str | None, field: str) -> Iterator[tuple[i
         else:
             rows = datasets.load_dataset(name, config, split="train", streaming=True)
     except FileNotFoundError as error:
-        raise NotFound(f"hf:{name}: {_first_line(error)}") from None
-    except (ValueError, KeyError, OSError) as error:
-        raise DataError(f"hf:{name}: {_first_line(error)}; expected hf:NAME_OR_PATH[@CONFIG][:FIELD]") from None
-    for number, row in enumerate(rows, start=1):
-        yield number, _field(row, field, f"hf:{name}, row {number}")
+        raise NotFound(f"hf:{name}: {first_line(error)}") from None
+    except Exception as error:  # each of the library's formats fails in its own way
+        raise DataError(f"hf:{name}: {first_line(error)}; expected hf:NAME_OR_PATH[@CONFIG][:FIELD]") from None
+    yield from rows
+
+
+def _counted(values: Iterator[Any], where: Callable[[int], str]) -> Iterator[tuple[int, Any]]:
+    """Values numbered from 1, and what fails between them, as each library does in its own way, with its number."""
+    number = 0
+    try:
+        for number, value in enumerate(values, start=1):
+            yield number, value
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where(number + 1)} or soon after: cannot be read ({first_line(error)})") from None
+
+
+def _first_damage(folder: Path, field: str) -> DataError | None:
+    """The file and line of a local dataset that its library tripped over, if our own readers find it."""
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        read = READERS.get(path.suffix.lower())
+        try:
+            for _ in read(path, field) if read and path.is_file() else ():
+                pass
+        except _NoField:
+            continue  # a file beside the data
+        except DataError as error:
+            return error
+    return None
 
 
 def extra(module: str, what: str) -> Any:
@@ -78,17 +139,17 @@ def _field(record: Mapping[str, Any], field: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise DataError(f"{where}: field {field!r} is {type(text).__name__}; expected a string")
-    if text.isascii():
-        return text
-    # JSON can spell half of a surrogate pair, which UTF-8 cannot; it becomes U+FFFD.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole_characters(text)
+
+
+class _NoField(DataError):
+    pass
 
 
 def _no_field(field: str, present: Mapping[str, Any] | list[str], where: str) -> DataError:
     names = list(present)
     shown = ", ".join(repr(name) for name in names[:12]) or "none"
-    return DataError(f"{where}: no field {field!r}, its fields are {shown}{nearest(field, names)}")
+    return _NoField(f"{where}: no field {field!r}, its fields are {shown}{nearest(field, names)}")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+READERS = {".jsonl": jsonl_texts, ".ndjson": jsonl_texts, ".parquet": parquet_texts}

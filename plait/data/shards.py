@@ -11,16 +11,17 @@ One folder per (source, tokenizer, held-out share, seed), named by the hash of t
 | `meta.json` | the rest; no clock and no machine in it, so equal inputs give equal bytes |
 """
 
-import json
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from plait.data.errors import DataError, NotFound, nearest
+from plait.files import user_path
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
@@ -52,7 +53,7 @@ class Shards:
     """Token shards on disk, opened. Nothing but the meta and the byte table is read before it is asked for."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.meta = _read_meta(self.folder)
         for name, expected in self._sizes().items():
             path = self.folder / name
@@ -109,8 +110,8 @@ def _read_meta(folder: Path) -> Meta:
     if not path.is_file():
         raise NotFound(f"{folder}: no token shards here; expected a folder that plait.data.prepare wrote")
     try:
-        said = json.loads(path.read_text("utf-8"))
-        meta = Meta(**said)
+        meta = msgspec.json.decode(path.read_bytes(), type=Meta)
+        np.dtype(meta.dtype)
     except (ValueError, TypeError):
         raise DataError(f"{path}: damaged, or written by another version of plait; prepare the corpus again") from None
     if meta.format != FORMAT:

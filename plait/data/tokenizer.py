@@ -16,14 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.data.errors import DataError
-from plait.files import write_text
+from plait.data.text import no_text
+from plait.files import user_path, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\ufffd"
 
 
 class TextStream(Protocol):
-    """Ids in, text out as soon as it is certain; the parts joined are what `decode` gives for all ids."""
+    """Ids in, text out as soon as it is certain; the parts joined are what `decode` gives for all ids, or what these add
+    to the ids before them."""
 
     def push(self, token: int) -> str: ...
 
@@ -66,7 +68,9 @@ class Tokenizer(Protocol):
         """Text of any run of ids; bytes that are not UTF-8 become U+FFFD, special tokens nothing."""
         ...
 
-    def stream(self) -> TextStream: ...
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """Text of ids as they come: what they add to the text of the ids `after` which they stand."""
+        ...
 
     def save(self, folder: str | Path) -> None:
         """Write files from which `load_tokenizer` and transformers' AutoTokenizer make the same tokenizer."""
@@ -87,21 +91,21 @@ class ByteTokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         if not special:
-            return list(text.encode("utf-8"))
-        first, *others = (list(part.encode("utf-8")) for part in text.split(END_OF_TEXT))
+            return list(_utf8(text))
+        first, *others = map(list, _utf8(text).split(END_OF_TEXT.encode()))
         return first + [token for part in others for token in (self.eos, *part)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+        return [np.frombuffer(_utf8(text), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(map(self._bytes, ids)).decode("utf-8", errors="replace")
 
-    def stream(self) -> TextStream:
-        return _ByteStream(self._bytes)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        return _ByteStream(self._bytes, after)
 
     def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "tokenizer.json", json.dumps(_bytes_as_bpe(), ensure_ascii=False, indent=1))
         config = {
@@ -118,10 +122,18 @@ class ByteTokenizer:
         return b"" if token == self.eos else bytes((token,))
 
 
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except (UnicodeEncodeError, AttributeError):
+        raise no_text(text) from None
+
+
 class _ByteStream:
-    def __init__(self, to_bytes: Callable[[int], bytes]):
+    def __init__(self, to_bytes: Callable[[int], bytes], after: Sequence[int]):
         self._to_bytes = to_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(b"".join(map(to_bytes, after)))
 
     def push(self, token: int) -> str:
         return self._decoder.decode(self._to_bytes(token))
@@ -134,24 +146,26 @@ class PiecewiseStream:
     """Streaming over any `decode`: text is given out once it does not end inside a character.
 
     Only the ids since the last certain place are decoded again, and the few before them that a decoder needs to know
-    whether it is at the start of a text.
+    whether it is at the start of a text, where many leave out the space that begins a word.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]):
+    def __init__(self, decode: Callable[[Sequence[int]], str], after: Sequence[int] = ()):
         self._decode = decode
-        self._ids: list[int] = []
-        self._given = 0  # ids whose text has been given out
+        self._ids = list(after)
+        self._given = len(self._ids)  # ids whose text has been given out
+        self._known = decode(self._ids)  # their text
 
     def push(self, token: int) -> str:
         self._ids.append(token)
-        text, known = self._decode(self._ids), self._decode(self._ids[: self._given])
+        text, known = self._decode(self._ids), self._known
         if text.endswith(REPLACEMENT) or len(text) <= len(known):
             return ""
         self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
+        self._known = self._decode(self._ids)
         return text[len(known) :]
 
     def finish(self) -> str:
-        return self._decode(self._ids)[len(self._decode(self._ids[: self._given])) :]
+        return self._decode(self._ids)[len(self._known) :]
 
 
 def byte_alphabet() -> list[str]:

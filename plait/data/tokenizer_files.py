@@ -6,9 +6,12 @@ from typing import Any
 
 import tokenizers
 
-from plait.data.errors import DataError, NotFound, nearest
+from plait.data.cache import made_once
+from plait.data.corpus import Source, open_source, texts
+from plait.data.errors import DataError, NotFound, first_line, nearest
 from plait.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
-from plait.data.tokenizer_hf import HuggingFaceTokenizer, PythonTokenizer
+from plait.data.tokenizer_hf import HuggingFaceTokenizer, PythonTokenizer, bpe_size, train_bpe
+from plait.files import read_text, user_path
 
 # Files saved with a tokenizer.json that say what it means in a chat; kept as they are.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -24,7 +27,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """
     if str(spec) == "bytes":
         return ByteTokenizer()
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if not path.exists():
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         hint = nearest(str(spec), ["bytes", *map(str, beside)])
@@ -39,15 +42,35 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     raise NotFound(f"tokenizer {str(spec)!r}: no tokenizer in this folder; expected a tokenizer.json")
 
 
+def cached_bpe(source: str | Path | Source, vocab: int, folder: str | Path) -> Tokenizer:
+    """`train_bpe` on a source, made now unless it is under `folder` already."""
+    vocab = bpe_size(vocab)
+    cache = user_path(folder)
+    opened = source if not isinstance(source, str | Path) else open_source(source, cache)
+
+    def find(made: Path) -> Tokenizer | None:
+        try:
+            return load_tokenizer(made)
+        except DataError:  # not there, or damaged
+            return None
+
+    def make(temporary: Path) -> None:
+        train_bpe(texts(opened), vocab).save(temporary)
+
+    return made_once(cache, f"bpe-{vocab}-{opened.identity()[:16]}", find, make)
+
+
 def _from_json(path: Path) -> Tokenizer:
     companions = _companions(path.parent)
     config = _json_object(path.parent / "tokenizer_config.json", companions.get("tokenizer_config.json", "{}"))
     if config.get("plait_tokenizer") == ByteTokenizer.name:
         return ByteTokenizer()
     try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
+        inner = tokenizers.Tokenizer.from_str(_text(path))
+    except DataError:
+        raise
     except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{path}: not a Hugging Face tokenizer.json ({_first_line(error)})") from None
+        raise DataError(f"{path}: not a Hugging Face tokenizer.json ({first_line(error)})") from None
     name = path.parent.resolve().name if path.name == "tokenizer.json" else path.stem
     return HuggingFaceTokenizer(inner, _end_of_text(inner, path, config, companions), name, companions)
 
@@ -58,7 +81,7 @@ def _from_transformers(folder: Path) -> Tokenizer:
     try:
         loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each of the library's formats fails in its own way
-        raise DataError(f"{folder}: transformers cannot load this tokenizer ({_first_line(error)})") from None
+        raise DataError(f"{folder}: transformers cannot load this tokenizer ({first_line(error)})") from None
     if loaded.eos_token_id is None:
         raise _no_end(folder)
     name = folder.resolve().name
@@ -68,7 +91,7 @@ def _from_transformers(folder: Path) -> Tokenizer:
 
 
 def _companions(folder: Path) -> dict[str, str]:
-    return {name: (folder / name).read_text("utf-8") for name in COMPANIONS if (folder / name).is_file()}
+    return {name: _text(folder / name) for name in COMPANIONS if (folder / name).is_file()}
 
 
 def _end_of_text(inner: tokenizers.Tokenizer, path: Path, config: dict[str, Any], companions: dict[str, str]) -> int:
@@ -84,7 +107,7 @@ def _end_of_text(inner: tokenizers.Tokenizer, path: Path, config: dict[str, Any]
     for name in ("generation_config.json", "config.json"):
         beside = path.parent / name
         if beside.is_file():
-            said = _json_object(beside, beside.read_text("utf-8")).get("eos_token_id")
+            said = _json_object(beside, _text(beside)).get("eos_token_id")
             id = said[0] if isinstance(said, list) and said else said
             if isinstance(id, int):
                 return id
@@ -95,11 +118,20 @@ def _end_of_text(inner: tokenizers.Tokenizer, path: Path, config: dict[str, Any]
     raise _no_end(path)
 
 
+def _text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
 def _json_object(path: Path, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        raise DataError(f"{path}: JSON that cannot be read ({first_line(error)})") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: {type(value).__name__} found; expected a JSON object")
     return value
@@ -107,7 +139,3 @@ def _json_object(path: Path, text: str) -> dict[str, Any]:
 
 def _no_end(path: Path) -> DataError:
     return DataError(f"{path}: no end-of-text token; expected an eos_token in tokenizer_config.json beside it")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,14 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from plait.data.errors import DataError
+from plait.data.errors import DataError, whole_number
+from plait.data.text import is_text, no_text, whole_characters
 from plait.data.tokenizer import END_OF_TEXT, PiecewiseStream, TextStream, Tokenizer
-from plait.files import write_text
+from plait.files import user_path, write_atomic, write_text
+
+LARGEST = 1 << 20  # ids of a BPE made here: the library takes memory for all of them before it reads a word
+
+RUN = re.compile(r"\S{1024}|\s{1024}")  # learning from a word takes the square of its length: no longer ones are given
 
 
 class HuggingFaceTokenizer:
@@ -55,20 +63,26 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         inner = self._special if special else self._plain
-        return inner.encode(text, add_special_tokens=False).ids
+        try:
+            return inner.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise no_text(text) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        done = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            done = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            raise next((no_text(text) for text in texts if not is_text(text)), no_text(texts)) from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in done]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._plain.decode([int(id) for id in ids], skip_special_tokens=True)
 
-    def stream(self) -> TextStream:
-        return PiecewiseStream(self.decode)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        return PiecewiseStream(self.decode, after)
 
     def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = json.loads(self._companions.get("tokenizer_config.json", "{}"))
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
@@ -106,6 +120,8 @@ class PythonTokenizer:
         return self._byte_lengths
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
+        if not is_text(text):
+            raise no_text(text)
         return self._inner.encode(text, add_special_tokens=False, split_special_tokens=not special)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
@@ -115,11 +131,14 @@ class PythonTokenizer:
         whole = [int(id) for id in ids]
         return self._inner.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def stream(self) -> TextStream:
-        return PiecewiseStream(self.decode)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        return PiecewiseStream(self.decode, after)
 
     def save(self, folder: str | Path) -> None:
-        self._inner.save_pretrained(folder)
+        with tempfile.TemporaryDirectory() as made:
+            self._inner.save_pretrained(made)
+            for path in sorted(Path(made).iterdir()):
+                write_atomic(user_path(folder) / path.name, partial(shutil.copyfile, path))
 
 
 def measure_bytes(tokenizer: Tokenizer, tokens: Mapping[int, str], lengths: NDArray[np.int32]) -> None:
@@ -140,8 +159,7 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
 
     `texts` is read once, in a stream; `plait.data.texts(source)` is one. Raises DataError where there is no text.
     """
-    if vocab < 257:
-        raise DataError(f"a byte-level BPE of {vocab} ids: expected at least 257, for 256 bytes and the end of text")
+    vocab = bpe_size(vocab)
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -159,6 +177,11 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
     return HuggingFaceTokenizer(inner, inner.get_vocab()[END_OF_TEXT], f"bpe-{inner.get_vocab_size()}", {})
 
 
+def bpe_size(vocab: int) -> int:
+    """A vocabulary that `train_bpe` can make; raises DataError for another."""
+    return whole_number("a byte-level BPE with vocab", vocab, 257, LARGEST)
+
+
 class _Counted:
     """Texts, counting their characters on the way through."""
 
@@ -168,5 +191,10 @@ class _Counted:
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
+            text = whole_characters(text)
             self.characters += len(text)
-            yield text
+            start = 0
+            for run in RUN.finditer(text):
+                yield text[start : run.end()]
+                start = run.end()
+            yield text[start:]

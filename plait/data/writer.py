@@ -3,22 +3,23 @@
 import hashlib
 import json
 import os
-import shutil
 from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
+from plait.data.cache import made_once
 from plait.data.corpus import Source, open_source
-from plait.data.errors import DataError, NotFound, NotText
+from plait.data.errors import DataError, NotFound, NotText, whole_number
 from plait.data.shards import FORMAT, Meta, Shards
+from plait.data.text import whole_characters
 from plait.data.tokenizer import Tokenizer
-from plait.files import sync_folder
+from plait.files import sync_folder, user_path
 
 BATCH = 1 << 20  # characters tokenized at once; Hugging Face tokenizers need some 200 bytes for each
 LINE_SEARCH = 4096  # tokens searched for the end of a line when one document must be cut in two
@@ -39,39 +40,24 @@ def prepare(
     A document is held out if the hash of its id and `seed` falls below `heldout`, whatever else is in the corpus; if
     that leaves a side empty, the document nearest to the line crosses it. A corpus of one document is cut instead: its
     last `heldout` share of tokens, from the next line end on where one is near, is held out.
+    The shards are found again by what the source holds, wherever it lies.
     `progress(done, total)` counts bytes of text; `total` is None where it is unknown.
     Raises DataError for a corpus without text, OSError where the disk is full; either way nothing is left behind.
     """
-    if not 0 < heldout < 1:
+    if not isinstance(heldout, Real) or not 0 < heldout < 1:
         raise DataError(f"heldout={heldout}: expected a share between 0 and 1, for example 0.02")
-    opened = source if not isinstance(source, str | Path) else open_source(source)
-    folder = Path(folder)
+    heldout, seed = float(heldout), whole_number("seed", seed, 0)
+    cache = user_path(folder)
+    opened = source if not isinstance(source, str | Path) else open_source(source, cache)
     identity = opened.identity()
+
+    def make(temporary: Path) -> None:
+        _write(temporary, key, opened, tokenizer, heldout, seed, progress)
+        if opened.identity() != identity:
+            raise DataError(f"{opened.spec}: changed while it was being read; run again")
+
     key = _key(identity, tokenizer, heldout, seed)
-    ready = _open(folder / key)
-    if ready is not None:
-        return ready
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{key}.lock"):  # several processes of one run all come here; one of them works
-        ready = _open(folder / key)
-        if ready is not None:
-            return ready
-        temporary = folder / f".{key}.tmp"
-        for stale in (temporary, folder / key):
-            shutil.rmtree(stale, ignore_errors=True)
-        try:
-            temporary.mkdir()
-            _write(temporary, key, opened, tokenizer, heldout, seed, progress)
-            if opened.identity() != identity:
-                raise DataError(f"{opened.spec}: changed while it was being read; run again")
-            os.replace(temporary, folder / key)
-            sync_folder(folder)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # a write: say where
-                raise OSError(error.errno, error.strerror, str(folder)) from None
-            raise
-    return Shards(folder / key)
+    return made_once(cache, key, _open, make)
 
 
 def _key(identity: str, tokenizer: Tokenizer, heldout: float, seed: int) -> str:
@@ -122,7 +108,7 @@ def _read(source: Source, writer: "_Writer") -> None:
     for document in source.documents():
         try:
             for piece in document.pieces:
-                writer.add(piece)
+                writer.add(whole_characters(piece))
         except NotText:
             if document.required:
                 raise

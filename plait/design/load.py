@@ -11,6 +11,7 @@ from plait.design.model import ModelConfig
 from plait.design.pattern import PatternError, parse
 from plait.design.presets import PRESETS
 from plait.design.spelling import suggest
+from plait.files import read_text
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,7 +34,7 @@ DEFAULT_SIZE = {"vocab": 32_000, "dim": 512}  # for a bare pattern, as in `plait
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML or JSON file that holds one mapping."""
     try:
-        data = json.loads(path.read_text()) if path.suffix == ".json" else read_yaml(path.read_text())
+        data = json.loads(read_text(path)) if path.suffix == ".json" else read_yaml(read_text(path))
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix.lstrip('.') or 'YAML'}: {one_line(error)}") from None
     if not isinstance(data, dict):

@@ -29,9 +29,12 @@ def generate(
 
     A continuation ends at `max_tokens` tokens, at the tokenizer's end of text, or before the first of the `stop`
     strings. The default is greedy: equal calls give equal texts. Above temperature 0 it samples; see `Sampling`.
+    Prompt and continuation together are what the tokenizer decodes all tokens to.
     Raises ValueError for an empty prompt, options out of range, or a tokenizer with more ids than the model.
     """
-    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompt, str | list | tuple):
+        raise ValueError(f"prompt is of type {type(prompt).__name__}; expected a str or a list of them")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -108,7 +111,7 @@ def _texts(
     sampling: Sampling,
     stops: tuple[str, ...],
 ) -> Iterator[tuple[int, str]]:
-    texts = [StoppedText(tokenizer.stream(), stops) for _ in ids]
+    texts = [StoppedText(tokenizer.stream(after=prompt), stops) for prompt in ids]
     done: set[int] = set()
     tokens = continuations(
         model, ids, max_tokens=max_tokens, sampling=sampling, eos=tokenizer.eos, vocab=tokenizer.vocab, done=done
@@ -126,6 +129,8 @@ def _texts(
 
 
 def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(stop, str | Sequence):
+        raise ValueError(f"stop is of type {type(stop).__name__}; expected a string or a list of strings")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in stops:
         if not isinstance(text, str) or not text:

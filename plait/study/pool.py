@@ -33,13 +33,13 @@ class Job:
 
     @classmethod
     def start(cls, name: str, run: RunConfig, threads: int) -> "Job":
-        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the job)
+        errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed with the job)
         process = subprocess.Popen(
             [sys.executable, "-m", "plait.study.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,  # Ctrl-C is for the study, which then ends its runs
         )
         assert process.stdin is not None

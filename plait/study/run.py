@@ -15,7 +15,7 @@ from plait.data import Shards, Tokenizer
 from plait.data import prepare as prepare_shards
 from plait.design.count import parameters
 from plait.design.model import ModelConfig
-from plait.files import write_text
+from plait.files import read_text, write_text
 from plait.study.config import Study
 from plait.study.measure import measure
 from plait.study.pool import train_all
@@ -115,7 +115,7 @@ def claim(study: Study, runs: dict[str, RunConfig], shards: Shards, fresh: bool,
     folder = Path(study.folder)
     ours = {"runs": {name: run.to_dict() for name, run in runs.items()}, "text": shards.key}
     path = folder / STUDY
-    theirs = json.loads(path.read_text()) if path.is_file() else ours
+    theirs = json.loads(read_text(path)) if path.is_file() else ours
     if theirs != ours or fresh:
         say(console, f"{folder} held other runs, which are replaced")
         for name in theirs["runs"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plait.data import Loader, Shards, Tokenizer
 from plait.design import ModelConfig
-from plait.files import sync_folder
+from plait.files import naming, read_text, sync_folder, write_atomic
 from plait.model import LanguageModel
 from plait.model import load as load_model
 from plait.model import save as save_model
@@ -52,7 +52,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            _write(temporary, run, position, model, tokenizer, optimizers, loader)
+            with naming(final, within=temporary):
+                _write(temporary, run, position, model, tokenizer, optimizers, loader)
             os.replace(temporary, final)
             sync_folder(final.parent)
             sync_folder(folder)
@@ -77,7 +78,7 @@ def _write(
 ) -> None:
     save_model(model, folder, tokenizer)
     tensors = {f"optimizer.{name}": tensor.contiguous() for name, tensor in optimizers.tensors().items()}
-    save_file(tensors | _random_states(), folder / TENSORS)
+    write_atomic(folder / TENSORS, lambda path: save_file(tensors | _random_states(), path))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = {
         "format": FORMAT,
@@ -88,7 +89,7 @@ def _write(
         "run": run.to_dict(),
         "files": {path.relative_to(folder).as_posix(): _checksum(path) for path in files},
     }
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for path in (*files, folder / FACTS):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -169,7 +170,7 @@ class Checkpoint:
 def _examine(path: Path) -> tuple[dict[str, Any], str | None]:
     """(what training.json says, what is wrong or None)."""
     try:
-        facts = json.loads((path / FACTS).read_text())
+        facts = json.loads(read_text(path / FACTS))
         for key in ("step", "tokens", "seconds", "loader", "run"):
             facts[key]
         sums = facts["files"].items()
@@ -188,8 +189,9 @@ def _examine(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _comparable(run: RunConfig, name: str) -> Any:
-    """A value of the run without what does not matter: how a design is spelled, where shards are cached."""
+    """A value of the run without what does not matter: how a design is spelled, where text, tokenizer and shards lie.
+    What those hold is in the shards' key."""
     value = getattr(run, name)
     if name == "design":
         return ModelConfig.from_dict(value).hash
-    return value.replace(cache="") if name == "data" else value
+    return value.replace(source="", tokenizer="bytes", cache="") if name == "data" else value

@@ -1,12 +1,8 @@
 """From a run's config to what it trains on: tokenizer, shards and the full design."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
-from plait.data import Loader, Shards, Tokenizer, load_tokenizer, open_source, prepare, texts, train_bpe
+from plait.data import Loader, Shards, Tokenizer, cached_bpe, load_tokenizer, prepare
 from plait.design import ModelConfig
 from plait.train.config import DataConfig, RunConfig, resolve_design
 
@@ -25,18 +21,7 @@ def open_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer that is named, or one trained on the source and kept in the cache."""
     if isinstance(data.tokenizer, str):
         return load_tokenizer(data.tokenizer)
-    source, vocab = open_source(data.source), data.tokenizer["bpe"]
-    folder = Path(data.cache) / f"bpe-{vocab}-{source.identity()[:16]}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
-        try:
-            train_bpe(texts(source), vocab).save(temporary)
-            if not folder.exists():  # another run may have been faster; equal texts give equal tokenizers
-                os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return load_tokenizer(folder)
+    return cached_bpe(data.source, data.tokenizer["bpe"], data.cache)
 
 
 def open_loader(run: RunConfig, shards: Shards) -> Loader:

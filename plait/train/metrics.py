@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from plait.files import write_atomic
+from plait.files import read_text, write_text
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -13,7 +13,7 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+    for number, line in enumerate(read_text(path).splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
         try:
@@ -30,7 +30,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, last_step: int):
         kept = "".join(json.dumps(record) + "\n" for record in read_metrics(path, last_step))
-        write_atomic(path, lambda temporary: _fill(temporary, kept))
+        write_text(path, kept)
         self._file = path.open("ab", buffering=0)  # nothing is left to write when closing after a full disk
 
     def write(self, **record: Any) -> None:
@@ -48,7 +48,3 @@ class MetricsLog:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-
-
-def _fill(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

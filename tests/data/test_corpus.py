@@ -1,15 +1,18 @@
 """Sources: what they read, in which order, and what they say when they cannot."""
 
+import gzip
 import itertools
 import json
+import lzma
 import os
+import shutil
 import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.data import DataError, NotFound, NotText, open_source, texts
+from plait.data import DataError, NotFound, NotText, known, open_source, texts
 from plait.data.text import cut_pieces, read_pieces
 
 
@@ -26,7 +29,7 @@ def test_pieces_are_the_text_and_its_tokens(tmp_path_factory, bpe, text, size):
     path = tmp_path_factory.mktemp("pieces") / "text"
     path.write_bytes(text.encode())
     if "\0" not in text:
-        assert "".join(read_pieces(path, size)) == text
+        assert "".join(read_pieces(path, size)) == text.removeprefix("\ufeff")
     pieces = list(cut_pieces(text, size))
     assert "".join(pieces) == text
     assert all(pieces)
@@ -44,8 +47,8 @@ def test_words_are_not_cut():
 
 
 def test_a_file_is_one_document_to_the_byte(write):
-    text = "\ufeffa\r\nb\n\n\u2028 c\r"
-    assert read(write("a.txt", text)) == {"a.txt": text}
+    text = "a\r\nb\n\n\ufeff\u2028 c\r"
+    assert read(write("a.txt", text)) == read(write("a.txt", "\ufeff" + text)) == {"a.txt": text}
 
 
 def test_a_folder_is_its_text_files_in_order(write, tmp_path):
@@ -69,12 +72,97 @@ def test_a_glob_is_what_matches(write, tmp_path, monkeypatch):
 def test_jsonl_fields(write, tmp_path):
     lines = [{"text": "one", "body": "1"}, {"text": "t\u2028wo", "body": "2"}, {"text": None, "body": "3"}]
     path = write("x.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
-    assert read(path) == {"x.jsonl:1": "one", "x.jsonl:2": "t\u2028wo", "x.jsonl:3": ""}
+    assert read(path) == {"1": "one", "2": "t\u2028wo", "3": ""}
     assert list(read(f"{path}:body").values()) == ["1", "2", "3"]
-    assert list(read(f"{tmp_path}/*.jsonl:body").values()) == ["1", "2", "3"]
+    assert read(f"{tmp_path}/*.jsonl:body") == {"x.jsonl:1": "1", "x.jsonl:2": "2", "x.jsonl:3": "3"}
     assert list(read(f"{tmp_path}:body").values()) == ["1", "2", "3"]
     half = write("half.jsonl", '{"text": "a\\ud800b \\ud83d\\ude00"}')
     assert list(read(half).values()) == ["a\ufffdb 😀"]
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.txt", MARK + b"tale", ["tale"]),
+        ("a.txt", MARK, [""]),
+        ("a.jsonl", MARK + b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n', ["a", "b"]),
+        ("two-joined.jsonl", MARK + b'{"text": "a"}\n' + MARK + b'{"text": "b"}\n' + MARK + b"\n", ["a", "b"]),
+        ("ROWS.NDJSON", b'{"text": "a"}', ["a"]),
+        ("long.jsonl", b'{"text": "a", "n": [-' + b"7" * 9000 + b", 1e999]}", ["a"]),
+        ("nul.jsonl", b'{"text": "a\\u0000b"}', ["a\0b"]),
+        ("mark.jsonl", b'{"text": "\\ufeffa"}', ["\ufeffa"]),
+        ("line.jsonl", b'{"text": "' + b"a " * (1 << 20) + b'"}', ["a " * (1 << 20)]),
+        ("line.txt", b"a" * (3 << 20), ["a" * (3 << 20)]),
+    ],
+    ids=range(10),
+)
+def test_odd_files_are_read(write, name, content, texts):
+    got = list(read(write(name, content)).values())
+    assert got == texts
+
+
+def test_a_mark_of_byte_order_does_not_depend_on_where_blocks_end(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(MARK + "é\ufeff".encode())
+    for size in range(1, 9):
+        assert "".join(read_pieces(path, size)) == "é\ufeff"
+
+
+@pytest.fixture
+def linked(write, tmp_path):
+    """in/: two files and two folders, three of these four links, beside links that lead nowhere, upwards and to each other."""
+    write("disk/far.txt", "far"), write("disk/deep/er.txt", "deeper"), write("disk/.hidden", "hidden")
+    write("in/own/near.txt", "near")
+    for name, target in [
+        ("in/link", "../disk"), ("in/own/file.txt", "../../disk/far.txt"), ("in/own/up", ".."), ("disk/back", "../in"),
+        ("in/nothing", "gone"), ("in/self", "self"), ("in/.secret", "../disk"),
+    ]:  # fmt: skip
+        (tmp_path / name).symlink_to(target)
+    return tmp_path / "in"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes links")
+def test_links_are_followed_and_to_an_end(linked):
+    everything = {
+        "link/deep/er.txt": "deeper",
+        "link/far.txt": "far",
+        "own/file.txt": "far",
+        "own/near.txt": "near",
+    }
+    assert read(linked) == everything
+    for pattern in ("**", "**/*.txt", "**/**/*.t?t", "[!x]*/**/*"):
+        assert read(linked / pattern) == everything
+    assert list(read(linked / "*/*.txt")) == ["link/far.txt", "own/file.txt", "own/near.txt"]
+    assert list(read(linked / "*/deep/*")) == ["link/deep/er.txt"]
+    assert list(read(linked / "own/up/link/*.txt")) == ["far.txt"]  # spelled out
+    assert list(read(linked / ".s*/*.txt")) == [".secret/far.txt"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(write, tmp_path, monkeypatch):
+    write("in/a.txt", "a"), write("in/closed/b.txt", "b")
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        open_source(tmp_path / "in")
+
+
+def test_paths_begin_at_home(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("in/a.txt", "a"), write("in/rows.jsonl", '{"text": "b", "c": "d"}')
+    assert read("~/in") == {"a.txt": "a", "rows.jsonl:1": "b"}
+    assert list(read("~/in/*.txt").values()) == ["a"]
+    assert list(read("~/in/rows.jsonl:c").values()) == ["d"]
+    with pytest.raises(NotFound, match="did you mean '~/in/a.txt'"):
+        open_source("~/in/a.tx")
 
 
 def test_stdlib_is_source_without_its_tests():
@@ -91,23 +179,76 @@ def test_stdlib_is_source_without_its_tests():
     assert source.identity() == open_source("stdlib").identity()
 
 
-def test_identity_changes_with_what_is_read(write, tmp_path):
-    path = write("a.txt", "one")
-    seen = [open_source(tmp_path).identity()]
+def test_identity_is_that_of_the_documents(write, tmp_path):
+    write("in/a.txt", "one")
+    write("in/b/rows.jsonl", '{"text": "a", "other": "c"}')
+    seen = [open_source(tmp_path / "in").identity()]
 
     def changed():
-        seen.append(open_source(tmp_path).identity())
-        return len(set(seen)) == len(seen)
+        seen.append(open_source(tmp_path / "in").identity())
+        return seen[-1] not in seen[:-1]
 
-    assert open_source(tmp_path).identity() == seen[0]
-    os.utime(path, ns=(1, 1))
+    assert not changed()
+    write("in/a.txt", "two")
     assert changed()
-    write("b.txt", "two")
+    write("in/c.txt", "one")
     assert changed()
-    path.rename(tmp_path / "c.txt")
+    (tmp_path / "in/c.txt").rename(tmp_path / "in/d.txt")
     assert changed()
-    path = write("x.jsonl", '{"text": "a", "b": "c"}')
-    assert open_source(path).identity() != open_source(f"{path}:b").identity()
+    path = tmp_path / "in/b/rows.jsonl"
+    assert open_source(path).identity() == open_source(f"{path}:text").identity()
+    assert open_source(path).identity() != open_source(f"{path}:other").identity()
+
+
+@pytest.mark.parametrize("spec", ["in", "in/*.txt", "in/**/*", "in/a.txt", "in/b/rows.jsonl", "in/b/rows.jsonl:other"])
+def test_identity_and_ids_stay_where_files_are_touched_copied_or_moved(write, tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    write("in/a.txt", "one")
+    write("in/b/rows.jsonl", '{"text": "a", "other": "c"}\n{"text": "b", "other": "d"}')
+    documents, identity = read(spec), open_source(spec).identity()
+    os.utime("in/a.txt", ns=(1, 1))
+    assert open_source(spec).identity() == identity
+    shutil.copytree("in", "elsewhere/out")
+    assert open_source(f"{tmp_path}/elsewhere/out{spec[2:]}").identity() == identity
+    assert read(f"elsewhere/out{spec[2:]}") == documents
+
+
+@pytest.mark.parametrize(("name", "content"), [("tale.txt", "once"), ("rows.jsonl", '{"text": "a"}')])
+def test_one_file_may_be_renamed(write, tmp_path, name, content):
+    path = write(name, content)
+    identity, texts = open_source(path).identity(), list(read(path).values())
+    renamed = path.rename(tmp_path / f"other{path.suffix.upper()}")
+    assert open_source(renamed).identity() == identity
+    assert list(read(renamed).values()) == texts
+
+
+def test_an_unchanged_file_is_not_read_again(write, tmp_path, monkeypatch):
+    source, memory, hashed = tmp_path / "in", tmp_path / "cache", []
+    kept = known._hash
+    monkeypatch.setattr(known, "_hash", lambda path: hashed.append(path.name) or kept(path))
+    monkeypatch.setattr(known, "SETTLED", -(10**12))  # as if what is written here had been written long ago
+    write("in/a", "one"), write("in/b", "two")
+
+    def reads():
+        hashed.clear()
+        identities.append(open_source(source, memory).identity())
+        return sorted(hashed)
+
+    identities = []
+    assert reads() == ["a", "b"]
+    assert reads() == []
+    mark = (source / "a").stat()
+    write("in/a", "ONE")
+    os.utime(source / "a", ns=(mark.st_atime_ns, mark.st_mtime_ns))  # as long, as old, and another text
+    assert reads() == ["a"]
+    assert identities[0] == identities[1] != identities[2]
+    for damage in (b"", b"[1]", b'{"x": 3}', b"\xff"):
+        next((memory / ".known").iterdir()).write_bytes(damage)
+        assert reads() == ["a", "b"]
+    assert identities[2] == identities[-1]
+    monkeypatch.setattr(known, "SETTLED", 10**12)  # written just now, perhaps again within a tick of the clock
+    assert reads() == []
+    assert reads() == ["a", "b"]
 
 
 def test_texts_pass_over_what_is_not_text(write, tmp_path):
@@ -140,6 +281,17 @@ def test_texts_pass_over_what_is_not_text(write, tmp_path):
         ("list.jsonl", DataError, "line 1: list found; expected a JSON object"),
         ("broken.jsonl", DataError, "line 1: not JSON"),
         ("bytes.jsonl", NotText, "line 1: not UTF-8"),
+        ("utf16.txt", NotText, "utf16.txt: UTF-16 text; expected UTF-8 text"),
+        ("utf16.jsonl", NotText, "utf16.jsonl, line 1: UTF-16; expected one JSON object"),
+        ("deep.jsonl", DataError, "deep.jsonl, line 2: nested too deeply"),
+        ("padded.jsonl", DataError, "padded.jsonl, line 2: not JSON"),
+        ("rows.gz", NotText, "rows.gz: compressed .gzip.; expected UTF-8 text, unpack it first"),
+        ("packed.jsonl", NotText, "packed.jsonl: compressed .xz."),
+        ("rows.gz:text", DataError, "rows.gz:text: a compressed file; unpack it first"),
+        ("", DataError, "source ''; expected stdlib"),
+        ("a\0b", DataError, "expected stdlib"),
+        (7, DataError, "source of type int; expected stdlib"),
+        ("~no-such-user-here/a", ValueError, "no such user"),
         ("hf:", DataError, "no dataset named; expected hf:NAME_OR_PATH"),
         ("/dev/null", DataError, "neither a file nor a folder"),
     ],
@@ -152,6 +304,12 @@ def test_wrong_sources_say_what_was_expected(write, tmp_path, monkeypatch, spec,
     write("list.jsonl", "[1]")
     write("broken.jsonl", '{"text": ')
     write("bytes.jsonl", b'{"text": "\xff"}')
+    write("utf16.txt", "tale".encode("utf-16"))
+    write("utf16.jsonl", '{"text": "a"}'.encode("utf-16"))
+    write("deep.jsonl", '{"text": "a"}\n{"text": ' + "[" * 200_000)
+    write("padded.jsonl", b'{"text": "a"}\n\0\0\0\0')
+    write("rows.gz", gzip.compress(b'{"text": "a"}'))
+    write("packed.jsonl", lzma.compress(b'{"text": "a"}'))
     write("nul", b"a\0b")
     write("latin", b"a" * (2 << 20) + b"\xe9a")
     write("short", b"a\xe6\xbc")
@@ -178,7 +336,10 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.table({"text": rows, "id": list(range(601))}), tmp_path / "x.parquet")
     got = read(tmp_path / "x.parquet")
     assert list(got.values()) == [*rows[:-1], ""]
-    assert "x.parquet:601" in got
+    assert list(got)[-1] == "601"
+    (tmp_path / "x.parquet").rename(tmp_path / "X.PARQUET")
+    assert read(tmp_path / "X.PARQUET") == got
+    (tmp_path / "X.PARQUET").rename(tmp_path / "x.parquet")
     with pytest.raises(DataError, match="no field 'texts', its fields are 'text', 'id'; did you mean 'text'"):
         read(f"{tmp_path}/x.parquet:texts")
     with pytest.raises(DataError, match="row 1: field 'id' is int"):
@@ -188,14 +349,47 @@ def test_parquet(tmp_path):
         read(tmp_path / "broken.parquet")
 
 
-def test_datasets_by_path(write, tmp_path):
+def test_datasets_by_path(write, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     write("set/train.jsonl", '{"text": "one", "b": "1"}\n{"text": "two", "b": "2"}\n')
     assert list(read(f"hf:{tmp_path}/set").values()) == ["one", "two"]
     assert list(read(f"hf:{tmp_path}/set:b").values()) == ["1", "2"]
+    identity = open_source(f"hf:{tmp_path}/set").identity()
+    shutil.copytree(tmp_path / "set", tmp_path / "other@name:of")
+    moved = open_source(f"hf:{tmp_path}/other@name:of")
+    assert (moved.identity(), list(read(moved.spec))) == (identity, ["1", "2"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read("hf:~/set:b") == {"1": "1", "2": "2"}
     datasets.Dataset.from_dict({"text": ["three"]}).save_to_disk(str(tmp_path / "saved"))
     assert list(read(f"hf:{tmp_path}/saved").values()) == ["three"]
     with pytest.raises(DataError, match="row 1: no field 'c'"):
         read(f"hf:{tmp_path}/set:c")
     with pytest.raises(DataError, match="hf:.*nowhere"):
         read(f"hf:{tmp_path}/nowhere")
+
+
+def test_damage_in_the_middle_of_records_says_where(write, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    words = [f"{number * 7919 % 1000003:x}" * 9 for number in range(6000)]
+    parquet.write_table(pyarrow.table({"text": words}), tmp_path / "x.parquet", row_group_size=1000)
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 20_000] = bytes(20_000)
+    write("columns/x.parquet", content)
+    lines = [json.dumps({"text": word}) for word in words]
+    lines[4321] = lines[4321][:7]
+    write("lines/train.jsonl", "\n".join(lines))
+    write("lines/notes.jsonl", '{"about": "another thing"}')
+    for spec, said in [
+        ("columns/x.parquet", r"columns/x.parquet, row \d{4} or soon after: cannot be read"),
+        ("columns", r"columns/x.parquet, row \d{4} or soon after: cannot be read"),
+        ("lines/train.jsonl", "lines/train.jsonl, line 4322: not JSON"),
+        ("hf:{}/columns", r"columns/x.parquet, row \d{4} or soon after: cannot be read"),
+        ("hf:{}/lines", "lines/train.jsonl, line 4322: not JSON"),
+    ]:
+        spec = spec.format(tmp_path) if "{" in spec else f"{tmp_path}/{spec}"
+        with pytest.raises(DataError, match=said) as caught:
+            read(spec)
+        assert "\n" not in str(caught.value)

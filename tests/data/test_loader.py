@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -160,12 +161,33 @@ def test_bytes_are_those_of_the_scored_text(tmp_path_factory, list_source, bpe, 
         ({"epochs": 0}, "epochs=0"),
         ({"seed": -1}, "seed=-1"),
         ({"batch": 1 << 16, "length": 1 << 16}, "int32"),
+        ({"batch": 10**5000}, "fewer than 2..31 tokens|batch="),
+        ({"batch": float("nan")}, "batch=nan: expected a whole number of at least 1"),
+        ({"batch": True}, "batch=True: expected a whole number"),
+        ({"length": float("inf")}, "length=inf: expected a whole number"),
+        ({"length": 4.0}, "length=4.0: expected a whole number"),
+        ({"length": "4"}, "length='4': expected a whole number"),
+        ({"length": None}, "length=None: expected a whole number"),
+        ({"seed": 1 << 64}, "seed=18446744073709551616: expected at most 18446744073709551615"),
+        ({"seed": float("-inf")}, "seed=-inf"),
+        ({"epochs": float("nan")}, "epochs=nan"),
+        ({"epochs": False}, "epochs=False"),
+        ({"order": None}, "order None: expected shuffled or sequential"),
     ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value),
 )
 def test_wrong_arguments_say_what_is_right(counting_shards, changes, message):
     shards = counting_shards([5, 5], [0, 1])
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         Loader(shards, **({"batch": 1, "length": 4} | changes))
+    assert len(str(caught.value)) < 200
+
+
+def test_numbers_of_numpy_and_the_largest_seed_are_numbers(counting_shards):
+    shards = counting_shards([5, 5], [0, 1])
+    loader = Loader(shards, batch=np.int32(1), length=np.uint8(4), seed=(1 << 64) - 1)
+    next(loader)
+    assert json.loads(json.dumps(loader.state_dict())) == loader.state_dict()
 
 
 def test_state_of_another_run_is_refused(counting_shards):

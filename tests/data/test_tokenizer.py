@@ -1,6 +1,7 @@
 """Laws of tokenizers: lossless, the same after saving, the same in transformers, streamed = decoded at once."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from plait.data import ByteTokenizer, DataError, NotFound, load_tokenizer, train_bpe
+from plait.data import ByteTokenizer, DataError, NotFound, cached_bpe, load_tokenizer, open_source, train_bpe
+from plait.data import texts as texts_of
 
 END = "<|endoftext|>"
 BYTE_LEVEL = ["bytes", "bpe"]
@@ -85,6 +87,99 @@ def test_streaming_gives_text_as_soon_as_it_is_certain(tokenizer):
             assert given_so_far == tokenizer.decode(ids[:count])
     assert given_so_far + stream.finish() == text
     assert "\ufffd" not in given_so_far
+
+
+@pytest.fixture(scope="session")
+def spaced(metaspace, bpe, tmp_path_factory):
+    """Tokenizers by how they treat the space before a word."""
+    words = tokenizers.Tokenizer(models.WordPiece(vocab={"[SEP]": 0, "a": 1, "the": 2, "##b": 3}, unk_token="[SEP]"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    unigram = tokenizers.Tokenizer(
+        models.Unigram([(word, -1.0) for word in ("<unk>", "</s>", "▁", "a", "▁the", "b", "▁a")], 0)
+    )
+    unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made = {"bytes": ByteTokenizer(), "bpe": bpe}
+    for name, inner in (("metaspace", metaspace), ("wordpiece", words), ("unigram", unigram)):
+        folder = tmp_path_factory.mktemp(name)
+        inner.save(str(folder / "tokenizer.json"))
+        made[name] = load_tokenizer(folder)
+    return made
+
+
+@over("kind", ["bytes", "bpe", "metaspace", "wordpiece", "unigram"])
+@anything
+@given(data=st.data())
+def test_a_stream_after_ids_is_what_its_ids_add_to_their_text(spaced, kind, data):
+    tokenizer = spaced[kind]
+    before = tokenizer.encode(data.draw(st.sampled_from(["a", "the a", "a the a b", "the the "])))
+    ids = tokenizer.encode(data.draw(st.sampled_from(["a b", "the", " the a ", "b漢a"])))
+    end = data.draw(st.lists(st.sampled_from([tokenizer.eos]), max_size=1))
+    stream = tokenizer.stream(before)
+    parts = [stream.push(id) for id in [*end, *ids]]
+    assert tokenizer.decode(before) + "".join(parts) + stream.finish() == tokenizer.decode([*before, *ids])
+    assert tokenizer.stream(after=before).finish() == ""
+
+
+HALVES = ["\ud800", "a\udc80b", "漢 \udfff", "\ud83d\ude00"]
+
+
+@over("tokenizer", ["bytes", "bpe", "metaspace"], indirect=True)
+@over("wrong", [*HALVES, None, b"a", 3], ids=range(7))
+def test_what_is_no_text_is_refused_in_one_line(tokenizer, wrong):
+    for encode in (
+        lambda: tokenizer.encode(wrong),
+        lambda: tokenizer.encode(wrong, special=True),
+        lambda: tokenizer.encode_batch(["a", wrong]),
+    ):
+        with pytest.raises(DataError, match="half of a surrogate pair; expected|expected str") as caught:
+            encode()
+        assert "\n" not in str(caught.value)
+        str(caught.value).encode()
+
+
+@over("tokenizer", ["bytes", "bpe", "metaspace"], indirect=True)
+@over("text", ["", "\0", "\ufeffa", "a\0b", "a" * 200_000, "漢" * 50_000], ids=len)
+def test_odd_text_is_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+
+
+def test_a_bpe_of_odd_text():
+    assert train_bpe(["a\ud800b", "\ud83d\ude00"], 300).hash == train_bpe(["a\ufffdb", "😀"], 300).hash
+    assert train_bpe(["", "\0\ufeff", "b" * 300_000, "\n" * 300_000], 300).vocab > 257  # the square of this: minutes
+    with pytest.raises(DataError, match="text is of type NoneType; expected str"):
+        train_bpe(["a", None], 300)
+
+
+@over(
+    "size",
+    [0, -1, 256, float("nan"), float("inf"), 300.0, True, None, "400", 1 << 40, 10**5000],
+    ids=lambda size: type(size).__name__,
+)
+def test_sizes_that_no_bpe_has(tmp_path, size):
+    for make in (lambda: train_bpe(["a"], size), lambda: cached_bpe("stdlib", size, tmp_path)):
+        with pytest.raises(DataError, match="a byte-level BPE with vocab=.*: expected ") as caught:
+            make()
+        assert len(str(caught.value)) < 160
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bpe_is_trained_once_and_found_by_its_text(write, tmp_path):
+    write("in/a.txt", "the cat sat on the mat\n" * 9), write("in/b.txt", "the dog\n" * 9)
+    cache, made = tmp_path / "cache", []
+    threads = [threading.Thread(target=lambda: made.append(cached_bpe(tmp_path / "in", 270, cache))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 4
+    assert {tokenizer.hash for tokenizer in made} == {train_bpe(texts_of(open_source(tmp_path / "in")), 270).hash}
+    (folder,) = cache.glob("[!.]*")
+    (tmp_path / "in").rename(tmp_path / "moved")
+    assert cached_bpe(tmp_path / "moved", 270, cache).hash == made[0].hash
+    assert list(cache.glob("[!.]*")) == [folder]
+    (folder / "tokenizer.json").write_bytes(b"half")
+    assert cached_bpe(tmp_path / "moved", 270, cache).hash == made[0].hash
 
 
 @over("tokenizer", ["bytes", "bpe", "metaspace"], indirect=True)
@@ -217,9 +312,27 @@ def test_wrong_tokenizers_say_what_was_expected(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(DataError, match="transformers cannot load this tokenizer"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.json").write_bytes("{}".encode("utf-16"))
+    with pytest.raises(DataError, match="tokenizer.json: UTF-16 text; expected UTF-8 text"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="tokenizer_config.json: JSON that cannot be read"):
+        load_tokenizer(tmp_path)
     for id in (-1, 257):
         with pytest.raises(DataError, match="0 to 256"):
             ByteTokenizer().decode([id])
+
+
+def test_marks_of_byte_order_in_a_tokenizers_files(bpe, tmp_path, monkeypatch):
+    bpe.save(tmp_path / "saved")
+    for path in (tmp_path / "saved").iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = load_tokenizer("~/saved")
+    assert loaded.hash == bpe.hash
+    loaded.save("~/again")
+    assert load_tokenizer(tmp_path / "again").hash == bpe.hash
 
 
 def test_ids_may_be_numpy_or_torch_numbers(bpe):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.data import ByteTokenizer, DataError, NotFound, NotText, Shards, prepare, writer
+from plait.data import ByteTokenizer, DataError, NotFound, NotText, Shards, cached_bpe, prepare, writer
 
 BYTES = ByteTokenizer()
 text = st.text(st.sampled_from("ab \né"), min_size=1, max_size=30).filter(lambda text: text.strip())
@@ -129,6 +129,8 @@ def test_shards_are_used_again_and_made_again_when_anything_changed(write, tmp_p
     assert not works()
     assert not works(seed=1)
     os.utime(tmp_path / "in/a", ns=(1, 1))
+    assert not works()
+    write("in/a", "another document")
     assert works()
     write("in/d", "document d")
     assert works()
@@ -247,8 +249,78 @@ def test_a_source_with_nothing_in_it_is_an_error(write, tmp_path, name, content,
     assert left_in(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("spec", ["in", "in/*.txt", "in/rows.jsonl"])
+def test_what_was_moved_is_found_and_split_as_before(write, tmp_path, documents, spec):
+    for number in range(40):
+        write(f"in/{number}.txt", f"text {number}")
+    write("in/rows.jsonl", "\n".join(f'{{"text": "row {number}"}}' for number in range(40)))
+    tokenizer = Spy()
+    shards = prepare(tmp_path / spec, tokenizer, tmp_path / "cache", heldout=0.3)
+    held = [BYTES.decode(ids) for ids in documents(shards, "heldout")]
+    tokenizer.texts = 0
+    (tmp_path / "in").rename(tmp_path / "out")
+    assert prepare(tmp_path / f"out{spec[2:]}", tokenizer, tmp_path / "cache", heldout=0.3).key == shards.key
+    assert tokenizer.texts == 0
+    elsewhere = prepare(tmp_path / f"out{spec[2:]}", tokenizer, tmp_path / "other", heldout=0.3)
+    assert [BYTES.decode(ids) for ids in documents(elsewhere, "heldout")] == held
+
+
+def test_text_that_utf8_cannot_hold_becomes_text(list_source, documents, tmp_path):
+    shards = prepare(list_source((("a", "a\ud800b"), ("b", "\0"), ("c", "\ufeffc"))), BYTES, tmp_path)
+    found = [BYTES.decode(ids) for split in ("train", "heldout") for ids in documents(shards, split)]
+    assert sorted(found) == ["\0", "a\ufffdb", "\ufeffc"]
+    with pytest.raises(DataError, match="text is of type int; expected str"):
+        prepare(list_source((("a", 3), ("b", "b"))), BYTES, tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="umask and links are POSIX's")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_modes_are_the_umasks(write, bpe, tmp_path, umask):
+    write("in/a.txt", "the cat sat " * 50), write("in/b.txt", "the dog ran " * 50)
+    before = os.umask(umask)
+    try:
+        tokenizer = cached_bpe(tmp_path / "in", 270, tmp_path / "cache")
+        prepare(tmp_path / "in", tokenizer, tmp_path / "cache")
+    finally:
+        os.umask(before)
+    made = list((tmp_path / "cache").rglob("*"))
+    assert len(made) > 8
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_file()} == {0o666 & ~umask}
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} == {0o777 & ~umask}
+
+
+def test_a_cache_by_a_link_or_from_home(write, tmp_path, monkeypatch):
+    write("in/a.txt", "text and text")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache").symlink_to("disk")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shards = prepare("~/in", BYTES, "~/cache")
+    assert (tmp_path / "cache").is_symlink()
+    assert (tmp_path / "disk" / shards.key / "tokens.bin").exists()
+    assert Shards(f"~/disk/{shards.key}").key == shards.key
+
+
+def test_ready_shards_need_nothing_written(write, tmp_path, monkeypatch):
+    """As in a cache that only its owner can write."""
+    write("in/a.txt", "text and text")
+    key = prepare(tmp_path / "in", BYTES, tmp_path / "cache").key
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "cache" / ".lock"))
+
+    monkeypatch.setattr("plait.data.cache.FileLock", refuse)
+    monkeypatch.setattr("plait.data.known.write_text", refuse)
+    monkeypatch.setattr("plait.data.known.SETTLED", -(10**12))
+    assert prepare(tmp_path / "in", BYTES, tmp_path / "cache").key == key
+    with pytest.raises(PermissionError, match=str(tmp_path / "cache")):
+        prepare(tmp_path / "in", BYTES, tmp_path / "cache", seed=1)
+
+
 def test_wrong_arguments(list_source, tmp_path):
-    for share in (0, 1, -0.1, 2.0):
+    for seed in (-1, 0.5, float("nan"), True, "1", None):
+        with pytest.raises(DataError, match="seed=.*expected"):
+            prepare(numbered(list_source, 3), BYTES, tmp_path, seed=seed)
+    for share in (0, 1, -0.1, 2.0, float("nan"), float("inf"), True, False, "0.1", None):
         with pytest.raises(DataError, match="expected a share between 0 and 1"):
             prepare(numbered(list_source, 3), BYTES, tmp_path, heldout=share)
     with pytest.raises(NotFound, match="no token shards here"):
@@ -260,3 +332,7 @@ def test_wrong_arguments(list_source, tmp_path):
     meta.write_text(meta.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(DataError, match="format 2, expected 1"):
         Shards(shards.folder)
+    for damage in ("", "[]", '{"format": 1}', meta.read_text().replace('"tokens": ', '"tokens": "many", "x": ')):
+        meta.write_text(damage)
+        with pytest.raises(DataError, match="meta.json: damaged"):
+            Shards(shards.folder)

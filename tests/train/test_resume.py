@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from plait.data import train_bpe
 from plait.train import Interrupted, checkpoints, latest, load_run, train
 
 CLOCK = ("seconds", "step_s", "tokens_per_s")
@@ -117,6 +118,45 @@ def test_another_text_is_refused(make_run, quiet, tmp_path):
     text.write_text("five six seven eight\n" * 50)
     with pytest.raises(ValueError, match="this text or tokenizer is not what"):
         train(run, console=quiet)
+
+
+def test_the_same_text_elsewhere_is_gone_on_with(make_run, quiet, tmp_path):
+    """Touched, copied, moved; read through another path with an empty cache; and a tokenizer that was moved too."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/tale.txt").write_text("one two three four\n" * 50, encoding="utf-8")
+    for name, words in (("words", "one two"), ("others", "three four")):
+        train_bpe([words], 260).save(tmp_path / "one" / name)
+
+    def run(steps, home, source="tale.txt", tokenizer=None, cache="cache"):
+        run = make_run(steps=steps, resume=True if steps > 1 else "auto")
+        data = {"source": str(tmp_path / home / source), "cache": str(tmp_path / cache)}
+        return run.replace(data=run.data.replace(tokenizer=tokenizer or str(tmp_path / home / "words"), **data))
+
+    train(run(1, "one"), console=quiet)
+    os.utime(tmp_path / "one/tale.txt", ns=(1, 1))
+    train(run(2, "one"), console=quiet)
+    (tmp_path / "one").rename(tmp_path / "two")
+    train(run(3, "two"), console=quiet)
+    (tmp_path / "two/tale.txt").rename(tmp_path / "two/story.txt")
+    assert train(run(4, "two", "story.txt", cache="other"), console=quiet).step == 4
+    with pytest.raises(ValueError, match="this text or tokenizer is not what"):
+        train(run(5, "two", "story.txt", tokenizer=str(tmp_path / "two/others")), console=quiet)
+    (tmp_path / "two/story.txt").write_text("four three two one\n" * 50, encoding="utf-8")
+    with pytest.raises(ValueError, match="this text or tokenizer is not what"):
+        train(run(5, "two", "story.txt"), console=quiet)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="umask is POSIX's")
+def test_all_files_of_a_run_have_one_mode(make_run, quiet):
+    before = os.umask(0o027)
+    try:
+        run = make_run(steps=1)
+        train(run, console=quiet)
+    finally:
+        os.umask(before)
+    files = [path for path in Path(run.folder).rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")

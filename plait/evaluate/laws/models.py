@@ -205,11 +205,11 @@ def packages(designs: list[ModelConfig]) -> float:
     law = "packages"
     with tempfile.TemporaryDirectory() as folder:
         for name in PACKAGES:
-            (Path(folder) / f"{name}.py").write_text(_FAKE)
+            (Path(folder) / f"{name}.py").write_text(_FAKE, encoding="utf-8")
         script = _USE.format(designs=[design.to_dict() for design in designs], packages=PACKAGES)
         paths = [folder, *[p for p in sys.path if p]]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
-        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, encoding="utf-8")
     if run.returncode != 0:
         raise LawBroken(law, (run.stderr.strip().splitlines() or ["no output"])[-1])
     if run.stdout.strip():
