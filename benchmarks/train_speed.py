@@ -20,7 +20,7 @@ from rich.console import Console
 from plait.design import load_design
 from plait.design.count import parameters
 from plait.design.summary import si
-from plait.evaluate.machine import described, machine
+from plait.evaluate.machine import machine
 from plait.files import write_text
 from plait.train import RunConfig, train
 
@@ -58,10 +58,15 @@ def tokens_per_s(pattern: str, dim: int, steps: int, folder: Path) -> float:
 
 def table(by_machine: dict[str, dict[str, Any]]) -> str:
     """A row a design, a column a machine."""
-    rows = ["| pattern | dim | parameters | " + " | ".join(by_machine) + " |", "|---|---:|---:|" + "---:|" * len(by_machine)]
+    rows = [
+        "| pattern | dim | parameters | " + " | ".join(by_machine) + " |",
+        "|---|---:|---:|" + "---:|" * len(by_machine),
+    ]
     for pattern, dim in DESIGNS:
         count = si(parameters(load_design(pattern, vocab=VOCAB, dim=dim)))
-        cells = (f"{speeds[key]:,.0f}" if (key := f"{pattern} {dim}") in speeds else "" for speeds in by_machine.values())
+        cells = (
+            f"{speeds[key]:,.0f}" if (key := f"{pattern} {dim}") in speeds else "" for speeds in by_machine.values()
+        )
         rows.append(f"| `{pattern}` | {dim} | {count} | ".replace("|A]", r"\|A]") + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -75,8 +80,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     by_machine = json.loads(options.out.read_text(encoding="utf-8")) if options.out and options.out.exists() else {}
-    facts = machine() | {"cores": options.threads}
-    name = described(facts)
+    facts = machine()
+    name = f"{facts['cpu']} ({facts['instructions']}), threads: {options.threads}"
     speeds: dict[str, Any] = {"machine": facts}
     with tempfile.TemporaryDirectory() as folder:
         for pattern, dim in DESIGNS:

@@ -43,7 +43,8 @@ def cores() -> int:
 
 def described(machine: dict[str, Any]) -> str:
     """The processor of `machine()` in a few words, to stand beside numbers."""
-    return f"{machine['cpu']} ({machine['instructions']}), {machine['cores']} cores"
+    cores = machine["cores"]
+    return f"{machine['cpu']} ({machine['instructions']}), {cores} core{'s' if cores != 1 else ''}"
 
 
 def _named_by_linux() -> str:
