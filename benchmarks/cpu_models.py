@@ -8,7 +8,6 @@ two sides take turns, round by round, so that a busy machine slows both; figures
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import transformers
 from torch import nn
 
 import plait
+from plait.evaluate.machine import machine
 from plait.model import token_loss
 
 VOCAB, DIM, BLOCKS, HIDDEN = 4096, 256, 8, 704
@@ -230,7 +230,7 @@ def main() -> None:
     args = parser.parse_args()
     names = [n for n in PAIRS if not args.pairs or any(part in n for part in args.pairs.split(","))]
     result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "machine": machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "plait": plait.__version__},
         "shapes": {"batch": args.batch, "length": args.length, "dim": DIM, "vocab": VOCAB, "dtype": "float32"},
         "rounds": args.rounds,

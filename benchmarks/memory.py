@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import plait
+from plait.evaluate.machine import machine
 from plait.model import token_loss
 
 LENGTHS, CONTEXTS = (1024, 2048, 4096, 8192), (256, 1024, 4096, 16_384)
@@ -95,7 +96,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.step:
         return one_step(args.step[0], int(args.step[1]))
-    result = {"torch": torch.__version__, "dim": DIM, "dtype": "float32", "training_peak_mib": {}, "decode_ms": {}}
+    result = {
+        "torch": torch.__version__,
+        "machine": machine(),
+        "dim": DIM,
+        "dtype": "float32",
+        "training_peak_mib": {},
+        "decode_ms": {},
+    }
     for pattern in ALL:
         peaks = memory(pattern)
         ratio = peaks[LENGTHS[-1]] / peaks[LENGTHS[0]]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.design.recurrent import LSTM as LSTMConfig
+from plait.evaluate.machine import machine
 from plait.layers.recurrent import RecurrentCell
 from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, Bound, Cell, shooting
 
@@ -107,7 +108,7 @@ def main() -> None:
     for name, ms in peers.items():
         print(f"{name:40} {ms:7.1f} ms  {peers['torch.nn.LSTM'] / ms:.1f}x")
     if args.out:
-        head = {"device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__}
+        head = {"device": "cpu", "machine": machine(), "torch": torch.__version__}
         shape = {"shape": f"B {B}, T {T}, D {D}, float32", "unit": "ms, medians"}
         args.out.write_text(
             json.dumps(head | shape | {"cells": cells, "peers": peers}, indent=1) + "\n", encoding="utf-8"

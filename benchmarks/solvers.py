@@ -14,7 +14,6 @@ round; times are medians.
 import argparse
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.evaluate.machine import machine
 from plait.ops.shooting import GRU, LSTM, RNN, SOLVERS, Bound, shooting
 
 LENGTHS, BIASES = (256, 1024, 4096, 16_384), (0, 3, 6)
@@ -104,9 +104,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    machine = {"processor": platform.processor() or platform.machine(), "threads": 1}
     shape = {"batch": 1, "units": UNITS, "tolerance": TOLERANCE, "most_passes": PASSES}
-    result = {"torch": torch.__version__, "device": "cpu", "machine": machine, **shape, "cases": []}
+    result = {"torch": torch.__version__, "device": "cpu", "machine": machine(), **shape, "cases": []}
     print(f"passes / ms, * fell back to the loop; {shape}")
     for title, cell in cells():
         g, h, k = cell.recurrent.shape[:3]
