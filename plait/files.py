@@ -62,7 +62,7 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, force it to disk, then put it in place.
 
     A link stays, and what it points to is replaced. The file's mode is the one that the umask gives to any new file.
@@ -90,7 +90,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             raise
 
 
-def _write_into(device: Path, write: Callable[[Path], None]) -> None:
+def _write_into(device: Path, write: Callable[[Path], object]) -> None:
     """A device or a pipe is written to, never replaced, and `write` may replace what it is given."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder, "content"))
