@@ -1,4 +1,4 @@
-"""A cell of one's own as a letter and a layer kind, after its step has been looked at."""
+"""Layers and cells of one's own as letters and kinds; a cell's step is looked at first."""
 
 import re
 from collections.abc import Callable
@@ -9,8 +9,9 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from plait.design.layers import KINDS, LETTERS
+from plait.design.layers import KINDS, LETTERS, Layer
 from plait.design.layers.recurrent import NonlinearRecurrence
+from plait.layers.declared import LayerModule
 from plait.layers.recurrent import CELLS, RecurrentLayer, cell_with
 from plait.layers.stack import LAYERS
 from plait.ops.shooting import Cell
@@ -18,13 +19,42 @@ from plait.ops.shooting import Cell
 Parts = tuple[Tensor, ...]
 
 
-def register(letter: str, cell: type[Cell], **defaults: Any) -> type[NonlinearRecurrence]:
-    """Bind a letter to a layer of this cell, and make its config, which is returned: the fields of every recurrent layer
-    (heads, recurrence, clip, ...) and the cell's own. Its kind is the class name in lower case.
+def register(letter: str, kind: Any, module: Any = None, **defaults: Any) -> Any:
+    """Bind a letter to a layer of one's own, and give its config class.
 
-    defaults: values of those fields for this letter. Raises ValueError or TypeError where the name is taken or the step is
-    not a function of one unit that derivatives exist of. The same class may be registered again.
+    kind: a `plait.Cell`: the config is made, with the fields of every recurrent layer (heads, recurrence, clip, ...) and the
+    cell's own; its kind is the class name in lower case. Or a `plait.Layer`, with its `module`, a `plait.LayerModule`.
+    defaults: values of the config's fields for this letter. Raises ValueError or TypeError where a name is taken or a cell's
+    step is not a function of one unit that derivatives exist of. The same class may be registered again.
     """
+    if isinstance(kind, type) and issubclass(kind, Layer):
+        return _register_layer(letter, kind, module, defaults)
+    if module is not None:
+        raise TypeError(f"register takes a module beside a plait.Layer; {getattr(kind, '__name__', kind)!r} is none")
+    return _register_cell(letter, kind, defaults)
+
+
+def _register_layer(letter: str, config: Any, module: Any, defaults: dict[str, Any]) -> type[Layer]:
+    if not (isinstance(module, type) and issubclass(module, LayerModule)):
+        raise TypeError(f"{config.__name__} needs its module: register({letter!r}, {config.__name__}, MODULE), a plait.LayerModule")
+    kind = str(config.__struct_config__.tag)
+    _check_letter(letter, KINDS.get(kind))
+    if kind in KINDS and not _same(KINDS[kind], config):
+        raise ValueError(f"kind {kind!r} exists already ({KINDS[kind].__name__}); give the class another tag")
+    layer = config(**defaults)
+    _forget(KINDS.get(kind), config)
+    KINDS[kind], LAYERS[config], LETTERS[letter] = config, module, layer
+    return config
+
+
+def _forget(known: Any, config: Any) -> None:
+    """The class of this name before it, if there was one, keeps its modules but loses its letters."""
+    if known is not config:
+        for name in [name for name, bound in LETTERS.items() if type(bound) is known]:
+            del LETTERS[name]
+
+
+def _register_cell(letter: str, cell: Any, defaults: dict[str, Any]) -> type[NonlinearRecurrence]:
     _check_class(cell)
     kind = cell.__name__.lower()
     _check_names(letter, kind, cell)
@@ -32,9 +62,7 @@ def register(letter: str, cell: type[Cell], **defaults: Any) -> type[NonlinearRe
     config = known if known is not None and CELLS[known] is cell else _config(kind, cell)
     layer = config(**defaults)
     _probe(cell_with(cell, layer))
-    if known is not config:  # the class before it, if there was one, keeps its modules but loses its letters
-        for name in [name for name, bound in LETTERS.items() if type(bound) is known]:
-            del LETTERS[name]
+    _forget(known, config)
     CELLS[config], LAYERS[config] = cell, RecurrentLayer
     KINDS[kind], LETTERS[letter] = config, layer
     return config
@@ -59,11 +87,15 @@ def _same(one: type, other: type) -> bool:
 
 
 def _check_names(letter: str, kind: str, cell: type[Cell]) -> None:
-    if not re.fullmatch(r"[A-Z][a-z]*", letter):
-        raise ValueError(f"letter {letter!r}: a letter is a capital and may go on in lower case, such as Z or Zed")
     taken = KINDS.get(kind)
     if taken is not None and not (taken in CELLS and _same(CELLS[taken], cell)):  # type: ignore[index]
         raise ValueError(f"kind {kind!r} exists already ({taken.__name__}); give the class another name")
+    _check_letter(letter, taken)
+
+
+def _check_letter(letter: str, taken: Any) -> None:
+    if not re.fullmatch(r"[A-Z][a-z]*", letter):
+        raise ValueError(f"letter {letter!r}: a letter is a capital and may go on in lower case, such as Z or Zed")
     bound = LETTERS.get(letter)
     if bound is not None and type(bound) is not taken:
         raise ValueError(f"letter {letter!r} is {type(bound).__name__} already; choose another")

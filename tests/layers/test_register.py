@@ -90,6 +90,37 @@ def test_again():
     assert torch.equal(model(torch.zeros(1, 5, dtype=torch.long))[0], first)
 
 
+def page(name):
+    text = (Path(__file__).parents[2] / "docs" / name).read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    names = {"__name__": __name__}
+    exec(code, names)
+    return code, names
+
+
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in ("compiled", "solver")])
+def test_the_layer_of_the_documentation_keeps_the_laws(law):
+    code, names = page("add-a-layer.md")
+    assert len(code.splitlines()) <= 60
+    assert names["model"](torch.arange(20)[None])[0].isfinite().all()
+    LAWS[law](small("ZF [Z|A]", Z=names["Fading"](heads=2)), "cpu", torch.float64)
+
+
+def test_layers_are_known_by_kind_and_module():
+    _, names = page("add-a-layer.md")
+    fading, module = names["Fading"], names["FadingLayer"]
+    design = plait.ModelConfig(vocab=7, dim=64, pattern="ZF", at={"Z#0": {"heads": 4}})
+    assert plait.ModelConfig.from_dict(design.to_dict()) == design
+    assert plait.register("Zed", fading, module, heads=2) is fading
+    with pytest.raises(TypeError, match="Fading needs its module"):
+        plait.register("Z", fading)
+    with pytest.raises(ValueError, match="letter 'A' is Attention already"):
+        plait.register("A", fading, module)
+    other = type("Other", (plait.Layer,), {"__module__": __name__}, tag="fading", frozen=True, kw_only=True)
+    with pytest.raises(ValueError, match="kind 'fading' exists already"):
+        plait.register("Y", other, module)
+
+
 def test_the_page_of_the_documentation():
     text = (Path(__file__).parents[2] / "docs" / "add-a-cell.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
