@@ -37,7 +37,7 @@ class _Rewriter:
     def _item(self, item: Item, node: Node) -> Item:
         layer = self._layer(node) if node.address in self.changes and not self._only_wrap(node) else None
         if layer is not None and not self._equal(layer, node):
-            return self._changed(layer)
+            return self._changed(self._as_wrapped(layer, node))
         address = self._address("par" if isinstance(item, Parallel) else item.name)
         change = dict(self.design.at.get(node.address, {}))
         if node.address in self.changes and layer is None:
@@ -61,6 +61,12 @@ class _Rewriter:
             return False
         wrap = (layer.wrap or Wrap()).over(node.wrap)
         return layer.replace(wrap=wrap).resolve(self.design.dim) == node.layer
+
+    def _as_wrapped(self, layer: Layer, node: Node) -> Layer:
+        """A layer that says nothing of its wrap sits on the stream as the one before it did."""
+        usual, kept = self.design.full_wrap, ("norms", "norm", "factor", "reads")
+        own = {name: getattr(node.wrap, name) for name in kept if getattr(node.wrap, name) != getattr(usual, name)}
+        return layer if layer.wrap is not None or not own else layer.replace(wrap=Wrap(**own))
 
     def _changed(self, layer: Layer) -> Letter:
         letter = self._letter(layer)

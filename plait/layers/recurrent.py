@@ -44,7 +44,7 @@ class RecurrentCell(DeclaredModule):
     def __init__(self, config: NonlinearRecurrence, dim: int, seed: int = 0):
         super().__init__()
         self.config = config = config.resolve(dim)
-        self.cell = cell_of(config)
+        self.cell, self.reads = cell_of(config), dim
         declared = config.cell_weights(dim)
         self.declare(declared, RMSNorm())
         for name in {"recurrent_bias", "weights"} - {weight.name for weight in declared}:

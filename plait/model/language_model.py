@@ -141,7 +141,7 @@ class LanguageModel(nn.Module):
         return hidden, None if state is None else ModelState(slots, after, state.design)
 
     def _embed(self, inputs: Shaped[Tensor, "b t ..."]) -> Float[Tensor, "b t d"]:
-        x = self.embed(inputs)
+        x = self.embed(inputs.to(self.dtype) if inputs.is_floating_point() else inputs)
         return x if self.design.front.scale == 1 else x * self.design.front.scale
 
     def _placed(self, x: Float[Tensor, "b t d"], context: Context) -> Float[Tensor, "b t d"]:

@@ -11,6 +11,7 @@ from plait.evaluate.laws.compare import (
     LawBroken,
     Values,
     agree,
+    another,
     leaves,
     outcome,
     some_tokens,
@@ -37,7 +38,7 @@ def causal(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
         worst = 0.0
         for t in (1, 2, 6, 33, 63, 64, 69):
             changed = tokens.clone()
-            changed[t] = (tokens[t] + 1) % design.vocab
+            changed[t] = another(design, tokens[t])
             other = model(changed[None])[0][0]
             worst = max(worst, agree(law, f"token {t} changed", {"before": other[:t]}, {"before": whole[:t]}))
             if torch.equal(other[t], whole[t]):
@@ -104,8 +105,8 @@ def packed_rows(model: LanguageModel, rows: Sequence[Tensor], state: ModelState 
 def padded_rows(model: LanguageModel, rows: Sequence[Tensor], state: ModelState | None, left: bool) -> Values:
     """The rows as a batch, the shorter ones filled up with token 3, which must not matter."""
     longest = max(len(row) for row in rows) + 2  # even the longest row is padded
-    tokens = torch.full((len(rows), longest), 3, device=rows[0].device)
-    mask = torch.zeros_like(tokens)
+    tokens = torch.full((len(rows), longest, *rows[0].shape[1:]), 3, device=rows[0].device, dtype=rows[0].dtype)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long, device=rows[0].device)
     places = [slice(longest - len(row), longest) if left else slice(0, len(row)) for row in rows]
     for i, (row, place) in enumerate(zip(rows, places, strict=True)):
         tokens[i, place], mask[i, place] = row, 1

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from plait.design.ends import Vectors
 from plait.design.model import ModelConfig
 from plait.model import LanguageModel, build
 from plait.state import KV, Branches, ModelState, SlotState
@@ -53,9 +54,17 @@ def noise(name: str, like: Tensor) -> Tensor:
 
 
 def some_tokens(design: ModelConfig, length: int, device: str, seed: int = 0) -> Tensor:
-    """(length,) token ids."""
+    """(length,) token ids; or (length, features) vectors where the design reads those."""
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(design.front, Vectors):
+        wide = torch.float32 if device.startswith("mps") else torch.float64
+        return torch.randn(length, design.front.features, generator=generator, dtype=wide).to(device)
     return torch.randint(design.vocab, (length,), generator=generator).to(device)
+
+
+def another(design: ModelConfig, tokens: Tensor) -> Tensor:
+    """Inputs that are none of these."""
+    return tokens + 1 if isinstance(design.front, Vectors) else (tokens + 1) % design.vocab
 
 
 def contents(state: ModelState) -> Values:

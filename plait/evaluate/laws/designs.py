@@ -1,5 +1,7 @@
 """The designs that the laws are checked on: between them every layer with every option, every merge, every nesting."""
 
+from typing import Any
+
 from plait.design import (
     GELU,
     GRU,
@@ -8,19 +10,28 @@ from plait.design import (
     SLSTM,
     Attention,
     Average,
+    Gated,
     GatedDeltaNet,
+    LayerNorm,
+    Logits,
     Mamba2,
     MergeAttention,
     ModelConfig,
     Projection,
+    Regression,
     ReLU2,
     RMSNorm,
     RoPE,
     Sum,
     SwiGLU,
+    Tokens,
+    Vectors,
+    Wrap,
 )
+from plait.design.ends import Front, Head
 from plait.design.layers import Layer
 from plait.design.merges import Merge
+from plait.design.norms import Norm
 
 # small enough that a law takes moments, and no two sizes alike, so that no axis can be taken for another
 LAYERS: dict[str, Layer] = {
@@ -38,21 +49,37 @@ LAYERS: dict[str, Layer] = {
 
 
 def small(
-    pattern: str, *, merge: Merge | None = None, tied: bool = True, centred: bool = False, **layers: Layer
+    pattern: str,
+    *,
+    merge: Merge | None = None,
+    tied: bool = True,
+    centred: bool = False,
+    wrap: Wrap = Wrap(),  # noqa: B008 (frozen)
+    at: dict[str, Any] | None = None,
+    merges: dict[str, Merge] | None = None,
+    norm: Norm | None = None,
+    front: Front = Tokens(),  # noqa: B008
+    head: Head = Logits(),  # noqa: B008
+    vocab: int | None = 61,
+    **layers: Layer,
 ) -> ModelConfig:
     """A design of width 64 over 61 tokens.
 
     Norms have 1e-4 where the default is 1e-6: what a delta rule says of a first token is near zero, and normed as it is
     would blow up float32's rounding until it hides mistakes.
     """
-    norm = RMSNorm(eps=1e-4, zero_centered=centred)
     return ModelConfig(
-        vocab=61,
+        **({} if vocab is None else {"vocab": vocab}),
         dim=64,
         pattern=pattern,
         layers=LAYERS | layers,
         merge=merge or Average(),
-        norm=norm,
+        merges=merges or {},
+        norm=norm or RMSNorm(eps=1e-4, zero_centered=centred),
+        wrap=wrap,
+        at=at or {},
+        front=front,
+        head=head,
         tie_embeddings=tied,
     )
 
@@ -106,5 +133,39 @@ DESIGNS: dict[str, ModelConfig] = {
     "[M|D]:merge_attention F": small("[M|D]:merge_attention F"),
     "[M[A|D]:sum|W]F": small("[M[A|D]:sum|W]F"),
     "[WF|DAF]:average [A|[M|D]:gated]": small("[WF|DAF]:average [A|[M|D]:gated]", merge=Projection(branch_norm=False)),
+    "norms after, both, none; factors": small(
+        "AF DF [M|GF]F", wrap=Wrap(norms="after", factor=0.22), at={
+            "D#0": {"wrap": {"norms": "both", "norm": {"kind": "layer_norm", "bias": False}}},
+            "F#1": {"wrap": {"norms": "none", "factor": 0.5}},
+            "par#0": {"wrap": {"norms": "before"}, "merge": {"kind": "sum", "weights": [0.7, 1.3]}},
+        },
+    ),
+    "layer norms, learned positions, a scaled and normed front, biases": small(
+        "AF MF", norm=LayerNorm(eps=1e-4), front=Tokens(scale=8.0, norm=True, positions=300),
+        head=Logits(bias=True, scale=0.5, softcap=3.0), A=Attention(heads=4, head_dim=12, rope=None, bias=("q", "v")),
+    ),
+    "reading the embeddings too, values of the first layer": small(
+        "AF AW DF GA", wrap=Wrap(value_residual=True), A=Attention(heads=2, kv_heads=1, head_dim=20),
+        W=Attention(heads=2, kv_heads=1, head_dim=20, window=7), at={
+            "D#0": {"wrap": {"reads": "stream_and_embeddings"}},
+            "G#0": {"wrap": {"reads": "stream_and_embeddings"}},
+            "F#0": {"wrap": {"reads": "stream_and_embeddings", "norms": "none"}},
+        },
+    ),
+    "meta tokens": small("AF WF DF", front=Tokens(meta=3), W=Attention(heads=2, head_dim=20, window=5)),
+    "meta tokens and learned positions, own head with bias": small(
+        "MF A", front=Tokens(meta=2, positions=300), head=Logits(bias=True), tied=False
+    ),
+    "shared layers with additions of their own": small(
+        "(SharedF)2 [Shared|A]",
+        F=SwiGLU(hidden=96, shared=True, adapter_rank=3),
+        Shared=GatedDeltaNet(heads=2, head_dim=18, shared=True, adapter_rank=2),
+    ),
+    "merges by name, layers by address": small(
+        "[M|A]:soft [D|W]:hard (AF)2", merges={"soft": Gated(), "hard": Gated(branch_norm=False)},
+        at={"A#1": {"heads": 2, "scale": 0.2}, "F#1": {"hidden": 40}, "A#2": {"kind": "gru", "heads": 3, "head_dim": 7}},
+    ),
+    "frames to classes": small("DF [A|G]F", vocab=10, front=Vectors(features=7)),
+    "frames to frames": small("MF W", vocab=None, front=Vectors(features=7, norm=True), head=Regression(outputs=7)),
     "[A|DM] F, branches not normed": small("[A|DM] F", merge=MergeAttention(branch_norm=False)),
 }

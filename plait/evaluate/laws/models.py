@@ -87,7 +87,7 @@ def counts(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
     """10: parameters, FLOPs and state bytes are what the design says without building it."""
     law, model = "counts", subject(design, device, dtype)
     windows = [place.layer.window for place in layers(design.slots) if isinstance(place.layer, Attention)]
-    length = min([window for window in windows if window], default=19)
+    length = min([window for window in windows if window], default=19) - design.front.meta
     tokens = some_tokens(design, length, device)[None]
     with forced("reference"), FlopCounterMode(display=False) as counter:
         model(tokens)

@@ -21,7 +21,7 @@ def solver(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
     worst = 0.0
     for name, cell in subject(design, device, dtype).named_modules():
         if isinstance(cell, RecurrentCell):
-            x = cell.project(torch.stack([noise(f"{name} {row}", _tokens(design, cell)) for row in range(2)]))
+            x = cell.project(torch.stack([noise(f"{name} {row}", _tokens(cell)) for row in range(2)]))
             bound, limit = cell.bound(), 1.0 if cell.cell == RNN("relu") else float("inf")  # or it grows without bound
             stiff = (STIFF * bound.recurrent).clamp(-limit, limit)
             for what, one in (("", bound), (", stiff", replace(bound, recurrent=stiff))):
@@ -29,9 +29,8 @@ def solver(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
     return worst
 
 
-def _tokens(design: ModelConfig, cell: RecurrentCell) -> Tensor:
-    weight = next(cell.parameters())
-    return weight.new_empty(TOKENS, design.dim)
+def _tokens(cell: RecurrentCell) -> Tensor:
+    return cell.R.new_empty(TOKENS, cell.reads)
 
 
 def _holds(what: str, cell: Bound, x: Tensor, max_passes: int | None) -> float:

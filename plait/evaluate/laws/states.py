@@ -99,9 +99,10 @@ def fork(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
 
 def _refuses_others(law: str, model: LanguageModel, state: ModelState) -> None:
     design = model.design
-    for what, changed in (("vocabulary", design.replace(vocab=design.vocab + 1)), ("depth", _deeper(design))):
+    wider = {} if design.vocab is None else {"vocabulary": design.replace(vocab=design.vocab + 1)}
+    for what, changed in (wider | {"depth": _deeper(design)}).items():
         try:
-            token = torch.zeros(2, 1, dtype=torch.long, device=model.device)
+            token = torch.stack([some_tokens(changed, 1, str(model.device))] * 2)
             build(changed, device=model.device, dtype=model.dtype)(token, state)
         except ValueError:
             continue
