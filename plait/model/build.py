@@ -1,7 +1,10 @@
 """From a design to a model with fresh weights."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from plait.design.load import load_design
 from plait.design.model import ModelConfig
@@ -24,6 +27,23 @@ def build(
         model = LanguageModel(load_design(design))
         init_weights(model)
     return cast(model, dtype).to(device)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves new weights as they are. (On the meta device, drawing them would load torch's whole compiler.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__ or func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(
+    design: ModelConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """A model with room for weights, which are whatever was in memory."""
+    with torch.device(device), _Undrawn():
+        return cast(LanguageModel(design), dtype)
 
 
 def init_weights(model: LanguageModel) -> None:

@@ -14,7 +14,7 @@ from plait.design.model import ModelConfig
 from plait.design.spec import BYTES
 from plait.design.spelling import suggest
 from plait.files import write_atomic, write_text
-from plait.model.build import cast
+from plait.model.build import cast, empty_model
 from plait.model.language_model import LanguageModel
 
 CONFIG, WEIGHTS, ENDS = "config.json", "model.safetensors", "generation_config.json"
@@ -56,9 +56,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     config = read_config(folder)
     design = ModelConfig.from_dict(config["design"])
     tensors = _read_weights(folder / WEIGHTS, design)
-    with torch.device("meta"):
-        model = LanguageModel(design)
-    model = cast(model, getattr(torch, config["dtype"])).to_empty(device=device)
+    model = empty_model(design, device=device, dtype=getattr(torch, config["dtype"]))
     _fill(model, tensors, folder / WEIGHTS)
     return model if dtype is None else cast(model, dtype)
 
