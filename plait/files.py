@@ -6,6 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def user_path(spec: str | os.PathLike[str]) -> Path:
+    """The path that a user gave: `~` and `~name` are home folders."""
+    text = os.fspath(spec)
+    if not text or "\0" in text:
+        raise ValueError(f"path {text!r}: expected a file's or folder's name")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"path {text!r}: no such user; expected ~/ for your own home folder") from None
+
+
+def read_text(path: Path) -> str:
+    """A text file, which is UTF-8 whatever the locale says; a byte order mark at its head is no part of it."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; expected UTF-8 text") from None
+
+
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, force it to disk, then put it in place."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,13 @@ from typing import Any, Self
 import msgspec
 
 from plait.design import pattern as patterns
+from plait.design.imports import KEY, OWN, asked, is_own, modules_of
 from plait.design.layers import KINDS, LETTERS, Layer
 from plait.design.merges import MERGE_KINDS, Average, Merge
 from plait.design.pattern import Chain, Item, Letter, Parallel, PatternError
-from plait.design.struct import Struct, check_keys, convert, convert_kind, positive
+from plait.design.struct import Struct, UnknownKind, at_most, check_keys, convert, convert_kind, positive
+
+MAX_DIM = 1_000_000  # fifty times the widest model there is
 
 
 class RMSNorm(Struct, frozen=True, kw_only=True, tag=False):
@@ -56,8 +59,10 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
 
     def __post_init__(self) -> None:
         positive(self, "vocab", "dim")
-        hint = " (a cell of your own is known once plait.register has been called)"
-        layers = {name: convert_kind(layer, KINDS, f"layers.{name}", hint) for name, layer in self.layers.items()}
+        at_most(self, "dim", MAX_DIM)
+        own = {letter.name for letter in patterns.letters(self.chain)}  # what is not plait's is written down
+        told = {name: layer for name, layer in LETTERS.items() if name in own and is_own(layer)} | self.layers
+        layers = {name: convert_kind(layer, KINDS, f"layers.{name}", OWN) for name, layer in told.items()}
         msgspec.structs.force_setattr(self, "layers", layers)
         msgspec.structs.force_setattr(self, "merge", convert_kind(self.merge, MERGE_KINDS, "merge"))
         msgspec.structs.force_setattr(self, "norm", convert(self.norm, RMSNorm, "norm"))
@@ -71,7 +76,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
             raise PatternError(
                 self.pattern,
                 letter.column,
-                f"no layer is bound to {letter.name!r}; bind it in `layers`, or use one of {', '.join(described.values())}",
+                f"no layer is bound to {letter.name!r}; bind it in `layers`, or use one of {', '.join(described.values())}{OWN}",
             )
         try:
             return known[letter.name].resolve(self.dim)
@@ -126,18 +131,22 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
         """Plain data, as YAML and JSON give it. Raises ValueError naming the field and the nearest right spelling."""
         if not isinstance(data, dict):
             raise ValueError(f"design: expected a mapping, got {data!r}")
-        check_keys(data, cls, "design")
+        check_keys(data, cls, "design", also=(KEY,))
         missing = [name for name in ("vocab", "dim", "pattern") if name not in data]
         if missing:
             raise ValueError(f"design: {missing[0]!r} is missing; a design needs vocab, dim and pattern")
-        return convert(data, cls, "design")
+        try:
+            return convert({key: value for key, value in data.items() if key != KEY}, cls, "design")
+        except UnknownKind as error:
+            raise error.from_modules(asked(data)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
         data = super().to_dict()
         if set(data.get("merge", ())) == {"kind"}:
             data["merge"] = data["merge"]["kind"]
-        return data
+        modules = modules_of(self.bound.values())
+        return {KEY: modules} | data if modules else data
 
 
 def full_dict(config: Struct) -> dict[str, Any]:
