@@ -1,9 +1,12 @@
 """Files that are either the old one or the whole new one, whatever happens in between."""
 
+import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def user_path(spec: str | os.PathLike[str]) -> Path:
@@ -23,6 +26,19 @@ def read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; expected UTF-8 text") from None
+
+
+def json_text(data: Any) -> str:
+    """One line of JSON, which has no NaN and no infinity: null."""
+    return json.dumps(_finite(data), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

@@ -13,7 +13,7 @@ from plait.design.load import read_mapping
 from plait.design.model import ModelConfig
 from plait.design.spec import BYTES
 from plait.design.spelling import suggest
-from plait.files import write_atomic, write_text
+from plait.files import user_path, write_atomic, write_text
 from plait.model.build import cast, empty_model
 from plait.model.language_model import LanguageModel
 
@@ -31,7 +31,7 @@ class Saves(Protocol):
 
 def save(model: LanguageModel, folder: str | Path, tokenizer: Saves | None = None) -> None:
     """Write the model (and tokenizer) so that `plait.load` and transformers can read it. Each file is replaced whole."""
-    folder = Path(folder)
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     metadata = {"format": "pt", "design": model.design.hash}
@@ -63,7 +63,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
 def model_folder(folder: str | Path) -> Path:
     """The folder that holds config.json: itself, or the newest complete checkpoint of a run."""
-    folder = Path(folder)
+    folder = user_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a saved model or a training run")
     if (folder / CONFIG).is_file():
