@@ -121,12 +121,10 @@ def exit_code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, TrainingStopped) else 1
 
 
-def _stdout_fails() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False
+def _in_a_print(error: BaseException) -> bool:
+    """Whether the error comes from the screen: what no file's name comes with."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith(("plait.cli", "rich"))
 
 
 # What users cause and can cure. RuntimeError: stale states, stopped runs, and torch where memory is missing.
@@ -139,7 +137,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        where = error.filename if error.filename is not None else "standard output" if _stdout_fails() else None
+        where = error.filename if error.filename is not None else "standard output" if _in_a_print(error) else None
         return f"{where}: {error.strerror}" if where is not None else error.strerror
     if isinstance(error, EXPECTED) and text:
         return text

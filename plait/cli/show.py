@@ -8,8 +8,8 @@ from plait.cli.changes import reach_letters, read_changes
 from plait.cli.command import Outcome, say, shell
 from plait.design import PRESETS, ModelConfig, load_design, render
 from plait.design.count import flops_per_token, parameters, slot_counts, state_bytes
-from plait.design.layers import LETTERS
 from plait.design.imports import KEY, asked, load_modules
+from plait.design.layers import LETTERS
 from plait.design.load import RUN, SAVED, design_file, design_mapping, find_design, read_mapping
 from plait.design.merges import MERGE_KINDS
 from plait.design.summary import si, size

@@ -1,6 +1,5 @@
 """`plait train`: one training run, from a file, from key=value, or from both."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -8,7 +7,7 @@ import typer
 from plait.cli.changes import reach_letters, read_changes
 from plait.cli.command import Outcome, shell
 from plait.design import ModelConfig
-from plait.design.imports import KEY, asked, load_modules
+from plait.design.imports import asked, load_modules
 from plait.design.load import design_mapping, find_design, override, read_mapping
 from plait.files import user_path
 from plait.train import RunConfig, load_run
@@ -59,10 +58,11 @@ def run_config(arguments: list[str]) -> RunConfig:
     if file is not None:
         check_run(file)
     changes = read_changes(arguments[1:] if file else arguments, RunConfig, {"design": ModelConfig})
+    load_modules(asked(changes))
     design = changes.get("design") or (load_run(file).design if file else None)
     if isinstance(design, str) and any(key.startswith("design.") for key in changes):
         design = changes["design"] = design_mapping(design)
-    load_modules(asked(changes) + (asked(design) if isinstance(design, dict) else []))
+    load_modules(asked(design) if isinstance(design, dict) else [])
     bound = design.get("layers", ()) if isinstance(design, dict) else ()
     changes = reach_letters(changes, bound, "design.")
     run = load_run(file, **changes) if file else RunConfig.from_dict(override({}, changes))
@@ -76,11 +76,15 @@ def check_run(spec: str) -> None:
     if path.is_dir() and (path / "config.json").is_file():
         home = path.resolve().parent.parent
         of = f"to go on with its run: {shell('plait', 'train', str(home))}; " if (home / "run.yaml").is_file() else ""
-        raise ValueError(f"{spec}: a saved model, not a run; {of}for its design with new weights: plait train {shell(f'design={spec}')}")
+        raise ValueError(
+            f"{spec}: a saved model, not a run; {of}for its design with new weights: plait train {shell(f'design={spec}')}"
+        )
     if path.is_dir() or (path.is_file() and "pattern" not in read_mapping(path)):
         return
     try:
         find_design(spec)
     except (ValueError, OSError):
         return  # `load_run` says that there is no such file
-    raise ValueError(f"{spec}: a design, not a run's file or folder; to train it: plait train {shell(f'design={spec}')}")
+    raise ValueError(
+        f"{spec}: a design, not a run's file or folder; to train it: plait train {shell(f'design={spec}')}"
+    )

@@ -42,7 +42,7 @@ def trained(spec: str) -> Path:
 
 
 def _of_file(path: Path) -> Path:
-    if path.name in (SAVED, RUN):
+    if path.name == SAVED or (path.name == RUN and (path.parent / "checkpoints").is_dir()):
         return path.parent
     data = read_mapping(path)
     if "design" not in data:
@@ -50,5 +50,7 @@ def _of_file(path: Path) -> Path:
         raise ValueError(f"{path}: {what}; expected a run's or a saved model's folder")
     folder = Path(load_run(path).folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: not trained yet, there is no {folder}; first: {shell('plait', 'train', str(path))}")
+        raise FileNotFoundError(
+            f"{path}: not trained yet, there is no {folder}; first: {shell('plait', 'train', str(path))}"
+        )
     return folder

@@ -19,8 +19,8 @@ from plait.files import user_path
 KEY = "import"
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 OWN = (
-    "; a layer of your own is known once the module that calls plait.register is loaded: import it first, or name it, "
-    "as import: MODULE in a file, import=MODULE or --import MODULE on the command line"
+    "; a layer of your own is known once the module that calls plait.register is loaded: import it first, or name it "
+    "(import: MODULE in a file, import=MODULE or --import MODULE on the command line)"
 )
 
 
@@ -29,10 +29,14 @@ def asked(data: dict[str, Any]) -> list[str]:
     said = data.get(KEY) or []
     items = [said] if isinstance(said, str) else said
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
-        raise ValueError(f"{KEY}: expected a module such as my_cells, a file such as cells.py, or a list of them; got {said!r}")
+        raise ValueError(
+            f"{KEY}: expected a module such as my_cells, a file such as cells.py, or a list of them; got {said!r}"
+        )
     for item in items:
         if not item.endswith(".py") and not NAME.fullmatch(item):
-            raise ValueError(f"{KEY}: {item!r} is no module; expected a name such as my_cells or a file such as cells.py")
+            raise ValueError(
+                f"{KEY}: {item!r} is no module; expected a name such as my_cells or a file such as cells.py"
+            )
     return list(items)
 
 
@@ -57,7 +61,9 @@ def load_modules(items: Iterable[str]) -> None:
             _load_file(Path(item)) if item.endswith(".py") else _load_name(item)
         except Exception as error:  # the user's own code may fail in any way
             said = " ".join(str(error).split())
-            raise ValueError(f"{KEY}: {item}: {said if type(error) is ValueError else f'{type(error).__name__}: {said}'}") from error
+            raise ValueError(
+                f"{KEY}: {item}: {said if type(error) is ValueError else f'{type(error).__name__}: {said}'}"
+            ) from error
 
 
 def _load_name(name: str) -> None:

@@ -23,7 +23,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         data = read_json(text) if path.suffix == ".json" else read_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{path}: cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+        raise ValueError(f"{path}: cannot be read as {path.suffix.lstrip('.') or 'YAML'}: {error}") from None
     if not isinstance(data, dict):
         found = "nothing" if data is None else type(data).__name__
         raise ValueError(f"{path}: expected a mapping of keys to values, got {found}")
@@ -102,7 +102,7 @@ def find_design(spec: str | Path) -> tuple[dict[str, Any], bool]:
     try:
         parse(str(spec))
     except PatternError as error:
-        if not any(sign in str(spec) for sign in "()[]|") and not str(spec)[:1].isupper():
+        if not any(sign in str(spec) for sign in "()[]|") and not str(spec).strip()[:1].isupper() and str(spec).strip():
             raise ValueError(f"no preset, file or pattern {str(spec)!r}; {suggest(str(spec), PRESETS)}") from None
         raise error
     return _bare(str(spec)), True
@@ -117,11 +117,15 @@ def design_file(folder: Path) -> Path:
 
     Raises FileNotFoundError for a folder with none of these.
     """
-    steps = sorted(folder.glob(f"checkpoints/step-*/{SAVED}"), key=lambda path: (len(path.parent.name), path.parent.name))
+    steps = sorted(
+        folder.glob(f"checkpoints/step-*/{SAVED}"), key=lambda path: (len(path.parent.name), path.parent.name)
+    )
     for path in (folder / SAVED, *reversed(steps), folder / RUN):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"{folder}: a folder without {SAVED}, checkpoints/step-* or {RUN}; expected a saved model or a run")
+    raise FileNotFoundError(
+        f"{folder}: a folder without {SAVED}, checkpoints/step-* or {RUN}; expected a saved model or a run"
+    )
 
 
 def _of_file(path: Path) -> tuple[dict[str, Any], bool]:

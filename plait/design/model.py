@@ -17,6 +17,7 @@ from plait.design.pattern import Chain, Item, Letter, Parallel, PatternError
 from plait.design.struct import Struct, UnknownKind, at_most, check_keys, convert, convert_kind, positive
 
 MAX_DIM = 1_000_000  # fifty times the widest model there is
+MAX_VOCAB = 2**31 - 1  # more than any id that token files hold
 
 
 class RMSNorm(Struct, frozen=True, kw_only=True, tag=False):
@@ -58,8 +59,9 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        positive(self, "vocab", "dim")
         at_most(self, "dim", MAX_DIM)
+        at_most(self, "vocab", MAX_VOCAB)
+        positive(self, "vocab", "dim")
         own = {letter.name for letter in patterns.letters(self.chain)}  # what is not plait's is written down
         told = {name: layer for name, layer in LETTERS.items() if name in own and is_own(layer)} | self.layers
         layers = {name: convert_kind(layer, KINDS, f"layers.{name}", OWN) for name, layer in told.items()}
@@ -76,7 +78,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
             raise PatternError(
                 self.pattern,
                 letter.column,
-                f"no layer is bound to {letter.name!r}; bind it in `layers`, or use one of {', '.join(described.values())}{OWN}",
+                f"no layer is bound to {letter.name!r}; bind it in `layers`, or use one of "
+                f"{', '.join(described.values())}{OWN}",
             )
         try:
             return known[letter.name].resolve(self.dim)

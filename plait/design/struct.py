@@ -1,5 +1,7 @@
 """Frozen plain data with a `kind` tag; an unknown key is an error that names the nearest known one."""
 
+import json
+import math
 import re
 from collections.abc import Collection
 from types import UnionType
@@ -38,7 +40,7 @@ class Struct(msgspec.Struct, metaclass=_Checked, frozen=True, kw_only=True, omit
         return msgspec.json.decode(msgspec.json.encode(self))  # JSON's types alone: a tuple would not equal its list
 
 
-MAX_SIZE = 2**31 - 1  # no width, count or number of steps is larger; a slip such as dim=1e12 is an error at once
+MAX_SIZE = 2**53  # beyond it floats skip whole numbers, so that nothing counted from it would be right
 WORDS = {
     **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "null": "null"},
     **{"array": "a list", "object": "a mapping"},
@@ -97,7 +99,9 @@ def exact(value: Any, kind: Any) -> Any:
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if isinstance(value, float) and value.is_integer() and int in options and float not in options:
         return int(value)
-    for option in options if isinstance(value, dict) else ():
+    if not isinstance(value, dict):
+        return value
+    for option in options:
         if isinstance(option, type) and issubclass(option, msgspec.Struct):
             types = {field.name: field.type for field in msgspec.structs.fields(option)}
             return {key: exact(inner, types.get(key)) for key, inner in value.items()}
@@ -116,7 +120,8 @@ def explain(message: str, data: Any, where: str) -> str:
     for name in (match[3] or "").split(".") if match[3] else ():
         value = value.get(name) if isinstance(value, dict) else value
     quotes = "; write it in quotes" if match[1] == "str" and match[2] in ("int", "float", "bool") else ""
-    return f"{where}{f'.{match[3]}' if match[3] else ''}: expected {wanted}, got {'null' if value is None else repr(value)}{quotes}"
+    got = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return f"{where}{f'.{match[3]}' if match[3] else ''}: expected {wanted}, got {got}{quotes}"
 
 
 def convert_kind(data: Any, kinds: dict[str, type[T]], where: str, hint: str = "") -> T:
@@ -129,7 +134,8 @@ def convert_kind(data: Any, kinds: dict[str, type[T]], where: str, hint: str = "
         raise ValueError(f"{where}: expected a mapping with a 'kind', one of {', '.join(sorted(kinds))}; got {data!r}")
     kind = data["kind"]
     if not isinstance(kind, str) or kind not in kinds:
-        raise UnknownKind(f"{where}: unknown kind {kind!r}; {suggest(str(kind), kinds)}{hint}")
+        near = suggest(str(kind), kinds)
+        raise UnknownKind(f"{where}: unknown kind {kind!r}; {near}{'' if near.startswith('did') else hint}")
     return convert(data, kinds[kind], f"{where} ({kind})")
 
 
@@ -137,8 +143,10 @@ def positive(config: msgspec.Struct, *names: str) -> None:
     """Raise ValueError where a set number is not above zero, or is a whole number that is no size of anything."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{type(config).__name__}.{name} must be above 0, got {value}")
+        if value is not None and not 0 < value < math.inf:  # nor NaN
+            raise ValueError(
+                f"{type(config).__name__}.{name} must be above 0{' and finite' * (value != value or value > 0)}, got {value}"
+            )
         if isinstance(value, int):
             at_most(config, name, MAX_SIZE)
 
@@ -147,4 +155,6 @@ def at_most(config: msgspec.Struct, name: str, limit: int) -> None:
     """Raise ValueError where a number is larger than anything it could be."""
     value = getattr(config, name)
     if value > limit:
-        raise ValueError(f"{type(config).__name__}.{name} must be at most {limit:,}, got {value:.3g}")
+        raise ValueError(
+            f"{type(config).__name__}.{name} must be at most {limit:,}, got {value:{',' if value < 1e15 else '.3g'}}"
+        )

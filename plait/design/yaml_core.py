@@ -38,7 +38,8 @@ class _Loader(yaml.SafeLoader):
                 known, line = (key.tag, key.value), key.start_mark.line + 1
                 if known in lines:
                     raise ConstructorError(
-                        problem=f"{key.value!r} is given twice, first in line {lines[known]}", problem_mark=key.start_mark
+                        problem=f"{key.value!r} is given twice, first in line {lines[known]}",
+                        problem_mark=key.start_mark,
                     )
                 lines[known] = line
         return node

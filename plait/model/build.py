@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from plait.design.load import load_design
 from plait.design.model import ModelConfig
+from plait.model.device import check_room
 from plait.model.language_model import LanguageModel
 
 OUTPUTS = ("o_proj", "out_proj", "down_proj")  # what writes into the residual stream
@@ -22,9 +23,12 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
     """A model with weights that depend on `seed` alone, not on the device or on torch's own random state."""
+    design = load_design(design)
+    for place in ("cpu", device):
+        check_room(design, torch.device(place), dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LanguageModel(load_design(design))
+        model = LanguageModel(design)
         init_weights(model)
     return cast(model, dtype).to(device)
 

@@ -35,7 +35,7 @@ class DataConfig(Struct, frozen=True, kw_only=True, tag=False):
 
     def __post_init__(self) -> None:
         positive(self, "length")
-        msgspec.structs.force_setattr(self, "cache", str(user_path(self.cache)))
+        msgspec.structs.force_setattr(self, "cache", str(user_path(self.cache)) if self.cache else "")
         if not 0 < self.heldout < 1:
             raise ValueError(f"data.heldout must be between 0 and 1, got {self.heldout}")
         if isinstance(self.tokenizer, dict):
