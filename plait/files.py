@@ -1,5 +1,7 @@
 """Files in UTF-8, either the old one or the whole new one, whatever happens in between; and what a user means by a path."""
 
+import json
+import math
 import os
 import re
 import secrets
@@ -10,8 +12,22 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 OTHER_UNICODE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def json_text(data: Any) -> str:
+    """One line of JSON, which has no NaN and no infinity: null."""
+    return json.dumps(_finite(data), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def user_path(spec: str | os.PathLike[str]) -> Path:

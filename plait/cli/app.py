@@ -10,7 +10,7 @@ from typer.main import get_command
 
 import plait
 from plait.cli import demo, doctor, eval, generate, selfcheck, show, train
-from plait.cli.command import INTERRUPTED, as_command
+from plait.cli.command import INTERRUPTED, as_command, fail
 
 app = typer.Typer(
     help="plait: draw any hybrid of attention and recurrence, train it, measure it, generate from it.",
@@ -51,8 +51,8 @@ def run(arguments: Sequence[str]) -> int:
     except UsageError as error:
         message = error.format_message().rstrip(".")
         asked = error.ctx.command_path if error.ctx else "plait"
-        print(f"error: {message[:1].lower()}{message[1:]}; see {asked} --help", file=sys.stderr)
-        return error.exit_code
+        line = f"{message[:1].lower()}{message[1:]}; see {asked} --help"
+        return fail(" ".join(line.split()), error.exit_code, "--json" in arguments)
 
 
 # Typer has had its own copy of click since 0.16 or so; this is the class that either raises for wrong usage.

@@ -2,33 +2,61 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
+import msgspec
 
 from plait.design.layers import LETTERS
-from plait.design.load import read_yaml
+from plait.design.yaml_core import read_yaml
 
-KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
-TEXT = ("pattern", "design")  # "[M|A]" would be a list in YAML
+KEY = re.compile(r"[^\W\d]\w*(\.\w+)*")
 
 
-def read_changes(arguments: Iterable[str]) -> dict[str, Any]:
-    """`["lr=3e-4", "layers.A.heads=2"]` -> values by key, read as YAML. Raises ValueError for what is no key=value."""
-    changes = {}
+def read_changes(arguments: Iterable[str], config: type, inside: dict[str, type] | None = None) -> dict[str, Any]:
+    """`["lr=3e-4", "layers.A.heads=2"]` -> values by key: text as it stands where `config` takes text there, else YAML.
+
+    inside: the configs that fields hold as plain data. Raises ValueError for what is no key=value, and for a key given twice.
+    """
+    changes: dict[str, Any] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not KEY.fullmatch(key):
             raise ValueError(f"{argument!r}: expected key=value, such as dim=768 or layers.A.heads=4")
-        changes[key] = value if key.rpartition(".")[2] in TEXT else read_value(key, value)
+        if key in changes:
+            raise ValueError(f"{argument!r}: {key} is given twice")
+        changes[key] = read_value(key, value, type_of(key.split("."), config, inside or {}))
     return changes
 
 
-def read_value(key: str, text: str) -> Any:
+def read_value(key: str, text: str, kind: Any) -> Any:
+    """`text` as a value of `kind`, a type: what YAML sees in it, or itself where text is taken and that is not."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    taken = {type(word) for option in options for word in get_args(option) if get_origin(option) is Literal}
+    taken |= {get_origin(option) or option for option in options} - {Literal}
     try:
-        return read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{key}={text}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+        value = read_yaml(text)
+    except ValueError as error:
+        if str in taken:
+            return text
+        raise ValueError(f"{key}={text}: cannot be read as YAML: {error}") from None
+    return text if str in taken and type(value) not in taken - {str} else value
+
+
+def type_of(names: list[str], config: Any, inside: dict[str, type]) -> Any:
+    """The type that a config has for a dotted key; Any where it says none."""
+    if not (isinstance(config, type) and issubclass(config, msgspec.Struct)):
+        return Any
+    fields = {field.name: field for field in msgspec.structs.fields(config)}
+    name, *rest = names
+    if name not in fields:
+        return Any
+    declared = fields[name].type
+    if not rest:
+        return str | dict if name in inside else declared
+    options = (inside.get(name), declared, *get_args(declared), type(fields[name].default))
+    found = [option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct)]
+    return type_of(rest, found[0], inside) if found else Any
 
 
 def reach_letters(changes: dict[str, Any], layers: Iterable[str], prefix: str = "") -> dict[str, Any]:

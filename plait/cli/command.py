@@ -1,7 +1,6 @@
 """What all commands share: --json, --debug, errors in one line, and an ending: what was written, what to run next."""
 
 import inspect
-import json
 import os
 import shlex
 import sys
@@ -12,6 +11,8 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
+
+from plait.files import json_text
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 WIDTH = 160  # of tables that go to a file or a pipe, where no terminal sets it
@@ -45,16 +46,16 @@ def as_command(work: Callable[..., Outcome]) -> Callable[..., int]:
         try:
             outcome = work(console(stderr=json), **given)
             _finish(outcome, json)
+            sys.stdout.flush()
         except (typer.Exit, typer.BadParameter):
             raise
         except BrokenPipeError:  # `plait show ... | head`: the reader has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_stdout()
             return 1
         except (Exception, KeyboardInterrupt) as error:
             if debug:
                 traceback.print_exc()
-            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-            return exit_code(error)
+            return fail(one_line(error), exit_code(error), json)
         return int(outcome.failed)
 
     _, *own = inspect.signature(work).parameters.values()
@@ -85,13 +86,30 @@ def shell(*words: str) -> str:
     return " ".join(f'"{word}"' if set(word) & set(" ()[]|*;&<>") else shlex.quote(word) for word in words)
 
 
+def fail(message: str, code: int, as_json: bool) -> int:
+    """Say what went wrong: a line on stderr and, for programs, one JSON object on stdout. Gives `code`."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    try:
+        if as_json:
+            print(json_text({"error": message, "exit": code}))
+        sys.stdout.flush()
+    except OSError:  # it cannot be written to, which may be what went wrong
+        _drop_stdout()
+    return code
+
+
+def _drop_stdout() -> None:
+    """Leave nothing that Python would try to write at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _finish(outcome: Outcome, as_json: bool) -> None:
     for path in outcome.wrote:
         print(f"wrote {path}", file=sys.stderr)
     for line in outcome.next:
         print(f"next: {line}", file=sys.stderr, flush=True)
     if as_json:
-        print(json.dumps(outcome.data), flush=True)
+        print(json_text(outcome.data), flush=True)
 
 
 def exit_code(error: BaseException) -> int:
@@ -101,6 +119,12 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return error.exit_code if isinstance(error, TrainingStopped) else 1
+
+
+def _in_a_print(error: BaseException) -> bool:
+    """Whether the error comes from the screen: what no file's name comes with."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith(("plait.cli", "rich"))
 
 
 # What users cause and can cure. RuntimeError: stale states, stopped runs, and torch where memory is missing.
@@ -113,8 +137,10 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}"
+        where = error.filename if error.filename is not None else "standard output" if _in_a_print(error) else None
+        return f"{where}: {error.strerror}" if where is not None else error.strerror
     if isinstance(error, EXPECTED) and text:
         return text
+    if isinstance(error, MemoryError):
+        return f"out of memory{f': {text}' if text else ''}; a smaller design, batch or length may fit"
     return f"{type(error).__name__}: {text} (not foreseen; --debug shows where)"

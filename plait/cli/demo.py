@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.cli.command import Outcome, say, shell
+from plait.files import user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,7 @@ def command(
     from plait.study.results import RESULTS
     from plait.train import Interrupted
 
+    out = user_path(out)
     again = shell("plait", "demo", *(["--text", text] if text != "stdlib" else []))
     if str(out) != DEFAULT_OUT:
         again += " " + shell("--out", str(out))

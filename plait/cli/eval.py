@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.cli.command import Outcome, say, shell
+from plait.cli.trained import Imports, load_imports, trained
 from plait.design.spelling import suggest
 from plait.train import RunConfig, load_run
 
@@ -22,7 +23,7 @@ MEASURES = ("ppl",)
 
 def command(
     screen: "Console",
-    run: Annotated[str, typer.Argument(help="A training run's folder or a saved model's.")],
+    run: Annotated[str, typer.Argument(help="A run's folder or file, a checkpoint, or a saved model's folder.")],
     measures: Annotated[
         list[str] | None, typer.Argument(metavar="[MEASURE]...", help="ppl: perplexity and bits per byte.")
     ] = None,
@@ -34,6 +35,7 @@ def command(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    imports: Imports = None,
 ) -> Outcome:
     """Measure a trained model on text that it was not trained on."""
     for measure in measures or MEASURES:
@@ -43,23 +45,23 @@ def command(
         if value is not None and value < 2:
             raise ValueError(f"{name} must be at least 2, got {value}")
     from plait.data import load_tokenizer
-    from plait.model import load, model_folder
+    from plait.model import load
     from plait.model.device import find_device
 
-    folder = model_folder(run)
-    trained = run_of(folder)
-    if text is None and trained is None:
+    again, folder = load_imports(imports), trained(run)
+    made_by = run_of(folder)
+    if text is None and made_by is None:
         raise ValueError(f"{folder} is not part of a training run, so it has no held-out text: give --text")
     model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
-    context = context or (trained.data.length if trained else None)
+    context = context or (made_by.data.length if made_by else None)
     with screen.status("reading"):
         if text is not None:
             found = on_text(model, tokenizer, text, context, tokens)
         else:
-            assert trained is not None
+            assert made_by is not None
             assert context is not None
-            found = on_heldout(model, tokenizer, trained, context, tokens)
-    source = text or f"held-out part of {trained.data.source if trained else ''}"
+            found = on_heldout(model, tokenizer, made_by, context, tokens)
+    source = text or f"held-out part of {made_by.data.source if made_by else ''}"
     data: dict[str, Any] = {
         "model": str(folder),
         "text": source,
@@ -81,7 +83,7 @@ def command(
         calls = {address: {"calls": fared.calls} for address, fared in found.layers.items()}
         data["solver"] = {address: calls[address] | told for address, told in as_data(found.layers).items()}
         screen.print(solver_table(found.layers))
-    return Outcome(data, next=[shell("plait", "generate", run, trained.sample_prompt if trained else "The ")])
+    return Outcome(data, next=[shell("plait", "generate", run, made_by.sample_prompt if made_by else "The ", *again)])
 
 
 def solver_table(layers: "dict[str, Fared]") -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plait.cli.command import Outcome, shell
+from plait.cli.trained import Imports, load_imports, trained
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def command(
     screen: "Console",
-    run: Annotated[str, typer.Argument(help="A training run's folder or a saved model's.")],
+    run: Annotated[str, typer.Argument(help="A run's folder or file, a checkpoint, or a saved model's folder.")],
     prompt: Annotated[str, typer.Argument(help='What to continue; "-" reads standard input.')],
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -27,16 +28,17 @@ def command(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal samples.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    imports: Imports = None,
 ) -> Outcome:
     """Continue a prompt with a trained model, printed as it comes."""
     from plait.data import load_tokenizer
     from plait.engine import stream
     from plait.files import letters
-    from plait.model import load, model_folder
+    from plait.model import load
     from plait.model.device import find_device
 
     text = sys.stdin.read() if prompt == "-" else letters(prompt)
-    folder = model_folder(run)
+    again, folder = load_imports(imports), trained(run)
     model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
     started = time.perf_counter()
     pieces = []
@@ -57,4 +59,4 @@ def command(
         pieces.append(piece)
     print(file=screen.file)
     data = {"model": str(folder), "prompt": text, "text": "".join(pieces), "seconds": time.perf_counter() - started}
-    return Outcome(data, next=[shell("plait", "eval", run, "ppl")])
+    return Outcome(data, next=[shell("plait", "eval", run, "ppl", *again)])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.cli.command import Outcome, say
+from plait.cli.trained import Imports, load_imports
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,7 @@ def command(
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32 or float64 alone; may be given again. [default: both]")
     ] = None,
+    imports: Imports = None,
 ) -> Outcome:
     """Check on this device that every way of calling a model gives the same numbers, for many patterns."""
     import torch
@@ -34,6 +36,7 @@ def command(
     from plait.evaluate.selfcheck import selfcheck
     from plait.model.device import find_device
 
+    load_imports(imports)
     where = str(find_device(device))
     name = torch.cuda.get_device_name(where) if where.startswith("cuda") else "cpu"
     with progress_bar(screen) as bar:

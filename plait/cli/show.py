@@ -1,20 +1,22 @@
 """`plait show`: a design's slots, parameters, FLOPs and state, without building it."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from plait.cli.changes import reach_letters, read_changes
-from plait.cli.command import Outcome, shell
+from plait.cli.command import Outcome, say, shell
 from plait.design import PRESETS, ModelConfig, load_design, render
 from plait.design.count import flops_per_token, head_flops, parameters, slot_counts, state_bytes
 from plait.design.declared import front_weights, head_weights
+from plait.design.imports import KEY, asked, load_modules
 from plait.design.layers import LETTERS
-from plait.design.load import read_mapping
+from plait.design.load import RUN, SAVED, design_file, design_mapping, find_design, read_mapping
 from plait.design.merges import MERGE_KINDS
 from plait.design.summary import si, size
 from plait.design.weights import total
+from plait.files import user_path
+from plait.train import RunConfig, load_run
 
 CONTEXTS = {"1k": 1_024, "4k": 4_096, "128k": 131_072}
 FLOPS_AT = "4k"
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 def command(
     screen: "Console",
     spec: Annotated[
-        str | None, typer.Argument(help="A preset, a pattern, a YAML or JSON file, or a model's folder.")
+        str | None, typer.Argument(help="A preset, a pattern, a YAML or JSON file, or a model's or run's folder.")
     ] = None,
     changes: Annotated[
         list[str] | None,
@@ -37,25 +39,42 @@ def command(
     """Slots, parameters, FLOPs per token and state bytes of a design; without SPEC, what there is to choose from."""
     if spec is None:
         return overview(screen)
-    data = design_data(spec)
-    bound = load_design(data).layers
-    design = load_design(data, **reach_letters(read_changes(changes or []), bound))
+    given = read_changes(changes or [], ModelConfig)
+    load_modules(asked(given))
+    run, path = run_of(spec), user_path(spec or " ")
+    source = spec if run is None else sized(run, given)
+    bound = (source if isinstance(source, dict) else find_design(source)[0]).get("layers") or ()
+    design = load_design(source, **reach_letters(given, bound))
     screen.print(table(design))
-    inside = [f"design.{change}" for change in changes or [] if not change.startswith("vocab=")]
-    return Outcome(as_data(design), next=[shell("plait", "train", f"design={spec}", *inside)])
+    told = as_data(design)
+    if run is not None:
+        tokens = run.steps * run.batch * run.data.length
+        say(screen, f"{run.steps:,} steps of {run.batch} x {run.data.length:,} tokens: {si(tokens)} tokens of training")
+        told["run"] = {"steps": run.steps, "batch": run.batch, "length": run.data.length, "tokens": tokens}
+    inside = [x if x.startswith(f"{KEY}=") else f"design.{x}" for x in changes or [] if not x.startswith("vocab=")]
+    if path.is_dir() and (design_file(path).parent / "tokenizer.json").is_file() and not inside:
+        return Outcome(told, next=[shell("plait", "generate", spec, "The ")])
+    return Outcome(told, next=[shell("plait", "train", spec if run is not None else f"design={spec}", *inside)])
 
 
-def design_data(spec: str) -> Any:
-    """What `load_design` takes: the design inside a run's folder or file where `spec` is one."""
-    from plait.train import latest
-
-    path = Path(spec)
-    if spec in PRESETS or not path.exists():
-        return spec
+def run_of(spec: str) -> RunConfig | None:
+    """The run that `spec` describes: a run's file, or a run's folder that has no checkpoint yet."""
+    path = user_path(spec or " ")
     if path.is_dir():
-        return spec if (path / "config.json").exists() else str(latest(path) or path)
-    data = read_mapping(path)
-    return data.get("design", data)
+        return load_run(path) if design_file(path).name == RUN else None
+    return load_run(path) if path.is_file() and "design" in read_mapping(path) and path.name != SAVED else None
+
+
+def sized(run: RunConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The run's design with a vocabulary: what `given` says, or the tokenizer's."""
+    data = run.design if isinstance(run.design, dict) else design_mapping(run.design)
+    if "vocab" in data or "vocab" in given:
+        return {"vocab": given.get("vocab")} | data
+    if isinstance(run.data.tokenizer, dict):
+        return data | {"vocab": run.data.tokenizer["bpe"]}  # a small text may give fewer
+    from plait.data import load_tokenizer
+
+    return data | {"vocab": load_tokenizer(run.data.tokenizer).vocab}
 
 
 def table(design: ModelConfig) -> Any:
@@ -75,7 +94,9 @@ def table(design: ModelConfig) -> Any:
     for index, row in enumerate(counts[FLOPS_AT]):
         states = (size(rows[index].state_bytes) if rows[index].state_bytes else "0" for rows in counts.values())
         grid.add_row(row.address.replace("[", r"\["), row.layer, si(row.parameters), si(row.flops), *states)
-    grid.add_row("head", type(design.head).__name__, si(head), si(head_flops(design)), *[""] * len(CONTEXTS), end_section=True)
+    grid.add_row(
+        "head", type(design.head).__name__, si(head), si(head_flops(design)), *[""] * len(CONTEXTS), end_section=True
+    )
     grid.add_row(
         "all",
         f"{len(design.slots)} slots",

@@ -1,15 +1,17 @@
 """`plait train`: one training run, from a file, from key=value, or from both."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from plait.cli.changes import reach_letters, read_changes
 from plait.cli.command import Outcome, shell
-from plait.design import PRESETS
-from plait.design.load import DEFAULT_SIZE, override, read_mapping
+from plait.design import ModelConfig
+from plait.design.imports import asked, load_modules
+from plait.design.load import design_mapping, find_design, override, read_mapping
+from plait.files import user_path
 from plait.train import RunConfig, load_run
+from plait.train.config import resolve_design
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,21 +53,38 @@ def command(
 
 
 def run_config(arguments: list[str]) -> RunConfig:
-    """The run that a file, changes, or both describe. Raises ValueError where they describe none."""
+    """The run that a file, changes, or both describe. Raises ValueError where they describe none, or no design."""
     file = arguments[0] if arguments and "=" not in arguments[0] else None
-    changes = read_changes(arguments[1:] if file else arguments)
+    if file is not None:
+        check_run(file)
+    changes = read_changes(arguments[1:] if file else arguments, RunConfig, {"design": ModelConfig})
+    load_modules(asked(changes))
     design = changes.get("design") or (load_run(file).design if file else None)
     if isinstance(design, str) and any(key.startswith("design.") for key in changes):
-        design = changes["design"] = spelled_out(design)
+        design = changes["design"] = design_mapping(design)
+    load_modules(asked(design) if isinstance(design, dict) else [])
     bound = design.get("layers", ()) if isinstance(design, dict) else ()
     changes = reach_letters(changes, bound, "design.")
-    return load_run(file, **changes) if file else RunConfig.from_dict(override({}, changes))
+    run = load_run(file, **changes) if file else RunConfig.from_dict(override({}, changes))
+    resolve_design(run.design, vocab=1)  # a design that cannot be is said before the text is read
+    return run
 
 
-def spelled_out(spec: str) -> dict[str, Any]:
-    """A preset, file or pattern as the mapping that `design.KEY=VALUE` reaches into. The tokenizer gives the vocab."""
-    if spec in PRESETS:
-        return {key: value for key, value in PRESETS[spec].items() if key != "vocab"}
-    if Path(spec).is_file():
-        return read_mapping(Path(spec))
-    return {"dim": DEFAULT_SIZE["dim"], "pattern": spec}
+def check_run(spec: str) -> None:
+    """Raise ValueError or FileNotFoundError where `spec` is no run but something that a run can be made of."""
+    path = user_path(spec)
+    if path.is_dir() and (path / "config.json").is_file():
+        home = path.resolve().parent.parent
+        of = f"to go on with its run: {shell('plait', 'train', str(home))}; " if (home / "run.yaml").is_file() else ""
+        raise ValueError(
+            f"{spec}: a saved model, not a run; {of}for its design with new weights: plait train {shell(f'design={spec}')}"
+        )
+    if path.is_dir() or (path.is_file() and "pattern" not in read_mapping(path)):
+        return
+    try:
+        find_design(spec)
+    except (ValueError, OSError):
+        return  # `load_run` says that there is no such file
+    raise ValueError(
+        f"{spec}: a design, not a run's file or folder; to train it: plait train {shell(f'design={spec}')}"
+    )

@@ -10,7 +10,11 @@ from plait.design.weights import Constant, Normal, Weight, Weights
 
 def weights(design: ModelConfig) -> Weights:
     """All weights, each once, with starts that know the model's depth and norm."""
-    found = (*front_weights(design), *(weight for slot in slot_weights(design) for weight in slot), *head_weights(design))
+    found = (
+        *front_weights(design),
+        *(weight for slot in slot_weights(design) for weight in slot),
+        *head_weights(design),
+    )
     return tuple(_started(weight, design) for weight in found)
 
 

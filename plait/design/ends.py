@@ -97,4 +97,3 @@ class Regression(Head, frozen=True, kw_only=True, tag="regression"):
 
 FRONT_KINDS: dict[str, type[Front]] = {"tokens": Tokens, "vectors": Vectors}
 HEAD_KINDS: dict[str, type[Head]] = {"logits": Logits, "regression": Regression}
-

@@ -2,20 +2,33 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Self
 
-import msgspec
-
 from plait.design import pattern as patterns
-from plait.design.ends import FRONT_KINDS, HEAD_KINDS, Front, Head, Logits, Tokens, Vectors
-from plait.design.merges import MERGE_KINDS, Average, Merge
-from plait.design.norms import Norm, RMSNorm, read_norm
+from plait.design.ends import FRONT_KINDS, HEAD_KINDS, Logits, Tokens
+from plait.design.imports import KEY, asked, is_own, modules_of
+from plait.design.layers import LETTERS
+from plait.design.merges import MERGE_KINDS, Average
+from plait.design.norms import RMSNorm, read_norm
 from plait.design.pattern import Chain
-from plait.design.places import Node, ParallelPlace, Resolver, nodes, read_layer
-from plait.design.struct import DERIVED, Struct, check_keys, convert, convert_kind, non_defaults, positive
+from plait.design.places import Node, ParallelPlace, Resolver, layers, nodes, read_layer
+from plait.design.spelling import suggest
+from plait.design.struct import (
+    DERIVED,
+    Struct,
+    UnknownKind,
+    at_most,
+    check_keys,
+    convert,
+    convert_kind,
+    non_defaults,
+    positive,
+)
 from plait.design.wrap import PLAIN, Wrap
+
+MAX_DIM = 1_000_000  # fifty times the widest model there is
+MAX_VOCAB = 2**31 - 1  # more than any id that token files hold
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
@@ -44,8 +57,12 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        at_most(self, "dim", MAX_DIM)
+        at_most(self, "vocab", MAX_VOCAB)
         positive(self, "vocab", "dim")
-        self._set("layers", {name: read_layer(layer, f"layers.{name}") for name, layer in self.layers.items()})
+        own = {letter.name for letter in patterns.letters(self.chain)}  # what is not plait's is written down
+        bound = {name: layer for name, layer in LETTERS.items() if name in own and is_own(layer)} | self.layers
+        self._set("layers", {name: read_layer(layer, f"layers.{name}") for name, layer in bound.items()})
         self._set("merge", convert_kind(self.merge, MERGE_KINDS, "merge"))
         merges = {name: convert_kind(merge, MERGE_KINDS, f"merges.{name}") for name, merge in self.merges.items()}
         self._set("merges", merges)
@@ -115,23 +132,26 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
         """Plain data, as YAML and JSON give it. Raises ValueError naming the field and the nearest right spelling."""
         if not isinstance(data, dict):
             raise ValueError(f"design: expected a mapping, got {data!r}")
-        check_keys(data, cls, "design")
+        check_keys(data, cls, "design", also=(KEY,))
         missing = [name for name in ("dim", "pattern") if name not in data]
         if missing:
             raise ValueError(f"design: {missing[0]!r} is missing; a design needs vocab, dim and pattern")
-        return convert(data, cls, "design")
+        try:
+            return convert({key: value for key, value in data.items() if key != KEY}, cls, "design")
+        except UnknownKind as error:
+            raise error.from_modules(asked(data)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
         data = super().to_dict()
         if set(data.get("merge", ())) == {"kind"}:
             data["merge"] = data["merge"]["kind"]
-        return data
+        modules = modules_of(place.layer for place in layers(self.slots))
+        return {KEY: modules} | data if modules else data
 
 
 def nearest_place(address: str, known: Any) -> str:
-    from plait.design.spelling import suggest
-
+    """What to say of an address that is none of `known`."""
     letter = str(address).partition("#")[0]
     same = [place for place in known if place.partition("#")[0] == letter]
     if same:
@@ -146,5 +166,3 @@ def _identity(node: Node) -> Any:
         return {"merge": non_defaults(node.merge), "branches": branches, "wrap": non_defaults(node.wrap, PLAIN)}
     layer = non_defaults(node.layer.replace(wrap=None)) | {"wrap": non_defaults(node.wrap, PLAIN)}
     return layer | ({"letter": node.letter} if node.layer.shared else {})
-
-

@@ -15,18 +15,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-MAX_SLOTS = 10_000  # a typing slip such as "A99999999" should be an error, not an hour of building
+MAX_SLOTS = 10_000  # letters in all; a typing slip such as "A99999999" should be an error, not an hour of building
 
 _LETTER = re.compile(r"[A-Z][a-z]*")
 _NAME = re.compile(r"[a-z_]+")
-_COUNT = re.compile(r"\d+")
+_COUNT = re.compile(r"[0-9]+")
+_GOES_ON = re.compile(r"[._,'][0-9]|[a-z]")  # what makes a number of digits no count: 1.5, 1e9
+_SIGNED = re.compile(r"[-+*^.x×]\s*[0-9]")  # -1, *3
 
 
 class PatternError(ValueError):
     """A pattern that cannot be read; `column` counts from 1."""
 
     def __init__(self, text: str, column: int, reason: str):
-        super().__init__(f"pattern {text!r}, column {column}: {reason}")
+        near = text if len(text) <= 80 else f"...{text[max(0, column - 30) : column + 30]}..."
+        super().__init__(f"pattern {near!r}, column {column}: {reason}")
         self.column = column
 
 
@@ -93,12 +96,14 @@ class _Reader:
 
     def chain(self, at: int, closers: str) -> tuple[Chain, int]:
         items: list[Item] = []
+        letters = 0
         at = self.skip(at)
         while at < len(self.text) and self.text[at] not in closers:
             unit, after = self.atom(at)
             times, after = self.count(after)
-            if len(items) + len(unit) * times > MAX_SLOTS:
-                raise self.error(at, f"more than {MAX_SLOTS:,} slots; write a smaller count")
+            letters += times * _size(unit)
+            if letters > MAX_SLOTS:
+                raise self.error(at, f"more than {MAX_SLOTS:,} layers; write a smaller count")
             items.extend(unit * times)
             at = self.skip(after)
         if not items:
@@ -157,11 +162,21 @@ class _Reader:
     def count(self, at: int) -> tuple[int, int]:
         start = self.skip(at)
         match = _COUNT.match(self.text, start)
+        end = match.end() if match else start
+        odd = _GOES_ON.match(self.text, end) if match else _SIGNED.match(self.text, start)
+        if odd or (self.peek(end).isdigit() and not self.peek(end).isascii()):
+            raise self.error(start, f"a count is a whole number from 1 to {MAX_SLOTS:,}, as in 'M3' or '(AF)3'")
         if not match:
             return 1, at
-        if int(match.group()[:9]) == 0:
+        digits = match.group().lstrip("0")
+        if not digits:
             raise self.error(start, "a count is at least 1; leave the letter out instead")
-        return int(match.group()[:9]), match.end()
+        return (int(digits) if len(digits) < 10 else MAX_SLOTS + 1), end
+
+
+def _size(chain: Chain) -> int:
+    """How many letters there are, branches included."""
+    return sum(1 if isinstance(item, Letter) else sum(map(_size, item.branches)) for item in chain)
 
 
 def render(chain: Chain) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from plait.design.imports import OWN
 from plait.design.layers import KINDS, LETTERS, Attention, Layer
 from plait.design.merges import MERGE_KINDS, Merge
 from plait.design.pattern import Item, Letter, Parallel, PatternError
@@ -17,8 +18,6 @@ from plait.design.wrap import Wrap
 
 if TYPE_CHECKING:
     from plait.design.model import ModelConfig
-
-HINT = " (a layer or cell of your own is known once plait.register has been called)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def layers(chain: tuple[Node, ...]) -> Iterator[Place]:
 
 def read_layer(data: Any, where: str) -> Layer:
     """A layer config from plain data."""
-    return convert_kind(data, KINDS, where, HINT)
+    return convert_kind(data, KINDS, where, OWN)
 
 
 def paths(node: Node, path: str = "") -> dict[str, str]:
@@ -124,7 +123,7 @@ class Resolver:
         raise PatternError(
             self.design.pattern,
             letter.column,
-            f"no layer is bound to {letter.name!r}; bind it in `layers`, or use one of {described}",
+            f"no layer is bound to {letter.name!r}; bind it in `layers`, or use one of {described}{OWN}",
         )
 
     def _parallel(self, item: Parallel, inside: bool) -> ParallelPlace:
@@ -169,7 +168,9 @@ class Resolver:
             if not place.layer.shared:
                 continue
             other = first.setdefault(place.letter, place)
-            own, theirs = (p.layer.replace(wrap=p.wrap.replace(norms=None, norm=None, factor=None)) for p in (place, other))
+            own, theirs = (
+                p.layer.replace(wrap=p.wrap.replace(norms=None, norm=None, factor=None)) for p in (place, other)
+            )
             if own != theirs:
                 raise ValueError(
                     f"{place.address} shares its weights with {other.address}, so it can differ in norms and factor alone; "
@@ -208,5 +209,3 @@ def _fitting(layer: Layer, wrap: Wrap, inside: bool) -> Wrap:
     if inside:
         changes["reads"] = "stream"
     return wrap.replace(**changes)
-
-

@@ -38,9 +38,7 @@ def wide(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def recurrent_spec(
-    batch: int, matrix: tuple[int, int, int], conv_width: int, channels: int, dtype: str
-) -> StateSpec:
+def recurrent_spec(batch: int, matrix: tuple[int, int, int], conv_width: int, channels: int, dtype: str) -> StateSpec:
     """A matrix (heads, v, k) and the convolution's last inputs."""
     s = TensorSpec("s", (batch, *matrix), wide(dtype))
     return StateSpec("recurrent", (s, TensorSpec("conv", (batch, conv_width - 1, channels), dtype)))

@@ -1,6 +1,11 @@
 """Frozen plain data with a `kind` tag; an unknown key is an error that names the nearest known one."""
 
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+import json
+import math
+import re
+from collections.abc import Collection
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -52,12 +57,34 @@ def non_defaults(config: Struct, base: Struct | None = None) -> dict[str, Any]:
     return found
 
 
-def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str) -> None:
+MAX_SIZE = 2**53  # beyond it floats skip whole numbers, so that nothing counted from it would be right
+WORDS = {
+    **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "null": "null"},
+    **{"array": "a list", "object": "a mapping"},
+}
+
+
+class UnknownKind(ValueError):
+    """A `kind` that no layer or merge has."""
+
+    def from_modules(self, modules: list[str]) -> "UnknownKind":
+        """The same, for a design that says which modules its own layers come from."""
+        if not modules:
+            return self
+        said = str(self).partition(";")[0]
+        name = ",".join(modules)
+        return UnknownKind(
+            f"{said}; it is of {name}, which a saved model does not load by itself: import it first, "
+            f"or say import={name}, or --import {name} to generate and eval"
+        )
+
+
+def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str, also: Collection[str] = ()) -> None:
     """Raise ValueError for a key, or for one of a few words, that `cls` or a struct inside it does not have."""
     types = {field.name: field.type for field in msgspec.structs.fields(cls)}
     for key, value in fields.items():
-        if key not in types and key != "kind":
-            raise ValueError(f"{where}: unknown key {key!r}; {suggest(key, types)}")
+        if key not in types and key != "kind" and key not in also:
+            raise ValueError(f"{where}: unknown key {key!r}; {suggest(str(key), [*types, *also])}")
         options = get_args(types[key]) if key in types and get_origin(types[key]) is Literal else ()
         if options and value not in options:
             raise ValueError(f"{where}.{key}: {value!r} does not exist; {suggest(str(value), map(str, options))}")
@@ -75,14 +102,45 @@ def convert(data: Any, cls: type[T], where: str) -> T:
     check_keys(data, cls, where)
     defaults = {field.name: field.default for field in msgspec.structs.fields(cls)}
     data = {key: value for key, value in data.items() if value is not None or defaults.get(key, 0) is not None}
+    data = exact(data, cls)
     try:
         return msgspec.convert(data, cls)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, ValueError):  # ours, raised by a __post_init__: it says where itself
             raise error.__cause__ from None
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(explain(str(error), data, where)) from None
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def exact(value: Any, kind: Any) -> Any:
+    """`value` with 8.0 and 1e3 as whole numbers where `kind`, a type, takes whole numbers alone."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if isinstance(value, float) and value.is_integer() and int in options and float not in options:
+        return int(value)
+    if not isinstance(value, dict):
+        return value
+    for option in options:
+        if isinstance(option, type) and issubclass(option, msgspec.Struct):
+            types = {field.name: field.type for field in msgspec.structs.fields(option)}
+            return {key: exact(inner, types.get(key)) for key, inner in value.items()}
+        if get_origin(option) is dict:
+            return {key: exact(inner, get_args(option)[1]) for key, inner in value.items()}
+    return value
+
+
+def explain(message: str, data: Any, where: str) -> str:
+    """msgspec's complaint in this project's words: the field, what it takes, what it got."""
+    match = re.fullmatch(r"Expected `([^`]+)`, got `([^`]+)`(?: - at `\$\.([\w.]+)`)?", message)
+    if match is None:
+        return f"{where}: {message}"
+    wanted = " or ".join(WORDS.get(word, word) for word in match[1].split(" | "))
+    value = data
+    for name in (match[3] or "").split(".") if match[3] else ():
+        value = value.get(name) if isinstance(value, dict) else value
+    quotes = "; write it in quotes" if match[1] == "str" and match[2] in ("int", "float", "bool") else ""
+    got = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return f"{where}{f'.{match[3]}' if match[3] else ''}: expected {wanted}, got {got}{quotes}"
 
 
 def convert_kind(data: Any, kinds: dict[str, type[T]], where: str, hint: str = "") -> T:
@@ -94,14 +152,28 @@ def convert_kind(data: Any, kinds: dict[str, type[T]], where: str, hint: str = "
     if not isinstance(data, dict) or "kind" not in data:
         raise ValueError(f"{where}: expected a mapping with a 'kind', one of {', '.join(sorted(kinds))}; got {data!r}")
     kind = data["kind"]
-    if kind not in kinds:
-        raise ValueError(f"{where}: unknown kind {kind!r}; {suggest(str(kind), kinds)}{hint}")
+    if not isinstance(kind, str) or kind not in kinds:
+        near = suggest(str(kind), kinds)
+        raise UnknownKind(f"{where}: unknown kind {kind!r}; {near}{'' if near.startswith('did') else hint}")
     return convert(data, kinds[kind], f"{where} ({kind})")
 
 
 def positive(config: msgspec.Struct, *names: str) -> None:
-    """Raise ValueError where a set number is not above zero."""
+    """Raise ValueError where a set number is not above zero, or is a whole number that is no size of anything."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{type(config).__name__}.{name} must be above 0, got {value}")
+        if value is not None and not 0 < value < math.inf:  # nor NaN
+            raise ValueError(
+                f"{type(config).__name__}.{name} must be above 0{' and finite' * (value != value or value > 0)}, got {value}"
+            )
+        if isinstance(value, int):
+            at_most(config, name, MAX_SIZE)
+
+
+def at_most(config: msgspec.Struct, name: str, limit: int) -> None:
+    """Raise ValueError where a number is larger than anything it could be."""
+    value = getattr(config, name)
+    if value is not None and value > limit:
+        raise ValueError(
+            f"{type(config).__name__}.{name} must be at most {limit:,}, got {value:{',' if value < 1e15 else '.3g'}}"
+        )

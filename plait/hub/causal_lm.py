@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from plait.hub.cache import PlaitCache
-from plait.hub.config import PlaitConfig
 from plait.design import declared
 from plait.design.weights import FLOAT32
+from plait.hub.cache import PlaitCache
+from plait.hub.config import PlaitConfig
 from plait.model.build import cast, init_weights
 from plait.model.language_model import LanguageModel
 from plait.model.loss import IGNORE

@@ -14,13 +14,18 @@ from plait.design.norms import RMSNorm, inner
 from plait.layers.context import Context
 from plait.layers.declared import DeclaredModule, HeadProjection, LayerModule
 from plait.layers.norm import Norm
+from plait.layers.start import start
 from plait.ops.conv import causal_conv
 from plait.ops.packing import Packing
 from plait.ops.shooting import Bound, Cell, Info, NotConverged, cells, shooting
-from plait.layers.start import start
 from plait.state import Recurrent, recurrent
 
-CELLS: dict[type[NonlinearRecurrence], type[Cell]] = {RNN: cells.RNN, GRU: cells.GRU, LSTM: cells.LSTM, SLSTM: cells.SLSTM}
+CELLS: dict[type[NonlinearRecurrence], type[Cell]] = {
+    RNN: cells.RNN,
+    GRU: cells.GRU,
+    LSTM: cells.LSTM,
+    SLSTM: cells.SLSTM,
+}
 
 
 def cell_of(config: NonlinearRecurrence) -> Cell:

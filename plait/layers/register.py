@@ -36,7 +36,9 @@ def register(letter: str, kind: Any, module: Any = None, **defaults: Any) -> Any
 
 def _register_layer(letter: str, config: Any, module: Any, defaults: dict[str, Any]) -> type[Layer]:
     if not (isinstance(module, type) and issubclass(module, LayerModule)):
-        raise TypeError(f"{config.__name__} needs its module: register({letter!r}, {config.__name__}, MODULE), a plait.LayerModule")
+        raise TypeError(
+            f"{config.__name__} needs its module: register({letter!r}, {config.__name__}, MODULE), a plait.LayerModule"
+        )
     kind = str(config.__struct_config__.tag)
     _check_letter(letter, KINDS.get(kind))
     if kind in KINDS and not _same(KINDS[kind], config):

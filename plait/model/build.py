@@ -7,6 +7,7 @@ from plait.design.load import load_design
 from plait.design.model import ModelConfig
 from plait.design.weights import FLOAT32
 from plait.layers.start import start
+from plait.model.device import check_room
 from plait.model.language_model import LanguageModel
 
 
@@ -19,10 +20,11 @@ def build(
 ) -> LanguageModel:
     """A model whose every weight depends on `seed` and its own name alone: not on other layers, the device, or what torch's
     random state and default dtype are. On the device "meta" it has no values; `init_weights` then fills it in."""
-    model = empty_model(load_design(design), device=device, dtype=dtype)
-    if torch.device(device).type != "meta":
-        init_weights(model, seed)
-    return model
+    design = load_design(design)
+    if torch.device(device).type == "meta":
+        return empty_model(design, device=device, dtype=dtype)
+    check_room(design, torch.device(device), dtype)
+    return init_weights(empty_model(design, device=device, dtype=dtype), seed)
 
 
 def empty_model(

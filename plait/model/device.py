@@ -1,6 +1,13 @@
-"""Devices by name."""
+"""Devices by name, and what fits on them."""
+
+import os
 
 import torch
+
+from plait.design.count import parameters
+from plait.design.model import ModelConfig
+from plait.design.spec import BYTES
+from plait.design.summary import si, size
 
 
 def find_device(name: str) -> torch.device:
@@ -12,3 +19,23 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r}: {reason}; expected auto, cpu, cuda or cuda:INDEX") from None
+
+
+def check_room(design: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError where a model's weights alone are more than all memory that the device has."""
+    name, have = str(dtype).removeprefix("torch."), memory(device)
+    count = parameters(design)
+    if have is not None and count * BYTES[name] > have:
+        raise ValueError(
+            f"a design of {si(count)} parameters needs {size(count * BYTES[name])} in {name}, and {device} has "
+            f"{size(have)}; choose a smaller dim, vocab or pattern"
+        )
+
+
+def memory(device: torch.device) -> int | None:
+    """All bytes that a device has; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None

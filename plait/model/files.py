@@ -13,7 +13,7 @@ from plait.design.model import ModelConfig
 from plait.design.spec import BYTES
 from plait.design.spelling import suggest
 from plait.design.weights import FLOAT32
-from plait.files import write_text
+from plait.files import user_path, write_text
 from plait.model.build import cast, empty_model
 from plait.model.language_model import LanguageModel
 from plait.model.weight_files import SHARD_BYTES, WeightFiles, weight_files, write_weights
@@ -42,7 +42,7 @@ def save(
     A model inside torch.compile, DataParallel or DistributedDataParallel is saved as itself. Weights of more than
     `shard_bytes` go into several files with an index.
     """
-    model, folder = bare(model), Path(folder)
+    model, folder = bare(model), user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, stored(model), {"format": "pt", "design": model.design.hash}, shard_bytes)
     config = {
@@ -74,7 +74,9 @@ def stored(model: LanguageModel) -> dict[str, torch.Tensor]:
     """Everything that a file holds: parameters, each once, and buffers, by names that no compiled part has changed."""
     kept = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    return {name.replace("_orig_mod.", ""): x.detach() for name, x in {**dict(model.named_parameters()), **buffers}.items()}
+    return {
+        name.replace("_orig_mod.", ""): x.detach() for name, x in {**dict(model.named_parameters()), **buffers}.items()
+    }
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
@@ -94,7 +96,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
 def model_folder(folder: str | Path) -> Path:
     """The folder that holds config.json: itself, or the newest complete checkpoint of a run."""
-    folder = Path(folder)
+    folder = user_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a saved model or a training run")
     if (folder / CONFIG).is_file():

@@ -242,7 +242,9 @@ class LanguageModel(nn.Module):
                 f"got {tuple(inputs.shape)} {inputs.dtype}"
             )
         if inputs.numel() == 0:
-            raise ValueError(f"inputs are empty, shape {tuple(inputs.shape)}: a call needs at least one row of one vector")
+            raise ValueError(
+                f"inputs are empty, shape {tuple(inputs.shape)}: a call needs at least one row of one vector"
+            )
         return None
 
     def _check_tokens(self, tokens: Tensor) -> None:

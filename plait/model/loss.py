@@ -38,9 +38,7 @@ class Rule(Protocol):
         """How many positions are scored."""
         ...
 
-    def score(
-        self, y: Float[Tensor, "n o"], rows: slice, gradient: bool
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
+    def score(self, y: Float[Tensor, "n o"], rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
         """The sums over these rows by name, float32 at least, and the gradient of their sum at the outputs y."""
         ...
 
@@ -98,7 +96,9 @@ class KL:
         with torch.no_grad():
             theirs = self.head(self.hidden.flatten(0, -2)[:1]).shape[-1]
         if theirs != outputs:
-            raise ValueError(f"the teacher has a vocabulary of {theirs}, this model one of {outputs}: KL needs equal ones")
+            raise ValueError(
+                f"the teacher has a vocabulary of {theirs}, this model one of {outputs}: KL needs equal ones"
+            )
 
     def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
         T = self.temperature
@@ -174,7 +174,11 @@ def wide(x: Tensor) -> Tensor:
 
 
 def head_loss(
-    hidden: Float[Tensor, "b t d"], head: Callable[[Tensor], Tensor], weights: Sequence[nn.Parameter], outputs: int, rule: Any
+    hidden: Float[Tensor, "b t d"],
+    head: Callable[[Tensor], Tensor],
+    weights: Sequence[nn.Parameter],
+    outputs: int,
+    rule: Any,
 ) -> Loss:
     """The loss of `head(hidden)` by `rule`, slice by slice. `weights` are the head's parameters that may get gradients."""
     rule.check(outputs)

@@ -57,7 +57,7 @@ def _shard(index: int, count: int) -> str:
 def weight_files(folder: Path) -> "WeightFiles":
     """The weights of a folder. Raises FileNotFoundError or ValueError naming the file that is missing or damaged."""
     if (folder / WEIGHTS).is_file():
-        return WeightFiles({name: folder / WEIGHTS for name in _names(folder / WEIGHTS)}, folder / WEIGHTS)
+        return WeightFiles(dict.fromkeys(_names(folder / WEIGHTS), folder / WEIGHTS), folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder / WEIGHTS}: missing; the folder holds a config without weights")
     where = _read_index(folder / INDEX)
@@ -92,7 +92,9 @@ def _read_index(path: Path) -> dict[str, str]:
         where = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise ValueError(f"{path}: not an index of weights; expected JSON with a weight_map") from None
-    if not isinstance(where, dict) or not all(isinstance(file, str) and Path(file).name == file for file in where.values()):
+    if not isinstance(where, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in where.values()
+    ):
         raise ValueError(f"{path}: weight_map must give each tensor a file beside the index")
     return where
 
@@ -131,7 +133,9 @@ class WeightFiles:
             with _opened(path) as file:
                 written_for = (file.metadata() or {}).get("design", design)
             if written_for != design:
-                raise ValueError(f"{path}: weights of design {written_for}, but the config beside it describes {design}")
+                raise ValueError(
+                    f"{path}: weights of design {written_for}, but the config beside it describes {design}"
+                )
         expected = set(expected)
         missing, unused = sorted(expected - self.where.keys()), sorted(self.where.keys() - expected)
         if missing or unused:

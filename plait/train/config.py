@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import msgspec
-import yaml
 
-from plait.design import PRESETS, ModelConfig, load_design
-from plait.design.load import override, read_mapping
+from plait.design import ModelConfig, load_design
+from plait.design.imports import KEY, asked, located
+from plait.design.load import design_mapping, override, read_mapping
 from plait.design.spelling import suggest
 from plait.design.struct import Struct, check_keys, convert, positive
+from plait.design.yaml_core import write_yaml
+from plait.files import user_path
 from plait.train.folder import CONFIG
 
 CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "precision": ("float32", "bfloat16")}
@@ -33,6 +35,7 @@ class DataConfig(Struct, frozen=True, kw_only=True, tag=False):
 
     def __post_init__(self) -> None:
         positive(self, "length")
+        msgspec.structs.force_setattr(self, "cache", str(user_path(self.cache)) if self.cache else "")
         if not 0 < self.heldout < 1:
             raise ValueError(f"data.heldout must be between 0 and 1, got {self.heldout}")
         if isinstance(self.tokenizer, dict):
@@ -48,8 +51,9 @@ class DataConfig(Struct, frozen=True, kw_only=True, tag=False):
 class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     """One training run.
 
-    design: a pattern, a preset, a design file, or the design itself as a mapping. Its vocab is the tokenizer's in a
-        pattern or preset, and in a mapping that leaves it out.
+    design: a pattern, a preset, a design file, the folder of a model or run, or the design itself as a mapping. Its vocab
+        is the tokenizer's in a pattern or preset, and in a mapping that leaves it out.
+    import: a module to load first, or a list: its name, or a .py file's. It is written into the design.
     data: see DataConfig.
     folder: where the run is kept; a file x.yaml that does not say gives runs/x.
 
@@ -109,6 +113,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
         msgspec.structs.force_setattr(self, "data", convert(self.data, DataConfig, "data"))
         if isinstance(self.design, ModelConfig):
             msgspec.structs.force_setattr(self, "design", self.design.to_dict())
+        msgspec.structs.force_setattr(self, "folder", str(user_path(self.folder)))
         if not isinstance(self.design, str | dict):
             raise ValueError(f"design: expected a pattern, a preset, a file or a mapping, got {self.design!r}")
         for name, known in CHOICES.items():
@@ -151,9 +156,14 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Plain data, as YAML and JSON give it. Raises ValueError naming the field and the nearest right spelling."""
-        check_keys(data, cls, "run")
+        check_keys(data, cls, "run", also=(KEY,))
         if "design" not in data:
             raise ValueError("run: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping")
+        if KEY in data:
+            data = located(data, Path.cwd())
+            design = design_mapping(data["design"]) if isinstance(data["design"], str) else data["design"]
+            modules = dict.fromkeys((*asked(data), *asked(design)))
+            data = {name: value for name, value in data.items() if name != KEY} | {"design": design | {KEY: [*modules]}}
         return convert(data, cls, "run")
 
 
@@ -171,7 +181,7 @@ def load_run(spec: str | Path, **overrides: Any) -> RunConfig:
 
     Raises ValueError for what cannot be meant and FileNotFoundError, in one line each.
     """
-    path, own = Path(spec), {}
+    path, own = user_path(spec), {}
     if path.is_dir():
         path, own = path / CONFIG, {"folder": str(path)}  # where it is now, which may not be where it was made
     if not path.is_file():
@@ -185,12 +195,7 @@ def load_run(spec: str | Path, **overrides: Any) -> RunConfig:
 
 def resolve_design(spec: str | dict[str, Any], vocab: int) -> ModelConfig:
     """The design a run means for a tokenizer of `vocab` tokens. Raises ValueError where the design has fewer."""
-    if isinstance(spec, dict):
-        design = load_design({"vocab": vocab} | spec)
-    elif spec in PRESETS or not Path(spec).exists():
-        design = load_design(spec, vocab=vocab)
-    else:
-        design = load_design(spec)
+    design = load_design({"vocab": vocab} | (spec if isinstance(spec, dict) else design_mapping(spec)))
     if design.vocab < vocab:
         raise ValueError(
             f"design.vocab {design.vocab} is smaller than the tokenizer's {vocab}; leave it out or give at least that"
@@ -199,4 +204,4 @@ def resolve_design(spec: str | dict[str, Any], vocab: int) -> ModelConfig:
 
 
 def to_yaml(run: RunConfig) -> str:
-    return yaml.safe_dump(run.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(run.to_dict())

@@ -1,6 +1,9 @@
 """Wrong input is one line on stderr that says what would be right, and nothing else happens."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -19,6 +22,31 @@ WRONG = {
     ("show", "tiny", "dim"): (1, "key=value"),
     ("show", "tiny", "dim=[1"): (1, "YAML"),
     ("show", "missing.yaml"): (1, "no such file"),
+    ("show", "."): (1, "expected a saved model or a run"),
+    ("show", ""): (1, "column 1"),
+    ("show", "AF\0"): (1, "expected a file's or folder's name"),
+    ("show", "~no_such_user/x"): (1, "no such user"),
+    ("show", "AF", "dim=1000000000"): (1, "at most 1,000,000, got 1,000,000,000"),
+    ("show", "AF", "dim=-64"): (1, "dim must be above 0, got -64"),
+    ("show", "AF", "vocab=0"): (1, "vocab must be above 0, got 0"),
+    ("show", "AF", "vocab=1e40"): (1, "vocab must be at most"),
+    ("show", "AF", "layers.F.hidden=1e17"): (1, "hidden must be at most"),
+    ("show", "AF", "layers.A.rope.theta=.nan"): (1, "theta must be above 0 and finite"),
+    ("show", "AF", "dim=64", "dim=128"): (1, "dim is given twice"),
+    ("show", "AF", "import=no-module"): (1, "'no-module' is no module"),
+    ("show", "AF", "import=no_module"): (1, "no_module: no such module"),
+    ("show", "AF", "layers.A.kind=mine"): (1, "plait.register"),
+    ("show", "(AF)-1"): (1, "column 5"),
+    ("train", "tiny"): (1, "plait train design=tiny"),
+    ("train", "."): (1, "run.yaml"),
+    ("train", "design=(AF"): (1, "column 4"),
+    ("train", "design=AF", "folder="): (1, "expected a file's or folder's name"),
+    ("train", "design=AF", "lr=.inf"): (1, "lr must be above 0 and finite"),
+    ("generate", "tiny", "x"): (1, "plait train design=tiny"),
+    ("generate", ".", "x"): (1, "expected a saved model or a run"),
+    ("eval", "(AF)2"): (1, 'plait train "design=(AF)2"'),
+    ("eval", "x", "--import", "none.py"): (1, "none.py: no such file"),
+    ("doctor", "x"): (2, "unexpected extra argument"),
     ("train",): (1, "design"),
     ("train", "missing.yaml"): (1, "no such file"),
     ("train", "design=AF", "stpes=3"): (1, "did you mean 'steps'"),
@@ -42,7 +70,59 @@ def test_one_line_and_an_exit_code(plait, tmp_path, monkeypatch, arguments):
     assert ran.err.startswith("error: ")
     assert ran.err.count("\n") == 1
     assert words in ran.err
-    assert not list(tmp_path.rglob("*.*"))
+    assert not list(tmp_path.rglob("*"))
+    again = plait(*arguments, "--json")
+    assert (again.code, again.err) == (code, ran.err)
+    assert json.loads(again.out) == {"error": ran.err.removeprefix("error: ").rstrip("\n"), "exit": code}
+
+
+FILES = {
+    "binary.yaml": b"\x00\x01\xff" * 9,
+    "list.yaml": b"- a\n- b\n",
+    "empty.yaml": b"",
+    "tabs.yaml": b"a:\n\tb: 1\n",
+    "twice.yaml": b"design: AF\nsteps: 1\nsteps: 2\n",
+    "cut.json": b'{"design": "AF", "ste',
+    "twice.json": b'{"design": "AF",\n "design": "AF"}',
+    "nothing.yaml": b"design:\n",
+}
+
+
+@pytest.mark.parametrize("command", [("show",), ("train",), ("generate", "x"), ("eval",)], ids=" ".join)
+@pytest.mark.parametrize("name", FILES)
+def test_a_wrong_file_is_named(plait, tmp_path, command, name):
+    path = tmp_path / name
+    path.write_bytes(FILES[name])
+    ran = plait(command[0], str(path), *command[1:])
+    assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
+    assert ran.err.startswith(f"error: {path}")
+
+
+def test_what_json_lacks_is_null():
+    from plait.files import json_text
+
+    assert json_text({"a": [float("nan"), (float("-inf"), 1.5)], "b": {"c": float("inf")}}) == (
+        '{"a": [null, [null, 1.5]], "b": {"c": null}}'
+    )
+
+
+@pytest.mark.parametrize("flag", [[], ["--json"]])
+def test_a_full_disk_under_standard_output_is_said(flag):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "plait", "show", "tiny", *flag]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "error: standard output: No space left on device"
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_model_that_fits_no_memory_is_not_begun():
+    import plait
+
+    with pytest.raises(ValueError, match=r"needs .* TiB in float32, and cpu has"):
+        plait.build(plait.ModelConfig(vocab=9, dim=1_000_000, pattern="(AF)999", layers={"F": {"kind": "gelu"}}))
 
 
 def test_debug_shows_where_it_comes_from(plait):

@@ -208,3 +208,64 @@ def test_eval_of_a_model_without_a_run_needs_text(plait, run_folder, tmp_path):
         (tmp_path / name).write_bytes(text)
         ran = plait("eval", str(tmp_path / "model"), "--text", str(tmp_path / name))
         assert (ran.code, ran.err.count("\n"), name in ran.err) == (1, 1, True)
+
+
+def test_a_run_is_found_by_its_folder_file_or_checkpoint(plait, run_folder, tmp_path):
+    asked = ("x", "--max-tokens", "3", "--device", "cpu", "--json")
+    (tmp_path / "small.yaml").write_text(f"design: AF\nfolder: {run_folder}\n")
+    checkpoint = run_folder / "checkpoints" / "step-000002"
+    found = (
+        *(run_folder, run_folder / "run.yaml", run_folder / "checkpoints", checkpoint, checkpoint / "config.json"),
+        tmp_path / "small.yaml",
+    )
+    assert {plait("generate", str(spec), *asked).json["model"] for spec in found} == {str(checkpoint)}
+    assert plait("eval", str(tmp_path / "small.yaml"), "--device", "cpu", "--json").json["model"] == str(checkpoint)
+    ran = plait("train", str(checkpoint))
+    assert (ran.code, f"plait train {run_folder}" in ran.err, "design=" in ran.err) == (1, True, True)
+    (tmp_path / "small.yaml").write_text(f"design: AF\nfolder: {tmp_path}/none\n")
+    assert "not trained yet" in plait("generate", str(tmp_path / "small.yaml"), "x").err
+
+
+def test_a_run_s_design_may_be_another_s(run_folder, tmp_path):
+    from plait.cli.train import run_config
+    from plait.train.config import resolve_design
+
+    (tmp_path / "design.yaml").write_text("dim: 64\npattern: DF AF\n")
+    (tmp_path / "run.yaml").write_text("design: {dim: 64, pattern: DF AF}\n")
+    found = (
+        run_folder,
+        run_folder / "checkpoints" / "step-000002",
+        tmp_path / "design.yaml",
+        tmp_path / "run.yaml",
+        tmp_path,
+    )
+    assert len({resolve_design(run_config([f"design={spec}"]).design, 257).hash for spec in found}) == 1
+    for spec in found:
+        run = run_config([f"design={spec}", "design.layers.A.kv_heads=1"])
+        assert resolve_design(run.design, 257).bound["A"].kv_heads == 1
+
+
+def test_home_is_home(plait, run_folder, tmp_path, monkeypatch):
+    import plait as library
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    shutil.copytree(run_folder, tmp_path / "small")
+    shutil.copy(run_folder.parent / "text.txt", tmp_path / "t.txt")
+    (tmp_path / "d.yaml").write_text("{dim: 64, pattern: AF}\n")
+    library.save(library.load("~/small"), "~/model", library.load_tokenizer("~/small/tokenizer"))
+    ran = plait(
+        *("train", "design=~/d.yaml", "folder=~/runs/x", "data.source=~/t.txt", "data.cache=~/cache", "device=cpu"),
+        *("data.tokenizer=~/small/tokenizer", "data.length=16", "steps=1", "batch=1", "warmup=0", "eval_tokens=16"),
+    )
+    assert ran.code == 0, ran.err
+    for asked in (
+        *(("show", "~/d.yaml", "vocab=9"), ("show", "~/model"), ("show", "~/runs/x/run.yaml"), ("train", "~/runs/x")),
+        *(("generate", "~/model", "x", "--max-tokens", "1"), ("eval", "~/model", "--text", "~/t.txt", "--tokens", "9")),
+    ):
+        ran = plait(*asked)
+        assert ran.code == 0, ran.err
+    assert {path.name for path in tmp_path.iterdir()} == {"work", "small", "t.txt", "d.yaml", "model", "runs", "cache"}
+    assert not list((tmp_path / "work").iterdir())

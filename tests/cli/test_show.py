@@ -57,3 +57,35 @@ def test_a_run_and_its_model_are_shown(plait, run_folder):
 
 def test_what_to_run_next_trains_what_was_shown(plait):
     assert 'next: plait train "design=(DF)2 AF" design.dim=64' in plait("show", "(DF)2 AF", "dim=64").err
+
+
+def test_a_model_is_shown_with_a_line_that_generates(plait, run_folder):
+    for spec in (run_folder, run_folder / "checkpoints" / "step-000002"):
+        assert f"next: plait generate {spec} " in plait("show", str(spec)).err
+        changed = plait("show", str(spec), "layers.A.kv_heads=1")
+        assert f"next: plait train design={spec} design.layers.A.kv_heads=1" in changed.err
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocab"), [("", 257), ("\n  tokenizer: {bpe: 700}", 700), ("\n  tokenizer: TOK", 257)]
+)
+def test_a_run_is_sized_before_it_is_trained(plait, tmp_path, tokenizer, vocab):
+    from plait.data import load_tokenizer
+
+    load_tokenizer("bytes").save(tmp_path / "tok")
+    path = tmp_path / "a.yaml"
+    text = tokenizer.replace("TOK", str(tmp_path / "tok"))
+    path.write_text(f"design: (AF)3\nsteps: 7\nbatch: 4\ndata:\n  source: nowhere.txt\n  length: 32{text}\n")
+    ran = plait("show", str(path), "dim=128", "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.json["design"]["vocab"], ran.json["design"]["dim"]) == (vocab, 128)
+    assert ran.json["run"]["tokens"] == 7 * 4 * 32
+    assert f"next: plait train {path} design.dim=128" in ran.err
+    assert plait("show", str(path), "vocab=999", "--json").json["design"]["vocab"] == 999
+
+
+def test_a_run_that_has_no_checkpoint_yet_is_shown(plait, tmp_path):
+    (tmp_path / "run.yaml").write_text("design: AF\n")
+    ran = plait("show", str(tmp_path), "--json")
+    assert (ran.json["design"]["vocab"], ran.json["pattern"]) == (257, "AF")
+    assert f"next: plait train {tmp_path}" in ran.err

@@ -34,3 +34,18 @@ def test_nothing_heavy_is_loaded(arguments):
 
 def test_help_answers_in_under_a_third_of_a_second():
     assert min(start("--help")[0] for _ in range(3)) < 0.3
+
+
+def test_generating_loads_no_compiler(tmp_path):
+    import plait
+
+    design = plait.ModelConfig(vocab=257, dim=64, pattern="D M W G H S [A|D]:gated [A|M]:merge_attention F")
+    plait.save(plait.build(design), tmp_path, plait.load_tokenizer("bytes"))
+    _, modules = start("generate", str(tmp_path), "x", "--max-tokens", "2", "--device", "cpu")
+    assert "torch" in modules
+    assert not modules & {"transformers", "sympy", "datasets", "matplotlib"}  # sympy: torch.compile's
+
+
+def test_python_m_plait():
+    ended = subprocess.run([sys.executable, "-m", "plait", "--version"], capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("plait ")

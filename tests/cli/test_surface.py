@@ -9,12 +9,12 @@ SURFACE = {
     "train": ["arguments"],
     "generate": [
         *("run", "prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
-        *("--repetition-penalty", "--stop", "--seed", "--device"),
+        *("--repetition-penalty", "--stop", "--seed", "--device", "--import"),
     ],
-    "eval": ["run", "measures", "--text", "--context", "--tokens", "--device"],
+    "eval": ["run", "measures", "--text", "--context", "--tokens", "--device", "--import"],
     "demo": ["--text", "--out", "--fresh"],
     "doctor": [],
-    "selfcheck": ["--device", "--pattern", "--law", "--dtype"],
+    "selfcheck": ["--device", "--pattern", "--law", "--dtype", "--import"],
 }
 
 

@@ -148,7 +148,7 @@ def test_hash_is_of_what_is_built():
         ({"layers": {"A": {"kind": "attention", "rope": {"tetha": 1}}}}, "did you mean 'theta'?"),
         ({"merge": "gatet"}, "merge: unknown kind 'gatet'; did you mean 'gated'?"),
         ({"norm": {"epsilon": 1}}, "norm (rms_norm): unknown key 'epsilon'; did you mean 'eps'?"),
-        ({"vocab": "many"}, "Expected `int`, got `str`"),
+        ({"vocab": "many"}, "vocab: expected a whole number, got 'many'"),
         ({"vocab": 0}, "ModelConfig.vocab must be above 0, got 0"),
         ({"dim": 70}, "layer 'A': Attention: dim 70 is not a multiple of head_dim 64, so heads must be given"),
         ({"layers": {"A": {"kind": "attention", "heads": 5}}}, "heads 5 do not divide dim 64"),

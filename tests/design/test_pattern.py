@@ -116,7 +116,7 @@ def test_structure():
         ("M-F", 2, "unexpected '-'"),
         ("[M|A]:", 7, "expected the name of a merge"),
         ("[M|A]:Gated", 7, "expected the name of a merge after ':', in lower case"),
-        ("M99999999", 1, f"more than {MAX_SLOTS:,} slots"),
+        ("M99999999", 1, f"more than {MAX_SLOTS:,} layers"),
         ("(" * 5000, 1, "nested too deeply"),
     ],
 )
@@ -132,3 +132,18 @@ def test_errors_say_where_and_what(text, column, reason):
 def test_not_a_string(wrong):
     with pytest.raises(ValueError, match="expected a string"):
         parse(wrong)
+
+
+@pytest.mark.parametrize(
+    "text", ["(MF)-2", "M1e3", "M2.5", "M*4", "(M)x4", "M1_0", "M\u0663", "M\u00b2", "M^2", "[A|M]+2"]
+)
+def test_a_count_is_plain_digits(text):
+    with pytest.raises(PatternError, match="a count is a whole number from 1 to 10,000"):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", ["M10001", "M" + "9" * 6000, "(((MF)60)60)60", "[M3000|A3000]2", "[M|[A100|M]90]200"])
+def test_there_are_only_so_many_layers(text):
+    with pytest.raises(PatternError, match="more than 10,000 layers") as caught:
+        parse(text)
+    assert len(str(caught.value)) < 200

@@ -8,7 +8,7 @@ from torch import nn
 import plait
 from plait.design.layers.recurrent import EMPTY
 from plait.layers import context_for
-from plait.layers.recurrent import CELLS, RecurrentCell, RecurrentLayer, cell_of
+from plait.layers.recurrent import CELLS, RecurrentCell, cell_of
 from plait.ops import shooting
 from plait.ops.packing import Packing
 from plait.ops.shooting import NotConverged

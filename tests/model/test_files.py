@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 import plait
-from plait.model import files, weight_files, model_folder
+from plait.model import model_folder, weight_files
 
 DESIGN = plait.ModelConfig(vocab=31, dim=64, pattern="M [A|D]", layers={"M": plait.Mamba2(shared=True)})
 

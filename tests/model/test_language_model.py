@@ -116,7 +116,9 @@ class TestCalls:
         model = plait.build(DESIGN.replace(layers=layers))
         _, state = model(TOKENS, model.init_state(2))
         model(TOKENS[:, :4], state)
-        with pytest.raises(ValueError, match=r"17 tokens is longer than this model's positions go \(max_positions 16\)"):
+        with pytest.raises(
+            ValueError, match=r"17 tokens is longer than this model's positions go \(max_positions 16\)"
+        ):
             model(TOKENS[:, :5], state)
         packed = TOKENS.view(1, -1)
         model(packed, cu_seqlens=torch.tensor([0, 12, 24]))  # two of twelve, not one of twenty-four

@@ -51,7 +51,7 @@ def test_every_key_is_documented():
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"precision": "float16"}, "did you mean 'bfloat16'?"),
         ({"steps": 0}, "steps must be above 0"),
-        ({"lr": "fast"}, "Expected `float`, got `str`"),
+        ({"lr": "fast"}, "lr: expected a number, got 'fast'"),
         ({"batch": 6, "accumulate": 4}, "4 does not divide batch 6"),
         ({"warmup": 2000}, "do not fit into steps 1000"),
         ({"schedule": "wsd", "warmup": 0.5, "decay": 0.6}, "do not fit"),

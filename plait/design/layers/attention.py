@@ -75,7 +75,9 @@ class Attention(Layer, frozen=True, kw_only=True, tag="attention"):
     def weights(self, dim: int, reads: int | None = None) -> Weights:
         rows, o = self.rows(), self.bias if isinstance(self.bias, bool) else "o" in self.bias
         norms = (norm("q_norm", self.head_dim), norm("k_norm", self.head_dim)) if self.qk_norm else ()
-        residual = (Weight("value_mix", (2,), "vector", Constant(0.5)),) if self.wrap and self.wrap.value_residual else ()
+        residual = (
+            (Weight("value_mix", (2,), "vector", Constant(0.5)),) if self.wrap and self.wrap.value_residual else ()
+        )
         return (
             *projection("qkv_proj", rows, reads or dim, bias=self.bias),
             *projection("o_proj", dim, rows["q"], bias=o, writes=True),

@@ -134,19 +134,27 @@ DESIGNS: dict[str, ModelConfig] = {
     "[M[A|D]:sum|W]F": small("[M[A|D]:sum|W]F"),
     "[WF|DAF]:average [A|[M|D]:gated]": small("[WF|DAF]:average [A|[M|D]:gated]", merge=Projection(branch_norm=False)),
     "norms after, both, none; factors": small(
-        "AF DF [M|GF]F", wrap=Wrap(norms="after", factor=0.22), at={
+        "AF DF [M|GF]F",
+        wrap=Wrap(norms="after", factor=0.22),
+        at={
             "D#0": {"wrap": {"norms": "both", "norm": {"kind": "layer_norm", "bias": False}}},
             "F#1": {"wrap": {"norms": "none", "factor": 0.5}},
             "par#0": {"wrap": {"norms": "before"}, "merge": {"kind": "sum", "weights": [0.7, 1.3]}},
         },
     ),
     "layer norms, learned positions, a scaled and normed front, biases": small(
-        "AF MF", norm=LayerNorm(eps=1e-4), front=Tokens(scale=8.0, norm=True, positions=300),
-        head=Logits(bias=True, scale=0.5, softcap=3.0), A=Attention(heads=4, head_dim=12, rope=None, bias=("q", "v")),
+        "AF MF",
+        norm=LayerNorm(eps=1e-4),
+        front=Tokens(scale=8.0, norm=True, positions=300),
+        head=Logits(bias=True, scale=0.5, softcap=3.0),
+        A=Attention(heads=4, head_dim=12, rope=None, bias=("q", "v")),
     ),
     "reading the embeddings too, values of the first layer": small(
-        "AF AW DF GA", wrap=Wrap(value_residual=True), A=Attention(heads=2, kv_heads=1, head_dim=20),
-        W=Attention(heads=2, kv_heads=1, head_dim=20, window=7), at={
+        "AF AW DF GA",
+        wrap=Wrap(value_residual=True),
+        A=Attention(heads=2, kv_heads=1, head_dim=20),
+        W=Attention(heads=2, kv_heads=1, head_dim=20, window=7),
+        at={
             "D#0": {"wrap": {"reads": "stream_and_embeddings"}},
             "G#0": {"wrap": {"reads": "stream_and_embeddings"}},
             "F#0": {"wrap": {"reads": "stream_and_embeddings", "norms": "none"}},
@@ -162,8 +170,13 @@ DESIGNS: dict[str, ModelConfig] = {
         Shared=GatedDeltaNet(heads=2, head_dim=18, shared=True, adapter_rank=2),
     ),
     "merges by name, layers by address": small(
-        "[M|A]:soft [D|W]:hard (AF)2", merges={"soft": Gated(), "hard": Gated(branch_norm=False)},
-        at={"A#1": {"heads": 2, "scale": 0.2}, "F#1": {"hidden": 40}, "A#2": {"kind": "gru", "heads": 3, "head_dim": 7}},
+        "[M|A]:soft [D|W]:hard (AF)2",
+        merges={"soft": Gated(), "hard": Gated(branch_norm=False)},
+        at={
+            "A#1": {"heads": 2, "scale": 0.2},
+            "F#1": {"hidden": 40},
+            "A#2": {"kind": "gru", "heads": 3, "head_dim": 7},
+        },
     ),
     "frames to classes": small("DF [A|G]F", vocab=10, front=Vectors(features=7)),
     "frames to frames": small("MF W", vocab=None, front=Vectors(features=7, norm=True), head=Regression(outputs=7)),

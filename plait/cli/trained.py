@@ -1,0 +1,56 @@
+"""Which trained model a user means, and the modules that its layers come from."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plait.cli.command import shell
+from plait.design import load_design
+from plait.design.imports import KEY, asked, load_modules
+from plait.design.load import RUN, SAVED, read_mapping
+from plait.files import user_path
+from plait.train import load_run
+
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", help="Load this module or .py file first, for cells of your own; may be given again."),
+]
+
+
+def load_imports(imports: list[str] | None) -> list[str]:
+    """Load what --import names; gives the words to say it again."""
+    load_modules(asked({KEY: imports or []}))
+    return [word for item in imports or [] for word in ("--import", item)]
+
+
+def trained(spec: str) -> Path:
+    """The folder that holds weights: of a run's folder or file, a checkpoint, or a saved model. Raises ValueError or
+    FileNotFoundError that says what there is instead."""
+    from plait.model import model_folder
+
+    path = user_path(spec)
+    if path.is_file():
+        path = _of_file(path)
+    if path.is_dir():
+        return model_folder(path.parent if path.name == "checkpoints" else path)
+    try:
+        load_design(spec)
+    except (ValueError, OSError):
+        return model_folder(path)  # which says that there is none
+    raise ValueError(f"{spec}: a design without weights; train it first: {shell('plait', 'train', f'design={spec}')}")
+
+
+def _of_file(path: Path) -> Path:
+    if path.name == SAVED or (path.name == RUN and (path.parent / "checkpoints").is_dir()):
+        return path.parent
+    data = read_mapping(path)
+    if "design" not in data:
+        what = "a design without weights" if "pattern" in data else "no run"
+        raise ValueError(f"{path}: {what}; expected a run's or a saved model's folder")
+    folder = Path(load_run(path).folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{path}: not trained yet, there is no {folder}; first: {shell('plait', 'train', str(path))}"
+        )
+    return folder
