@@ -132,7 +132,7 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
         cache.length += tokens.shape[1]
         return hidden
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.model.embed
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -141,7 +141,7 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         return self.model.lm_head
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """A vocabulary belongs to the design: only its own size is accepted."""
         if new_num_tokens not in (None, self.model.design.vocab):
             raise ValueError(

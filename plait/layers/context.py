@@ -17,8 +17,8 @@ class Context:
 
     `positions` restart at 0 at each document and go on where a state left off. `found` is where the layers of a slot leave
     numbers about this call, each under its `path` in the slot; nothing is left on modules. Which slot it is nobody inside
-    knows, so that equal slots are one graph to torch.compile. `embeddings` (b, t, d), what the first slot reads, are there where a slot
-    reads them too.
+    knows, so that equal slots are one graph to torch.compile. `embeddings` (b, t, d), what the first slot reads, are there
+    where another slot reads them too.
     """
 
     positions: Int[Tensor, "b t"]

@@ -49,15 +49,23 @@ class Sublayer(nn.Module):
         self.norm = Norm(wrap.width(dim), wrap.before) if wrap.before else None
         self.mixer = mixer
         self.after = Norm(dim, wrap.after) if wrap.after else None
-        self.factor, self.reads_both = wrap.factor, wrap.reads == "stream_and_embeddings"
+        self.factor, self.reads_both = full(wrap.factor), wrap.reads == "stream_and_embeddings"
 
     def forward(self, x: Hidden, context: Context, state: SlotState | None) -> tuple[Hidden, SlotState | None]:
-        u = torch.cat([x, context.embeddings], -1) if self.reads_both else x
+        u = x
+        if self.reads_both:
+            assert context.embeddings is not None  # the model leaves them where a slot reads them
+            u = torch.cat([x, context.embeddings], -1)
         y, state = self.mixer(u if self.norm is None else self.norm(u), context, state)
         return x + added(y, self.after, self.factor), state
 
 
-def added(y: Hidden, after: nn.Module | None, factor: float | None) -> Hidden:
+def full(factor: float | None) -> float:
+    """Of a wrap that the design has resolved."""
+    return 1.0 if factor is None else factor
+
+
+def added(y: Hidden, after: nn.Module | None, factor: float) -> Hidden:
     """What a layer's output adds to its stream."""
     y = y if after is None else after(y)
     return y if factor == 1 else y * factor
@@ -72,16 +80,17 @@ class ChainLayer(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleDict({str(i): Norm(dim, w.before) for i, w in enumerate(wraps) if i and w.before})
         self.after = nn.ModuleDict({str(i): Norm(dim, w.after) for i, w in enumerate(wraps) if w.after})
-        self.factors = [wrap.factor for wrap in wraps]
+        self.factors = [full(wrap.factor) for wrap in wraps]
 
     def forward(self, u: Hidden, context: Context, state: Branches | None) -> tuple[Hidden, Branches | None]:
         states = [None] * len(self.layers) if state is None else state.parts
+        norms, posts = dict(self.norms.items()), dict(self.after.items())
         contexts = [context] if len(self.layers) == 1 else [context.inside(i) for i in range(len(self.layers))]
         total, after = None, []
         for i, (layer, here, before) in enumerate(zip(self.layers, contexts, states, strict=True)):
             x = u if total is None else u + total
-            y, new = layer(self.norms[str(i)](x) if str(i) in self.norms else x, here, before)
-            y = added(y, self.after[str(i)] if str(i) in self.after else None, self.factors[i])
+            y, new = layer(norms[str(i)](x) if str(i) in norms else x, here, before)
+            y = added(y, posts.get(str(i)), self.factors[i])
             total = y if total is None else total + y
             after.append(new)
         assert total is not None  # a chain has a layer

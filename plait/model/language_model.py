@@ -65,7 +65,7 @@ class LanguageModel(nn.Module):
         self.embed_norm = Norm(design.dim, design.norm) if design.front.norm else None
         self.positions = None
         if table := declared.get("positions.weight"):
-            self.positions = nn.Embedding(*table.shape, _weight=empty(table).data)
+            self.positions = nn.Embedding(table.shape[0], table.shape[1], _weight=empty(table).data)
         self.meta = empty(declared["meta"]) if "meta" in declared else None
 
     def _make_head(self) -> None:

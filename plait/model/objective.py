@@ -11,8 +11,8 @@ from plait.model.loss import KL, CrossEntropy, Loss, Mixed, SquaredError
 
 
 class Batch(Protocol):
-    """What a loader gives: inputs, ids (b, t) or vectors (b, t, f); targets, ids (b, t) or vectors (b, t, o); and the documents'
-    offsets where they are packed end to end, else None."""
+    """What a loader gives: inputs, ids (b, t) or vectors (b, t, f); targets, ids (b, t) or vectors (b, t, o); and the
+    offsets of documents that are packed end to end, else None."""
 
     @property
     def inputs(self) -> Tensor: ...

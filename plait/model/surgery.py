@@ -67,9 +67,10 @@ class _Swap:
 
     def _parallel(self, before: ParallelPlace, now: ParallelPlace, module: ParallelLayer, path: str) -> ParallelLayer:
         chains = []
-        for b, (old, new, chain) in enumerate(zip(before.branches, now.branches, module.branches, strict=True)):
+        modules: Any = module.branches
+        for b, (old, new, chain) in enumerate(zip(before.branches, now.branches, modules, strict=True)):
             pairs = zip(old, new, chain.layers, strict=True)
-            parts = [self._node(*pair, f"{path}branches.{b}.layers.{i}.") for i, pair in enumerate(pairs)]
+            parts = [self._node(o, n, m, f"{path}branches.{b}.layers.{i}.") for i, (o, n, m) in enumerate(pairs)]
             made = self._made(ChainLayer(parts, [node.wrap for node in new], self.design.dim))
             _keep(made.norms, chain.norms)
             _keep(made.after, chain.after)

@@ -77,7 +77,7 @@ def test_a_run_names_the_module_and_a_new_process_goes_on(plait, workplace):
         assert ran.code == 0, ran.err
         assert ran.err.endswith(f"--import {way}\n")
 
-    program = "import light, plait; print(plait.load('runs/run').design.bound['Z'].slope)"
+    program = "import light, plait; print(plait.load('runs/run').design.slots[0].layer.slope)"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout == "2.0\n"
 
