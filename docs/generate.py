@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
+from pkgutil import resolve_name
 
 from plait.design import PRESETS, ModelConfig, RMSNorm, RoPE, load_design
 from plait.design.count import parameters
@@ -13,6 +15,32 @@ from plait.design.summary import si
 from plait.train.config import DataConfig, RunConfig
 
 HERE = Path(__file__).parent
+# What a program calls, in the order in which it meets them.
+FUNCTIONS = (
+    "plait.build",
+    "plait.load",
+    "plait.save",
+    "plait.load_tokenizer",
+    "plait.generate",
+    "plait.engine.stream",
+    "plait.LanguageModel.forward",
+    "plait.LanguageModel.features",
+    "plait.LanguageModel.head",
+    "plait.LanguageModel.init_state",
+    "plait.LanguageModel.state_spec",
+    "plait.ModelState.fork",
+    "plait.ModelState.select",
+    "plait.ModelState.detach",
+    "plait.ModelState.to",
+    "plait.ModelState.save",
+    "plait.ModelState.load",
+    "plait.train.train",
+    "plait.train.load_run",
+    "plait.train.Result",
+    "plait.register",
+    "plait.hub.register",
+    "plait.load_design",
+)
 
 
 def defaults_of(cls: type) -> dict:
@@ -30,6 +58,14 @@ def describe(name: str, cls: type, base: type | None = None) -> list[str]:
         shown = repr(defaults.get(field)).replace("<factory>", "{}")
         fields.append(f"`{field}` {'= ' + shown if field in defaults else '(required)'}")
     return [*lines, ", ".join([f"those of {base.__name__}", *fields] if base else fields), ""]
+
+
+def describe_call(name: str) -> list[str]:
+    """A heading, how it is called, and the docstring."""
+    thing = resolve_name(name)
+    called = re.sub(r"\b(?!torch\b)(?:[a-z_]\w*\.)+(?=[A-Za-z])|~", "", str(inspect.signature(thing)))  # no modules
+    called = re.sub(r"^\((?:self|cls)(?:, |(?=\)))", "(", called)
+    return [f"### `{name}`", "", "```", name.rpartition(".")[2] + called, "", inspect.getdoc(thing) or "", "```", ""]
 
 
 def main() -> None:
@@ -60,6 +96,9 @@ def main() -> None:
         f"| `{name}` | {si(parameters(load_design(name)))} | `{json.dumps(data)}` |" for name, data in PRESETS.items()
     ]
     lines += ["", "## Runs", "", *describe("run.yaml", RunConfig), *describe("data", DataConfig)]
+    lines += ["## Functions", ""]
+    for name in FUNCTIONS:
+        lines += describe_call(name)
     (HERE / "reference.md").write_text("\n".join(lines), encoding="utf-8")
     print(f"wrote {HERE / 'reference.md'}")
 

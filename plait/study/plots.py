@@ -21,7 +21,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 11,
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
@@ -32,6 +32,8 @@ STYLE: dict[Any, Any] = {
     "grid.color": GRID,
     "grid.linewidth": 0.6,
 }
+
+SIZE = (5, 3.4)  # inches of 72 units: so small that letters stay readable on a page 390 pixels wide
 
 Line = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
 
@@ -102,7 +104,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 def picture(name: str, draw: Callable[[Axes], Any]) -> str:
     """What `draw` draws, as one <svg> element. `name` keeps its ids apart from other pictures' on the page."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(7, 3.4), layout="constrained")
+        figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.grid(axis="y")

@@ -1,11 +1,13 @@
 """A study's results as one HTML page that needs nothing else."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from plait.design.summary import si, size
+from plait.evaluate.machine import described
 from plait.files import write_text
 from plait.study import plots
 
@@ -30,18 +32,32 @@ def render(data: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"si": si, "size": size}
+    environment.filters |= {"si": si}
     return environment.get_template("report.html.j2").render(
         **data,
         training={key: data["study"]["training"][key] for key in TRAINING if key in data["study"]["training"]},
-        decode_contexts=ends(models[0]["decode_ms"]),
-        state_contexts=ends(models[0]["state_bytes"]),
+        measured_on=described(data["machine"]),
+        columns=columns(models[0]),
         loss_svg=plots.losses(
             [line(model, "losses") for model in models], [line(model, "heldout") for model in models]
         ),
         decode_svg=plots.decode_times([by_context(model, "decode_ms") for model in models]),
         state_svg=plots.state_sizes([by_context(model, "state_bytes") for model in models]),
     )
+
+
+def columns(first: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """What the table says of a model after its name and pattern: a heading, and the cell under it."""
+    shown: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("parameters", lambda model: f"{model['parameters']:,}"),
+        ("bits/byte\nheld out", lambda model: f"{model['bits_per_byte']:.3f}"),
+        ("training\ntokens/s", lambda model: f"{model['train_tokens_per_s']:,.0f}"),
+    ]
+    for at in ends(first["decode_ms"]):
+        shown.append((f"decode ms/token\nat {int(at):,}", lambda model, at=at: f"{model['decode_ms'][at]:.2f}"))
+    for at in ends(first["state_bytes"]):
+        shown.append((f"state at\n{int(at):,}", lambda model, at=at: size(model["state_bytes"][at])))
+    return shown
 
 
 def ends(by_context: dict[str, Any]) -> list[str]:

@@ -1,19 +1,13 @@
 """What a study found: numbers per model, and on what machine they were measured."""
 
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from plait.files import write_text
 
 RESULTS = "results.json"
-PACKAGES = ("plait", "torch", "numpy", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +46,3 @@ def write_results(folder: Path, data: dict[str, Any]) -> Path:
     path = folder / RESULTS
     write_text(path, json.dumps(data, indent=1) + "\n")
     return path
-
-
-def machine() -> dict[str, Any]:
-    """The processor and what runs on it."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text("utf-8", "replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -15,12 +15,13 @@ from plait.data import Shards, Tokenizer
 from plait.data import prepare as prepare_shards
 from plait.design.count import parameters
 from plait.design.model import ModelConfig
+from plait.evaluate.machine import machine
 from plait.files import read_text, write_text
 from plait.study.config import Study
 from plait.study.measure import measure
 from plait.study.pool import train_all
 from plait.study.report import write_report
-from plait.study.results import as_data, machine, write_results
+from plait.study.results import as_data, write_results
 from plait.train import RunConfig
 from plait.train.inputs import open_tokenizer
 

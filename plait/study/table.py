@@ -4,30 +4,20 @@ from typing import Any
 
 from rich.table import Table
 
-from plait.design.summary import size
-from plait.study.report import ends
+from plait.evaluate.machine import described
+from plait.study.report import columns
 
 
 def table(data: dict[str, Any]) -> Table:
     """`data` as results.json holds it: one row a model."""
     models = data["models"]
-    decode, state = ends(models[0]["decode_ms"]), ends(models[0]["state_bytes"])
-    grid = Table()
+    shown = columns(models[0])
+    grid = Table(caption=f"measured on {described(data['machine'])}", caption_justify="left")
     for name in ("model", "pattern"):
         grid.add_column(name, no_wrap=True)
-    numbers = ["parameters", "bits/byte\nheld out", "training\ntokens/s"]
-    numbers += [f"decode ms/token\nat {int(context):,}" for context in decode]
-    numbers += [f"state at\n{int(context):,}" for context in state]
-    for name in numbers:
-        grid.add_column(name, justify="right", no_wrap=True)
+    for heading, _ in shown:
+        grid.add_column(heading, justify="right", no_wrap=True)
     for model in models:
-        grid.add_row(
-            model["name"],
-            model["pattern"].replace("[", r"\["),
-            f"{model['parameters']:,}",
-            f"{model['bits_per_byte']:.3f}",
-            f"{model['train_tokens_per_s']:,.0f}",
-            *(f"{model['decode_ms'][context]:.2f}" for context in decode),
-            *(size(model["state_bytes"][context]) for context in state),
-        )
+        cells = (cell(model) for _, cell in shown)
+        grid.add_row(model["name"], model["pattern"].replace("[", r"\["), *cells)
     return grid

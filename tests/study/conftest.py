@@ -45,6 +45,7 @@ def fake_results() -> dict[str, Any]:
         "text": {"documents": 600, "heldout_documents": 20, "bytes": 10_000_000},
         "machine": {
             "cpu": "A Processor",
+            "instructions": "AVX2",
             "cores": 2,
             "threads": 2,
             "platform": "Linux",

@@ -79,6 +79,18 @@ def test_numbers_and_samples_are_there(fake_results):
     assert "sample &lt;b&gt;parallel&lt;/b&gt; &amp; more" in text
 
 
+def test_a_narrow_page_hides_no_number_behind_a_scroll_bar(fake_results):
+    text = render(fake_results)
+    headings = re.findall(r"<th>([^<]*)</th>", text)[1:]
+    labels = re.findall(r'<td data-label="([^"]*)"', text)
+    assert labels == headings * len(fake_results["models"])  # as cards, where there is no row of headings
+    assert "overflow-x" not in text
+
+
+def test_numbers_stand_beside_their_machine(fake_results):
+    assert render(fake_results).count("A Processor (AVX2), 2 cores") == 2
+
+
 def test_equal_results_give_an_equal_page(fake_results):
     assert render(fake_results) == render(fake_results)
 
@@ -89,7 +101,7 @@ def test_the_table_has_a_row_a_model(fake_results):
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(table(fake_results))
     shown = console.export_text()
-    for word in ("([D|A]F)4", "transformer", "2.100", "at 8,192"):
+    for word in ("([D|A]F)4", "transformer", "2.100", "at 8,192", "A Processor"):
         assert word in shown
 
 
