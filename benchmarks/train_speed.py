@@ -58,10 +58,15 @@ def tokens_per_s(pattern: str, dim: int, steps: int, folder: Path) -> float:
 
 def table(by_machine: dict[str, dict[str, Any]]) -> str:
     """A row a design, a column a machine."""
-    rows = ["| pattern | dim | parameters | " + " | ".join(by_machine) + " |", "|---|---:|---:|" + "---:|" * len(by_machine)]
+    rows = [
+        "| pattern | dim | parameters | " + " | ".join(by_machine) + " |",
+        "|---|---:|---:|" + "---:|" * len(by_machine),
+    ]
     for pattern, dim in DESIGNS:
         count = si(parameters(load_design(pattern, vocab=VOCAB, dim=dim)))
-        cells = (f"{speeds[key]:,.0f}" if (key := f"{pattern} {dim}") in speeds else "" for speeds in by_machine.values())
+        cells = (
+            f"{speeds[key]:,.0f}" if (key := f"{pattern} {dim}") in speeds else "" for speeds in by_machine.values()
+        )
         rows.append(f"| `{pattern}` | {dim} | {count} | ".replace("|A]", r"\|A]") + " | ".join(cells) + " |")
     return "\n".join(rows)
 

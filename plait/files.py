@@ -1,5 +1,7 @@
 """Files in UTF-8, either the old one or the whole new one, whatever happens in between; and what a user means by a path."""
 
+import json
+import math
 import os
 import re
 import secrets
@@ -10,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 OTHER_UNICODE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
@@ -50,6 +53,19 @@ def not_utf8(head: bytes, at: int, offset: int = 0) -> str:
     other = OTHER_UNICODE.get(head[:2]) if offset == 0 else None
     found = f"{other} text" if other else f"byte {offset + at} (0x{head[at]:02x}) is not UTF-8"
     return f"{found}; expected UTF-8 text{', save it as such' if other else ''}"
+
+
+def json_text(data: Any, **how: Any) -> str:
+    """JSON, which has no NaN and no infinity: null."""
+    return json.dumps(_finite(data), allow_nan=False, **how)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -34,9 +34,10 @@ def command(
     from plait.files import letters
     from plait.model import load, model_folder
     from plait.model.device import find_device
+    from plait.train import check_model
 
     text = sys.stdin.read() if prompt == "-" else letters(prompt)
-    folder = model_folder(run)
+    folder = check_model(model_folder(run))
     model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
     started = time.perf_counter()
     pieces = []

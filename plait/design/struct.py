@@ -1,5 +1,6 @@
 """Frozen plain data with a `kind` tag; an unknown key is an error that names the nearest known one."""
 
+import math
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import msgspec
@@ -49,6 +50,15 @@ def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str) ->
                 check_keys(value, inner, f"{where}.{key}")
 
 
+def check_finite(data: Any, where: str) -> None:
+    """Raise ValueError for NaN and infinity, which are no setting of anything and which JSON cannot hold."""
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ValueError(f"{where}: expected a finite number, got {data}")
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
+    for key, value in inner:
+        check_finite(value, f"{where}.{key}")
+
+
 def convert(data: Any, cls: type[T], where: str) -> T:
     """Plain data -> `cls`, errors prefixed with where in the file it stood."""
     if isinstance(data, cls):
@@ -56,6 +66,7 @@ def convert(data: Any, cls: type[T], where: str) -> T:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a mapping, got {data!r}")
     check_keys(data, cls, where)
+    check_finite(data, where)
     try:
         return msgspec.convert(data, cls)
     except msgspec.ValidationError as error:
@@ -84,5 +95,15 @@ def positive(config: msgspec.Struct, *names: str) -> None:
     """Raise ValueError where a set number is not above zero."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{type(config).__name__}.{name} must be above 0, got {value}")
+
+
+def between(config: msgspec.Struct, low: float, high: float, *names: str, where: str = "") -> None:
+    """Raise ValueError where a set number is below `low` or above `high`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(
+                f"{where or type(config).__name__}.{name} must be between {low:,} and {high:,}, got {value}"
+            )

@@ -84,7 +84,9 @@ def reader(tmp_path, monkeypatch):
         (library / f"m{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 20, encoding="utf-8")
     (tmp_path / "book.txt").write_text("Once there was a number.\n" * 200, encoding="utf-8")
     found = sysconfig.get_path
-    monkeypatch.setattr(sysconfig, "get_path", lambda name, *a, **k: str(library) if name == "stdlib" else found(name, *a, **k))
+    monkeypatch.setattr(
+        sysconfig, "get_path", lambda name, *a, **k: str(library) if name == "stdlib" else found(name, *a, **k)
+    )
     monkeypatch.chdir(tmp_path)
     tables = [(table, dict(table)) for table in (KINDS, LETTERS, LAYERS, CELLS)]
     yield tmp_path
