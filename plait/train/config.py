@@ -222,10 +222,16 @@ def at_home(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     A run that was kept in runs/x and is now /a/b/runs/x was made in /a/b, and there its relative paths begin, also after the
     whole of it was copied to another machine. (Where the run's folder was given absolute, so were its paths written.)
     """
-    kept, now = Path(data.get("folder", "")), folder.resolve()
-    home = now.parents[len(kept.parts) - 1] if kept.parts and now.parts[-len(kept.parts) :] == kept.parts else None
-    inputs = data.get("data")
-    if home is None or home == Path.cwd() or kept.is_absolute() or not isinstance(inputs, dict):
+    kept, now, inputs = Path(data.get("folder", "")), folder.resolve(), data.get("data")
+    if (
+        kept.is_absolute()
+        or not kept.parts
+        or now.parts[-len(kept.parts) :] != kept.parts
+        or not isinstance(inputs, dict)
+    ):
+        return data
+    home = now.parents[len(kept.parts) - 1]
+    if home == Path.cwd():
         return data
     return data | {"data": from_folder(inputs, home)}
 
