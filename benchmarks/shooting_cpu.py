@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.design.recurrent import LSTM as LSTMConfig
+from plait.design.layers.recurrent import LSTM as LSTMConfig
 from plait.evaluate.machine import machine
 from plait.layers.recurrent import RecurrentCell
 from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, Bound, Cell, shooting

@@ -10,7 +10,7 @@ from plait.design import PRESETS, ModelConfig, RMSNorm, RoPE, load_design
 from plait.design.count import parameters
 from plait.design.layers import KINDS, LETTERS
 from plait.design.merges import MERGE_KINDS
-from plait.design.recurrent import Recurrent
+from plait.design.layers.recurrent import NonlinearRecurrence
 from plait.design.summary import si
 from plait.train.config import DataConfig, RunConfig
 
@@ -84,9 +84,9 @@ def main() -> None:
         "",
     ]
     for kind, cls in KINDS.items():
-        base = Recurrent if issubclass(cls, Recurrent) else None
-        if base and not any(line.startswith("### `Recurrent") for line in lines):
-            lines += describe("Recurrent, what the next have in common", Recurrent)
+        base = NonlinearRecurrence if issubclass(cls, NonlinearRecurrence) else None
+        if base and not any(line.startswith("### `NonlinearRecurrence") for line in lines):
+            lines += describe("NonlinearRecurrence, what the next have in common", NonlinearRecurrence)
         lines += describe(f"{cls.__name__}, kind: {kind}", cls, base)
     lines += ["## Merges", ""]
     for kind, cls in MERGE_KINDS.items():

@@ -17,19 +17,6 @@ from typing import Any
 OTHER_UNICODE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
-def json_text(data: Any) -> str:
-    """One line of JSON, which has no NaN and no infinity: null."""
-    return json.dumps(_finite(data), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
 def user_path(spec: str | os.PathLike[str]) -> Path:
     """The path that a user gave: `~` and `~name` are home folders, and a name's letters are UTF-8 in any locale."""
     text = os.fspath(spec)
@@ -66,6 +53,19 @@ def not_utf8(head: bytes, at: int, offset: int = 0) -> str:
     other = OTHER_UNICODE.get(head[:2]) if offset == 0 else None
     found = f"{other} text" if other else f"byte {offset + at} (0x{head[at]:02x}) is not UTF-8"
     return f"{found}; expected UTF-8 text{', save it as such' if other else ''}"
+
+
+def json_text(data: Any, **how: Any) -> str:
+    """JSON, which has no NaN and no infinity: null."""
+    return json.dumps(_finite(data), allow_nan=False, **how)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -45,6 +45,7 @@ def command(screen: "Console") -> Outcome:
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "optional": {name: _version(name) for name in OPTIONAL},
         "devices": devices(),
+        "processor": processor(),
         "forced": os.environ.get("PLAIT_KERNELS"),
         "kernels": kernels(),
     }
@@ -65,13 +66,32 @@ def devices() -> list[dict[str, Any]]:
     """The CPU, and every CUDA device with its memory in bytes."""
     import torch
 
-    found: list[dict[str, Any]] = [
-        {"device": "cpu", "name": platform.processor() or platform.machine(), "memory": None}
-    ]
+    from plait.evaluate.machine import cpu_name
+
+    found: list[dict[str, Any]] = [{"device": "cpu", "name": cpu_name(), "memory": None}]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         found.append({"device": f"cuda:{index}", "name": facts.name, "memory": facts.total_memory})
     return found
+
+
+def processor() -> dict[str, Any]:
+    """The CPU's instructions as torch uses them, what they make quick, and what that means for the demo, measured now."""
+    import torch
+
+    from plait.evaluate.machine import cores, cpu_name
+    from plait.study.demo import expected_minutes, pace
+    from plait.train.instructions import cpu_bfloat16
+
+    measured = pace()
+    return {
+        "name": cpu_name(),
+        "cores": cores(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": cpu_bfloat16(),
+        "demo_tokens_per_s": measured,
+        "demo_minutes": expected_minutes(measured, cores()),
+    }
 
 
 def kernels() -> list[dict[str, str]]:
@@ -120,6 +140,18 @@ def report(screen: "Console", data: dict[str, Any]) -> None:
             f", {size(device['memory'])}" if device["memory"] else f", {data['cores']} cores, {data['threads']} threads"
         )
         facts.add_row(device["device"], f"{device['name']}{memory}")
+    cpu = data["processor"]
+    quick = (
+        f"bfloat16 products by {cpu['bfloat16']}: precision bfloat16 and Muon in bfloat16 are quick"
+        if cpu["bfloat16"]
+        else "no bfloat16 products: float32 is quick, precision bfloat16 is not; Muon runs in float32"
+    )
+    facts.add_row("cpu instructions", f"{cpu['instructions']}, {quick}")
+    facts.add_row(
+        "plait demo",
+        f"{cpu['demo_tokens_per_s']:,.0f} tokens/s in training on one thread (three steps of (DF)3 AF, just now): about "
+        f"{cpu['demo_minutes']:.1f} minutes of training, then measuring",
+    )
     if data["forced"]:
         facts.add_row("PLAIT_KERNELS", f"{data['forced']}: forced for every op, whatever the table says")
     screen.print(facts)

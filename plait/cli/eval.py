@@ -1,5 +1,6 @@
 """`plait eval`: how good a trained model is."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,29 +48,33 @@ def command(
     from plait.data import load_tokenizer
     from plait.model import load
     from plait.model.device import find_device
+    from plait.train import check_model
 
-    again, folder = load_imports(imports), trained(run)
+    again, folder = load_imports(imports), check_model(trained(run))
     made_by = run_of(folder)
     if text is None and made_by is None:
         raise ValueError(f"{folder} is not part of a training run, so it has no held-out text: give --text")
     model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
-    context = context or (made_by.data.length if made_by else None)
+    context = context or (made_by.data.length if made_by else model.max_positions)
     with screen.status("reading"):
         if text is not None:
-            found = on_text(model, tokenizer, text, context, tokens)
+            found = on_text(model, tokenizer, text, context, tokens, made_by.precision if made_by else "float32")
         else:
             assert made_by is not None
             assert context is not None
+            tokens = tokens or made_by.eval_tokens
             found = on_heldout(model, tokenizer, made_by, context, tokens)
     source = text or f"held-out part of {made_by.data.source if made_by else ''}"
+    way = how(context, tokens)
     data: dict[str, Any] = {
         "model": str(folder),
         "text": source,
+        "how": way,
         "context": context,
         "tokens": found.tokens,
         "bytes": found.bytes,
         "loss": found.nats_per_token,
-        "perplexity": found.perplexity,
+        "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,
         "bits_per_byte": found.bits_per_byte,
     }
     say(
@@ -77,6 +82,7 @@ def command(
         f"{source}: {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.3f} a token "
         f"({found.tokens:,} tokens, {found.bytes:,} bytes)",
     )
+    say(screen, f"measured {way}")
     if found.layers:
         from plait.train.solver import as_data
 
@@ -106,38 +112,50 @@ def run_of(folder: Path) -> RunConfig | None:
     return load_run(home) if (home / "run.yaml").is_file() and folder.resolve().parent.name == "checkpoints" else None
 
 
+def how(context: int | None, tokens: int | None) -> str:
+    """The way of measuring in words: it decides the number as much as the model does."""
+    cut = f"in pieces of {context:,} tokens" if context else "each document whole"
+    return f"{cut}, each read from an empty state{f', the first {tokens:,} tokens at most' if tokens else ''}"
+
+
 def on_heldout(
     model: "LanguageModel", tokenizer: "Tokenizer", run: RunConfig, context: int, tokens: int | None
 ) -> "Perplexity":
-    """Over the documents that the run kept apart, in pieces of `context` tokens, as training does."""
-    from plait.data import Loader, prepare
-    from plait.evaluate.perplexity import perplexity
+    """Over the documents that the run kept apart: with the run's own context and `eval_tokens`, the number training gave."""
+    from plait.data import prepare
+    from plait.evaluate.perplexity import Perplexity, checked
+    from plait.train import heldout_loss
 
     shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout)
-    batches = Loader(shards, "heldout", batch=run.batch, length=context, order="sequential", epochs=1)
-    return perplexity(model, batches, tokens)
+    found = heldout_loss(model, shards, batch=run.batch, length=context, tokens=tokens, precision=run.precision)
+    return checked(model, Perplexity.of(found))
 
 
 def on_text(
-    model: "LanguageModel", tokenizer: "Tokenizer", text: str, context: int | None, tokens: int | None
+    model: "LanguageModel",
+    tokenizer: "Tokenizer",
+    text: str,
+    context: int | None,
+    tokens: int | None,
+    precision: str = "float32",
 ) -> "Perplexity":
-    """Over all documents of a source, each on its own."""
+    """Over all documents of a source, as held-out documents are measured; what is not text is passed over."""
     from plait.data import NotText, open_source
-    from plait.evaluate.perplexity import Perplexity, perplexity_of_text
+    from plait.evaluate.perplexity import Perplexity, checked, perplexity_of_document
 
     total = Perplexity(0.0, 0, 0)
     for document in open_source(text).documents():
         left = None if tokens is None else tokens - total.tokens
-        if left is not None and left < 2:
+        if left is not None and left < 1:
             break
         try:
-            total += perplexity_of_text(model, tokenizer, document.pieces, context=context, tokens=left)
+            total += perplexity_of_document(
+                model, tokenizer, document.pieces, context=context, tokens=left, precision=precision
+            )
         except NotText:
             if document.required:
                 raise
-        except ValueError as error:
-            if "fewer than two" not in str(error):
-                raise
-    if not total.tokens:
-        raise ValueError(f"{text}: nothing to score; expected text of at least two tokens")
-    return total
+    try:
+        return checked(model, total)
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from None

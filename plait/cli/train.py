@@ -1,16 +1,21 @@
 """`plait train`: one training run, from a file, from key=value, or from both."""
 
+import json
+import re
+from inspect import cleandoc
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from plait.cli.changes import reach_letters, read_changes
-from plait.cli.command import Outcome, shell
-from plait.design import ModelConfig
+from plait.cli.command import Outcome, say, shell
+from plait.design import PRESETS, ModelConfig
 from plait.design.imports import asked, load_modules
 from plait.design.load import design_mapping, find_design, override, read_mapping
 from plait.files import user_path
-from plait.train import RunConfig, load_run
+from plait.train import DataConfig, RunConfig, latest, load_run
 from plait.train.config import resolve_design
 
 if TYPE_CHECKING:
@@ -27,11 +32,15 @@ def command(
         ),
     ] = None,
 ) -> Outcome:
-    """Train a model; the same command again goes on where it stopped. Ctrl-C saves."""
     from plait.engine import generate
     from plait.train import train
 
     run = run_config(arguments or [])
+    if (weights := with_weights(run.design)) is not None:
+        say(
+            screen,
+            f"design {run.design}: its design is used, its weights are not; training begins with new ones ({weights})",
+        )
 
     def sample(model: Any, tokenizer: Any, prompt: str) -> str:
         return prompt + generate(model, tokenizer, prompt, max_tokens=48, temperature=0.8, seed=0)
@@ -49,7 +58,42 @@ def command(
     }
     folder = str(result.folder)
     after = [shell("plait", "generate", folder, run.sample_prompt), shell("plait", "eval", folder, "ppl")]
+    if result.done == 0:
+        say(screen, f"nothing to do: all {result.step:,} steps of {folder} are done; more with steps=N resume=true")
+        return Outcome(data, next=after)
     return Outcome(data, wrote=[result.checkpoint, result.folder / "metrics.jsonl"], next=after)
+
+
+def with_weights(design: Any) -> Path | None:
+    """The folder that a run's `design` names where that holds a trained model too."""
+    if not isinstance(design, str) or design in PRESETS or not (folder := Path(design).expanduser()).is_dir():
+        return None
+    return folder if any(folder.glob("*.safetensors")) else latest(folder)
+
+
+def keys() -> str:
+    """What a run file may say, from where it is declared."""
+    said = []
+    for name, config in (("", RunConfig), ("data.", DataConfig)):
+        fields = [field for field in msgspec.structs.fields(config) if field.name not in ("design", "data")]
+        defaults = (f"{name}{field.name}={write(field.default)}" for field in fields)
+        text = re.sub(r" {2,}(?=\w+: )", "\n", cleandoc(config.__doc__ or ""))  # one key a line
+        said += [text, f"Defaults: {' '.join(defaults)}"]
+    return "\n\n".join(said)
+
+
+def write(value: Any) -> str:
+    """A default as it would be typed."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return shell(text).replace("'", '"') if set(text) & set(" []") else text
+
+
+command.__doc__ = f"""Train a model; the same command again goes on where it stopped. Ctrl-C saves.
+
+Keys of a run, in its file or as KEY=VALUE:
+
+{keys()}
+"""
 
 
 def run_config(arguments: list[str]) -> RunConfig:

@@ -93,6 +93,15 @@ def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str, al
                 check_keys(value, inner, f"{where}.{key}")
 
 
+def check_finite(data: Any, where: str) -> None:
+    """Raise ValueError for NaN and infinity, which are no setting of anything and which JSON cannot hold."""
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ValueError(f"{where}: expected a finite number, got {data}")
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
+    for key, value in inner:
+        check_finite(value, f"{where}.{key}")
+
+
 def convert(data: Any, cls: type[T], where: str) -> T:
     """Plain data -> `cls`, errors prefixed with where in the file it stood."""
     if isinstance(data, cls):
@@ -103,6 +112,7 @@ def convert(data: Any, cls: type[T], where: str) -> T:
     defaults = {field.name: field.default for field in msgspec.structs.fields(cls)}
     data = {key: value for key, value in data.items() if value is not None or defaults.get(key, 0) is not None}
     data = exact(data, cls)
+    check_finite(data, where)
     try:
         return msgspec.convert(data, cls)
     except msgspec.ValidationError as error:
@@ -177,3 +187,13 @@ def at_most(config: msgspec.Struct, name: str, limit: int) -> None:
         raise ValueError(
             f"{type(config).__name__}.{name} must be at most {limit:,}, got {value:{',' if value < 1e15 else '.3g'}}"
         )
+
+
+def between(config: msgspec.Struct, low: float, high: float, *names: str, where: str = "") -> None:
+    """Raise ValueError where a set number is below `low` or above `high`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(
+                f"{where or type(config).__name__}.{name} must be between {low:,} and {high:,}, got {value}"
+            )

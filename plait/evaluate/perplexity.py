@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Self
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from plait.data import Batch, Tokenizer
-from plait.model import CrossEntropy, LanguageModel, token_loss
+from plait.data import Tokenizer
+from plait.model import CrossEntropy, LanguageModel
 from plait.state import ModelState
+from plait.train.guard import nonfinite_weights
+from plait.train.heldout import HeldOut, score
 from plait.train.solver import Fared, Stats, read, together
 
 STEP = 512  # tokens read in one call while streaming
@@ -34,12 +37,19 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats_per_token)
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:  # above 709 nats a token
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers, unlike the others."""
         return self.nats / math.log(2) / self.bytes
+
+    @classmethod
+    def of(cls, found: HeldOut) -> "Perplexity":
+        return cls(found.loss * found.tokens, found.tokens, found.bytes, found.layers)
 
     def __add__(self, other: Self) -> "Perplexity":
         """Of two texts together."""
@@ -47,21 +57,32 @@ class Perplexity:
         return Perplexity(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes, layers)
 
 
-@torch.no_grad()
-def perplexity(model: LanguageModel, batches: Iterable[Batch], tokens: int | None = None) -> Perplexity:
-    """Over packed batches, such as `Loader(shards, "heldout", ..., order="sequential", epochs=1)` gives.
-
-    Stops after the batch in which `tokens` targets have been scored. Raises ValueError where there was none to score.
-    """
-    total = Perplexity(0.0, 0, 0)
-    for batch in batches:
-        if tokens is not None and total.tokens >= tokens:
-            break
-        batch = batch.to(model.device)
-        stats: Stats = {}
-        nats, scored = token_loss(model, batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens, stats=stats)
-        total += Perplexity(nats.item(), int(scored), batch.bytes, read(stats))
-    return _checked(total)
+def perplexity_of_document(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    text_pieces: Iterable[str],
+    *,
+    context: int | None,
+    tokens: int | None = None,
+    precision: str = "float32",
+) -> Perplexity:
+    """Over one document and its end, as training measures held-out ones: in pieces of `context` tokens, each from an empty
+    state, or whole where that is None. Nothing scored is no error: the document may be one of many."""
+    if tokenizer.vocab > model.design.vocab:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab} ids, but the model's vocabulary is {model.design.vocab}")
+    lengths = tokenizer.byte_lengths
+    if context is not None:
+        ids = (np.asarray(tokenizer.encode(piece), dtype=np.int64) for piece in text_pieces)
+        document = chain(ids, [np.array([tokenizer.eos])])
+        size = max(context, STEP)
+        found = score(model, [document], lengths, size=size, length=context, tokens=tokens, precision=precision)
+        return Perplexity.of(found)
+    total, reader = Perplexity(0.0, 0, 0), _Reader(model, None)
+    with torch.no_grad():
+        for ids in _steps(tokenizer, text_pieces, None if tokens is None else tokens + 1, STEP, end=True):
+            nats, scored = reader.read(ids)
+            total += Perplexity(nats, scored, int(lengths[ids[len(ids) - scored :]].sum()))
+    return total + Perplexity(0.0, 0, 0, reader.layers)
 
 
 @torch.no_grad()
@@ -92,14 +113,17 @@ def perplexity_of_text(
         nats, scored = reader.read(ids)
         if scored:
             total += Perplexity(nats, scored, int(lengths[ids[len(ids) - scored :]].sum()))
-    return _checked(total + Perplexity(0.0, 0, 0, reader.layers))
+    return checked(model, total + Perplexity(0.0, 0, 0, reader.layers))
 
 
-def _steps(tokenizer: Tokenizer, pieces: Iterable[str], tokens: int | None, size: int) -> Iterator[np.ndarray]:
-    """Ids in runs of `size`, at most `tokens` in all; holds one piece of the text at a time."""
+def _steps(
+    tokenizer: Tokenizer, pieces: Iterable[str], tokens: int | None, size: int, end: bool = False
+) -> Iterator[np.ndarray]:
+    """Ids in runs of `size`, at most `tokens` in all; holds one piece of the text at a time. `end`: and the end of text."""
     held, left = np.empty(0, dtype=np.int64), math.inf if tokens is None else tokens
-    for piece in pieces:
-        held = np.concatenate([held, np.asarray(tokenizer.encode(piece), dtype=np.int64)])
+    ends = [[tokenizer.eos]] if end else []
+    for ids in chain(map(tokenizer.encode, pieces), ends):
+        held = np.concatenate([held, np.asarray(ids, dtype=np.int64)])
         while len(held) >= size and left > 0:
             run = held[: int(min(size, left))]
             yield run
@@ -151,7 +175,14 @@ class _Reader:
         return self.model.head.loss(features[None], CrossEntropy(targets[None])).total.item()
 
 
-def _checked(total: Perplexity) -> Perplexity:
+def checked(model: LanguageModel, total: Perplexity) -> Perplexity:
+    """`total`. Raises ValueError where it measures nothing, or the model is broken."""
     if total.tokens == 0:
         raise ValueError("nothing to score: the text has fewer than two tokens")
+    if total.bytes == 0:
+        raise ValueError("nothing to score: the tokens that were predicted stand for no text")
+    if not math.isfinite(total.nats):
+        broken = nonfinite_weights(model)
+        cause = f"{broken} are not finite" if broken else "its weights are finite, what it computes is not"
+        raise ValueError(f"the model is broken: its loss on this text is {total.nats}; {cause}")
     return total

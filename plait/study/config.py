@@ -43,6 +43,13 @@ class Study(Struct, frozen=True, kw_only=True, tag=False):
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "data", convert(self.data, DataConfig, "data"))
         positive(self, "dim", "parameters", "tokens", "sample_tokens", "jobs", "threads")
+        if not self.sample_prompt:
+            raise ValueError("study: sample_prompt is empty; expected text to go on from")
+        if not 0 <= self.sample_temperature <= 1_000:
+            raise ValueError(f"study: sample_temperature must be from 0 to 1,000, got {self.sample_temperature}")
+        for name in ("decode_contexts", "state_contexts"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"study: {name} must be numbers of tokens from 1 on, got {list(getattr(self, name))}")
         if not self.patterns:
             raise ValueError("study: no patterns; expected at least one, as in {'transformer': '(AF)4'}")
         for key in RESERVED:

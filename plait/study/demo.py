@@ -1,5 +1,8 @@
 """The study that `plait demo` does: four kinds of model, a few minutes on two CPU cores."""
 
+from statistics import median
+from time import perf_counter
+
 from plait.study.config import Study
 
 PATTERNS = {
@@ -42,3 +45,35 @@ def demo_study(text: str = "stdlib", folder: str = "runs/demo") -> Study:
         sample_prompt="def read(self, " if text == "stdlib" else "The ",
         sample_temperature=0.6,
     )
+
+
+def pace(steps: int = 2) -> float:
+    """Training tokens a second of the demo's sequential hybrid, on one thread, measured now: `steps` steps after a first."""
+    import torch
+
+    from plait.data import Batch
+    from plait.model import build
+    from plait.study.run import threads
+    from plait.train.optim import Optimizers
+    from plait.train.step import backward
+
+    study = demo_study()
+    run = study.run("sequential", VOCAB)
+    model, size = build(run.design), run.batch * run.data.length
+    optimizers, times = Optimizers(model, run), []
+    ids = torch.randint(VOCAB, (1, size + 1), generator=torch.Generator().manual_seed(0))
+    cuts = torch.arange(0, size + 1, run.data.length, dtype=torch.int32)
+    batch = Batch(ids[:, :-1], ids[:, 1:], cuts, size)
+    with threads(study.threads):
+        for _ in range(1 + steps):
+            started = perf_counter()
+            backward(model, batch, 1, run.precision)
+            optimizers.step(1)
+            times.append(perf_counter() - started)
+    return size / median(times[1:])
+
+
+def expected_minutes(tokens_per_s: float, cores: int) -> float:
+    """Minutes of training that the demo has at this pace: all four models differ by a third from the one measured."""
+    study = demo_study()
+    return len(PATTERNS) * study.tokens / tokens_per_s / min(study.jobs, cores) / 60

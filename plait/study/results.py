@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.files import write_text
+from plait.files import json_text, write_text
 
 RESULTS = "results.json"
 
@@ -39,10 +39,10 @@ class ModelResult:
 def as_data(study: dict[str, Any], models: list[ModelResult], facts: dict[str, Any]) -> dict[str, Any]:
     """All of it as plain data: what results.json holds and the report is drawn from."""
     rows = [asdict(model) | {"train_tokens_per_s": model.train_tokens_per_s} for model in models]
-    return json.loads(json.dumps({"study": study, "models": rows, **facts}))
+    return json.loads(json_text({"study": study, "models": rows, **facts}))
 
 
 def write_results(folder: Path, data: dict[str, Any]) -> Path:
     path = folder / RESULTS
-    write_text(path, json.dumps(data, indent=1) + "\n")
+    write_text(path, json_text(data, indent=1) + "\n")
     return path

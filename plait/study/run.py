@@ -24,6 +24,7 @@ from plait.study.report import write_report
 from plait.study.results import as_data, write_results
 from plait.train import RunConfig
 from plait.train.inputs import open_tokenizer
+from plait.train.lock import alone_in
 
 STUDY = "study.json"
 
@@ -38,7 +39,7 @@ def run_study(
     holds one study. `command` is what the report says to run to get it again.
     Raises what `train` raises, and ValueError for patterns that cannot be made equally large.
     """
-    with threads(study.threads):
+    with threads(study.threads), alone_in(Path(study.folder), "another study"):
         return _run(study, command, fresh, console or Console(stderr=True))
 
 
@@ -120,5 +121,7 @@ def claim(study: Study, runs: dict[str, RunConfig], shards: Shards, fresh: bool,
     if theirs != ours or fresh:
         say(console, f"{folder} held other runs, which are replaced")
         for name in theirs["runs"]:
-            shutil.rmtree(folder / name, ignore_errors=True)
+            if (folder / name).is_dir():
+                with alone_in(folder / name):
+                    shutil.rmtree(folder / name, ignore_errors=True)
     write_text(path, json.dumps(ours, indent=1) + "\n")

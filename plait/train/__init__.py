@@ -15,12 +15,14 @@ from plait.train.folder import checkpoints as checkpoints
 from plait.train.folder import latest as latest
 
 if TYPE_CHECKING:
+    from plait.train.checkpoint import check_model as check_model
     from plait.train.heldout import HeldOut as HeldOut
     from plait.train.heldout import heldout_loss as heldout_loss
     from plait.train.loop import train as train
     from plait.train.result import Result as Result
 
 _LAZY = {
+    "check_model": "plait.train.checkpoint",
     "HeldOut": "plait.train.heldout",
     "heldout_loss": "plait.train.heldout",
     "Result": "plait.train.result",

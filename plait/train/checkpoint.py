@@ -20,11 +20,12 @@ from plait.model import LanguageModel
 from plait.model import load as load_model
 from plait.model import save as save_model
 from plait.train.config import FIXED, FREE, RunConfig
-from plait.train.folder import checkpoint_path, checkpoints, step_of
+from plait.train.folder import NAME, checkpoint_path, checkpoints, step_of
 from plait.train.optim import Optimizers
 
 FORMAT = 1
 TENSORS, FACTS = "training.safetensors", "training.json"
+EDITABLE = "generation_config.json"  # settings for transformers, which a person may change
 
 
 @dataclass(slots=True)
@@ -122,8 +123,7 @@ class Checkpoint:
         facts, damage = _examine(path)
         if damage is None:
             return cls(path, facts)
-        earlier = [other for other in checkpoints(path.parent.parent) if step_of(other) < step_of(path)]
-        good = next((other for other in reversed(earlier) if _examine(other)[1] is None), None)
+        good = _whole_before(path)
         advice = (
             f"remove {path} to go on from {good}" if good else "no earlier checkpoint is whole; start in another folder"
         )
@@ -167,13 +167,33 @@ class Checkpoint:
         loader.load_state_dict(self.facts["loader"])
 
 
-def _examine(path: Path) -> tuple[dict[str, Any], str | None]:
-    """(what training.json says, what is wrong or None)."""
+def check_model(folder: Path) -> Path:
+    """`folder`, a model's, to be used as a model alone. Raises ValueError where it is a checkpoint whose files are not what
+    was saved; names the newest whole checkpoint before it."""
+    if not (folder / FACTS).exists():
+        return folder  # saved by other means: there is nothing to compare with
+    _, damage = _examine(folder, leave_out=(TENSORS, EDITABLE))
+    if damage is None:
+        return folder
+    good = _whole_before(folder.resolve(), leave_out=(TENSORS, EDITABLE))
+    raise ValueError(f"{damage}: {f'the newest whole checkpoint is {good}' if good else 'there is no other whole one'}")
+
+
+def _whole_before(path: Path, leave_out: tuple[str, ...] = ()) -> Path | None:
+    """The newest checkpoint older than `path` that is not damaged."""
+    if NAME.fullmatch(path.name) is None:  # renamed or copied out of its run
+        return None
+    earlier = [other for other in checkpoints(path.parent.parent) if step_of(other) < step_of(path)]
+    return next((other for other in reversed(earlier) if _examine(other, leave_out)[1] is None), None)
+
+
+def _examine(path: Path, leave_out: tuple[str, ...] = ()) -> tuple[dict[str, Any], str | None]:
+    """(what training.json says, what is wrong or None). Files in `leave_out` are not read."""
     try:
         facts = json.loads(read_text(path / FACTS))
         for key in ("step", "tokens", "seconds", "loader", "run"):
             facts[key]
-        sums = facts["files"].items()
+        sums = [(name, checksum) for name, checksum in facts["files"].items() if name not in leave_out]
         if facts["format"] != FORMAT:
             return {}, f"{path / FACTS}: format {facts['format']}, this plait reads {FORMAT}"
     except FileNotFoundError:
@@ -184,7 +204,7 @@ def _examine(path: Path) -> tuple[dict[str, Any], str | None]:
         if not (path / name).is_file():
             return {}, f"{path / name} is missing"
         if _checksum(path / name) != checksum:
-            return {}, f"{path / name} is damaged"
+            return {}, f"{path / name} is damaged or cut short"
     return facts, None
 
 
@@ -194,4 +214,4 @@ def _comparable(run: RunConfig, name: str) -> Any:
     value = getattr(run, name)
     if name == "design":
         return ModelConfig.from_dict(value).hash
-    return value.replace(source="", tokenizer="bytes", cache="") if name == "data" else value
+    return value.replace(source="stdlib", tokenizer="bytes", cache="cache") if name == "data" else value

@@ -9,11 +9,14 @@ from plait.design import ModelConfig, load_design
 from plait.design.imports import KEY, asked, located
 from plait.design.load import design_mapping, override, read_mapping
 from plait.design.spelling import suggest
-from plait.design.struct import Struct, check_keys, convert, positive
+from plait.design.struct import Struct, between, check_keys, convert, positive
 from plait.design.yaml_core import write_yaml
 from plait.files import user_path
 from plait.train.folder import CONFIG
 
+LARGEST_BPE = 2**24  # tokens that may be asked for
+TOKENS_IN_STEP = 2**31  # offsets of documents in a batch are int32
+PATHS, NO_PATHS = ("source", "tokenizer", "cache"), ("stdlib", "bytes")
 CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "precision": ("float32", "bfloat16")}
 
 
@@ -35,16 +38,20 @@ class DataConfig(Struct, frozen=True, kw_only=True, tag=False):
 
     def __post_init__(self) -> None:
         positive(self, "length")
-        msgspec.structs.force_setattr(self, "cache", str(user_path(self.cache)) if self.cache else "")
+        for name in ("source", "tokenizer", "cache"):
+            if not getattr(self, name):
+                raise ValueError(f"data.{name} is empty: expected what it is to be, or leave the key out")
+        self._set("cache", str(user_path(self.cache)))
         if not 0 < self.heldout < 1:
             raise ValueError(f"data.heldout must be between 0 and 1, got {self.heldout}")
         if isinstance(self.tokenizer, dict):
             for key in self.tokenizer:
                 if key != "bpe":
                     raise ValueError(f"data.tokenizer: unknown key {key!r}; {suggest(key, ['bpe'])}")
-            if self.tokenizer.get("bpe", 0) < 257:
+            if not 257 <= self.tokenizer.get("bpe", 0) <= LARGEST_BPE:
                 raise ValueError(
-                    f"data.tokenizer: expected {{bpe: SIZE}} with a size of at least 257, got {self.tokenizer}"
+                    f"data.tokenizer: expected {{bpe: SIZE}} with a size of at least 257 and at most {LARGEST_BPE:,}, "
+                    f"got {self.tokenizer}"
                 )
 
 
@@ -59,7 +66,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
 
     steps: optimizer steps.                             batch: sequences in a step.
     accumulate: parts that a step's sequences are run in, to save memory; changes no number but by rounding.
-    optimizer: "adamw", or "muon": torch.optim.Muon for the matrices inside the slots and AdamW for everything else.
+    optimizer: "adamw", or "muon": Muon for the matrices inside the slots and AdamW for everything else.
     lr: peak learning rate, for both.                   betas: AdamW's.
     weight_decay: not on norms, biases, A_log, dt_bias, D, depthwise convolutions and other vectors.
     schedule: "cosine", or "wsd": warm up, stay, decay in a line.
@@ -122,15 +129,38 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
                     f"RunConfig.{name}: unknown {getattr(self, name)!r}; {suggest(getattr(self, name), known)}"
                 )
         positive(self, "steps", "batch", "accumulate", "lr", "clip", "eval_tokens", "keep_last")
-        for name in ("weight_decay", "warmup", "decay", "eval_every", "sample_every", "save_every"):
+        between(self, 1, 2**31 - 1, "steps")
+        between(self, 1e-12, 1_000, "lr")  # beyond, float32 weights would not move, or not hold for long
+        between(self, 0, 1_000, "weight_decay")
+        between(self, 1e-12, 1e12, "clip")
+        between(self, 0, 2**63 - 1, "seed")
+        between(self, 0, 1, "lr_end")
+        for name in ("warmup", "decay"):
+            amount = getattr(self, name)
+            if amount < 0 or (amount >= 1 and amount != int(amount)):
+                raise ValueError(
+                    f"RunConfig.{name} must be a share of the steps below 1 or a whole number of steps, got {amount}"
+                )
+        for name in ("eval_every", "sample_every", "save_every"):
             if getattr(self, name) < 0:
-                raise ValueError(f"RunConfig.{name} must not be below 0, got {getattr(self, name)}")
-        if self.batch % self.accumulate:
-            raise ValueError(f"RunConfig.accumulate: {self.accumulate} does not divide batch {self.batch}")
-        if not 0 <= self.lr_end <= 1:
-            raise ValueError(f"RunConfig.lr_end must be between 0 and 1, got {self.lr_end}")
+                raise ValueError(f"RunConfig.{name} must not be below 0, got {getattr(self, name)}; 0: only at the end")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"RunConfig.betas must be in [0, 1), got {list(self.betas)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"RunConfig.accumulate: {self.accumulate} does not divide batch {self.batch}")
+        if self.batch * self.data.length >= TOKENS_IN_STEP:
+            raise ValueError(
+                f"RunConfig.batch {self.batch:,} of data.length {self.data.length:,} are {self.batch * self.data.length:,} "
+                f"tokens a step; expected fewer than {TOKENS_IN_STEP:,}"
+            )
+        if not self.folder:
+            raise ValueError("RunConfig.folder is empty: expected where the run is kept, such as runs/first")
+        if self.sample_every and not self.sample_prompt:
+            raise ValueError(
+                "RunConfig.sample_prompt is empty: expected text to go on from, or sample_every=0 for none"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in self.sample_prompt):
+            raise ValueError("RunConfig.sample_prompt holds half of a surrogate pair, which is no text")
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"RunConfig: warmup ({self.warmup_steps} steps) and decay ({self.decay_steps}) "
@@ -187,10 +217,51 @@ def load_run(spec: str | Path, **overrides: Any) -> RunConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a run in YAML or JSON")
     try:
-        data = override({"folder": f"runs/{path.stem}"} | read_mapping(path) | own, overrides)
+        data = read_mapping(path)
+        if own:
+            data = at_home(data, path.parent)
+        data = override({"folder": f"runs/{path.stem}"} | data | own, overrides)
         return RunConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{error}" if str(error).startswith(str(path)) else f"{path}: {error}") from None
+
+
+def at_home(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A stored run's data with paths that lead, from here, to where they led when it was made.
+
+    A run that was kept in runs/x and is now /a/b/runs/x was made in /a/b, and there its relative paths begin, also after the
+    whole of it was copied to another machine. (Where the run's folder was given absolute, so were its paths written.)
+    """
+    kept, now, inputs = Path(data.get("folder", "")), folder.resolve(), data.get("data")
+    if (
+        kept.is_absolute()
+        or not kept.parts
+        or now.parts[-len(kept.parts) :] != kept.parts
+        or not isinstance(inputs, dict)
+    ):
+        return data
+    home = now.parents[len(kept.parts) - 1]
+    if home == Path.cwd():
+        return data
+    return data | {"data": from_folder(inputs, home)}
+
+
+def from_folder(inputs: dict[str, Any], home: Path) -> dict[str, Any]:
+    """A run's `data` with its relative paths begun in `home`, where they lead to something there."""
+    moved = {key: str(home / value) for key, value in inputs.items() if key in PATHS and relative(value)}
+    if "tokenizer" in moved and not Path(moved["tokenizer"]).exists():  # "bytes", or a name on the hub
+        del moved["tokenizer"]
+    return inputs | moved
+
+
+def relative(value: Any) -> bool:
+    """Whether this value of `data` is a path that begins where the process stands."""
+    return (
+        isinstance(value, str)
+        and value not in NO_PATHS
+        and not value.startswith(("hf:", "~", "/"))
+        and not Path(value).is_absolute()
+    )
 
 
 def resolve_design(spec: str | dict[str, Any], vocab: int) -> ModelConfig:

@@ -1,6 +1,7 @@
 """What a run shows: a bar on a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping
+from statistics import median
 from typing import Any, Self
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from plait.train.solver import Fared
 
 LINES = 20  # about how many steps a plain log shows
+PACE = 4  # steps after which it is said how long all will take; the first is slower than the others
 
 
 class Display:
@@ -18,6 +20,7 @@ class Display:
         self.console, self.steps = console, steps
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._paces: list[tuple[float, float]] = []  # (seconds, tokens/s) of this process's first steps
         self._solved, self._fell_back = 0, dict[str, int]()  # steps with recurrent layers; falls by layer
 
     def __enter__(self) -> Self:
@@ -48,12 +51,22 @@ class Display:
         self._show("reading text, MB", done // 1_000_000, None if total is None else total // 1_000_000, "")
 
     def step(self, step: int, record: dict[str, Any]) -> None:
+        self._expect(step, record)
         facts = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tokens/s"
         if self._bar is not None:
             self._show("training", step, self.steps, facts)
         elif step % max(1, self.steps // LINES) == 0 or step == self.steps:
             left = (self.steps - step) * record["step_s"]
             self.note(f"step {step}/{self.steps}  {facts}  {left:,.0f} s left")
+
+    def _expect(self, step: int, record: dict[str, Any]) -> None:
+        """After a few steps, once: how fast they are and how long the rest will take."""
+        if len(self._paces) == PACE:
+            return
+        self._paces.append((record["step_s"], record["tokens_per_s"]))
+        if len(self._paces) == PACE and step < self.steps:
+            seconds, tokens = (median(values) for values in zip(*self._paces, strict=True))
+            self.note(f"{tokens:,.0f} tokens/s: about {duration((self.steps - step) * seconds)} of training to go")
 
     def solved(self, step: int, layers: Mapping[str, Fared]) -> None:
         """How a step's recurrent layers were solved: a word when one falls back for the first time."""
@@ -76,3 +89,11 @@ class Display:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(what, total=total, completed=done, facts=facts)
         self._bar.update(self._task, total=total, completed=done, facts=facts)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a person would say."""
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"

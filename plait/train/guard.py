@@ -19,12 +19,19 @@ def weights_finite(model: LanguageModel) -> bool:
     return bool(torch.stack(torch._foreach_norm(list(model.parameters()), torch.inf)).isfinite().all())
 
 
-def first_nonfinite(model: LanguageModel, batch: Batch, precision: str) -> str:
-    """Run `batch` again and say in which layer the first value stops being finite; drops the gradients."""
+def nonfinite_weights(model: LanguageModel) -> str | None:
+    """The first part of the model with a weight that is no number."""
     for name, module in places(model):
         bad = [what for what, weight in module.named_parameters() if not weight.isfinite().all()]
         if bad:
             return f"the weights of {name} ({bad[0]})"
+    return None
+
+
+def first_nonfinite(model: LanguageModel, batch: Batch, precision: str) -> str:
+    """Run `batch` again and say in which layer the first value stops being finite; drops the gradients."""
+    if weights := nonfinite_weights(model):
+        return weights
     outputs: dict[str, bool] = {}
     gradients: dict[str, bool] = {}
 

@@ -1,14 +1,25 @@
-"""How well a model predicts text that it was not trained on."""
+"""How well a model predicts text that it was not trained on: one way, in training and in `plait eval`.
+
+A document is cut into pieces of at most `length` tokens, and each piece is read from an empty state. Every token but a
+document's first is predicted once, the first of a later piece by the last of the piece before; the end of text is one of
+them. So the number depends on the text, the model and `length`, and not on how many pieces are computed together.
+"""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from plait.data import Loader, Shards
+from plait.data import Batch, Shards
+from plait.data.loader import NO_TARGET
 from plait.model import LanguageModel, token_loss
 from plait.train.solver import Fared, Stats, read, together
 from plait.train.step import autocast
+
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +37,95 @@ class HeldOut:
         return self.loss * self.tokens / math.log(2) / max(1, self.bytes)
 
 
-@torch.no_grad()
 def heldout_loss(
-    model: LanguageModel, shards: Shards, *, batch: int, length: int, tokens: int, precision: str = "float32"
+    model: LanguageModel, shards: Shards, *, batch: int, length: int, tokens: int | None, precision: str = "float32"
 ) -> HeldOut:
-    """Mean loss over the first `tokens` tokens of the held-out documents, rounded up to whole batches."""
+    """Mean loss over the held-out documents, up to the piece in which `tokens` tokens have been predicted."""
+    return score(
+        model,
+        heldout_documents(shards),
+        shards.token_bytes(),
+        size=batch * length,
+        length=length,
+        tokens=tokens,
+        precision=precision,
+    )
+
+
+def heldout_documents(shards: Shards) -> Iterator[Iterator[Ids]]:
+    """The ids of each held-out document, its end of text included, in the corpus's order."""
+    ids = shards.tokens()
+    for start, end in zip(*shards.documents("heldout"), strict=True):
+        yield iter([ids[start:end].astype(np.int64)])
+
+
+@torch.no_grad()
+def score(
+    model: LanguageModel,
+    documents: Iterable[Iterator[Ids]],
+    token_bytes: NDArray[np.int32],
+    *,
+    size: int,
+    length: int,
+    tokens: int | None = None,
+    precision: str = "float32",
+) -> HeldOut:
+    """Mean loss over documents, each given as runs of ids; pieces of `length` are computed about `size` tokens at a time."""
     total, scored, text, layers = 0.0, 0, 0, {}
-    loader = Loader(shards, "heldout", batch=batch, length=length, order="sequential", epochs=1)
     training = model.training
     model.eval()
-    for number, part in enumerate(loader):
-        if number * batch * length >= tokens:
-            break
-        part = part.to(model.device)
+    for batch in packed(enough(pieces(documents, length), tokens), token_bytes, size):
+        batch = batch.to(model.device)
         stats: Stats = {}
         with autocast(model.device, precision):
-            nll, count = token_loss(model, part.inputs, part.targets, cu_seqlens=part.cu_seqlens, stats=stats)
-        total, scored, text = total + nll.item(), scored + int(count), text + part.bytes
+            nll, count = token_loss(model, batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens, stats=stats)
+        total, scored, text = total + nll.item(), scored + int(count), text + batch.bytes
         layers = together(layers, read(stats))
     model.train(training)
     return HeldOut(total / max(1, scored), scored, text, layers)
+
+
+def pieces(documents: Iterable[Iterator[Ids]], length: int) -> Iterator[tuple[Ids, Ids]]:
+    """(inputs, targets) of every piece; holds one run of ids at a time."""
+    for document in documents:
+        held = np.empty(0, dtype=np.int64)
+        for run in document:
+            held = np.concatenate([held, run])
+            while len(held) > length:  # one more than a piece: its last token's target
+                yield held[:length], held[1 : length + 1]
+                held = held[length:]
+        if len(held):
+            yield held, np.append(held[1:], NO_TARGET)
+
+
+def enough(found: Iterable[tuple[Ids, Ids]], tokens: int | None) -> Iterator[tuple[Ids, Ids]]:
+    """The first pieces that together have `tokens` targets, or all."""
+    scored = 0
+    for inputs, targets in found:
+        if tokens is not None and scored >= tokens:
+            return
+        yield inputs, targets
+        scored += int((targets != NO_TARGET).sum())
+
+
+def packed(found: Iterable[tuple[Ids, Ids]], token_bytes: NDArray[np.int32], size: int) -> Iterator[Batch]:
+    """Whole pieces in batches of at most `size` tokens, or of one piece."""
+    gathered: list[tuple[Ids, Ids]] = []
+    for piece in found:
+        if gathered and sum(len(inputs) for inputs, _ in gathered) + len(piece[0]) > size:
+            yield _batch(gathered, token_bytes)
+            gathered = []
+        gathered.append(piece)
+    if gathered:
+        yield _batch(gathered, token_bytes)
+
+
+def _batch(parts: list[tuple[Ids, Ids]], token_bytes: NDArray[np.int32]) -> Batch:
+    inputs, targets = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+    cuts = np.cumsum([0, *(len(part) for part, _ in parts)])
+    return Batch(
+        torch.from_numpy(inputs)[None],
+        torch.from_numpy(targets)[None],
+        torch.from_numpy(cuts.astype(np.int32)),
+        int(token_bytes[targets[targets != NO_TARGET]].sum()),
+    )

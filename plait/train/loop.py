@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
@@ -20,13 +21,15 @@ from plait.model.device import find_device
 from plait.ops.graph import leave_documents_outside
 from plait.ops.shooting import NotConverged
 from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
-from plait.train.config import RunConfig, to_yaml
+from plait.train.config import RunConfig, from_folder, to_yaml
 from plait.train.display import Display
 from plait.train.errors import Interrupted, NonFinite, SaveFailed, TrainingStopped, Unsolved
 from plait.train.folder import CONFIG, METRICS, latest, remove_leftovers
 from plait.train.guard import first_nonfinite, weights_finite
 from plait.train.heldout import HeldOut, heldout_loss
 from plait.train.inputs import open_inputs, open_loader
+from plait.train.instructions import fast_dtype
+from plait.train.lock import alone_in
 from plait.train.metrics import MetricsLog
 from plait.train.optim import Optimizers
 from plait.train.result import Result
@@ -46,7 +49,7 @@ def train(run: RunConfig, *, sample: Sample | None = None, console: Console | No
     Interrupted, NonFinite, Unsolved or SaveFailed. In each case the checkpoints written before are whole.
     """
     folder = Path(run.folder)
-    with Display(console or Console(stderr=True), run.steps) as display:
+    with Display(console or Console(stderr=True), run.steps) as display, alone_in(folder):
         before = _open_folder(run)
         tokenizer, shards, design = open_inputs(run, display.reading)
         run = run.replace(design=design.to_dict())
@@ -57,16 +60,47 @@ def train(run: RunConfig, *, sample: Sample | None = None, console: Console | No
         else:
             before.check_same_run(run, shards)
             model, position = before.load_model(device), before.position
-            display.note(f"going on from {before.path}")
         optimizers, loader = Optimizers(model, run), open_loader(run, shards)
         if before is not None:
             before.restore(optimizers, loader)
-        tokenizer.save(folder / "tokenizer")
-        write_text(folder / CONFIG, to_yaml(run.replace(resume="auto")))
+        introduce(display, run, model, loader, before)
+        if position.step < run.steps:  # else nothing will happen here, and the run stays what it was
+            tokenizer.save(folder / "tokenizer")
+            write_text(folder / CONFIG, to_yaml(stored(run)))
         with Signals() as signals, MetricsLog(folder / METRICS, position.step) as log:
             return _Training(
                 run, model, tokenizer, shards, optimizers, loader, position, sample, display, signals, log
             ).to_the_end()
+
+
+def stored(run: RunConfig) -> RunConfig:
+    """The run as its folder tells it; see `at_home` for its paths."""
+    data = msgspec.structs.asdict(run.data)
+    if Path(run.folder).is_absolute():
+        data = from_folder(data, Path.cwd())
+    return run.replace(resume="auto", data=data)
+
+
+def introduce(
+    display: Display, run: RunConfig, model: LanguageModel, loader: Loader, before: Checkpoint | None
+) -> None:
+    """What is about to be done: the model, the device, the text, the folder."""
+    device, count = model.device, sum(parameter.numel() for parameter in model.parameters())
+    display.note(f"{model.design.pattern}: {count:,} parameters, {run.precision} on {device}; folder {run.folder}")
+    reads = run.steps * run.batch * run.data.length
+    display.note(
+        f"text: {run.data.source}, {loader.tokens:,} tokens to train on; {run.steps:,} steps of "
+        f"{run.batch * run.data.length:,} read {reads:,}, {reads / loader.tokens:.3g} times the text"
+    )
+    starts, ends = loader.shards.documents("heldout")
+    if not (ends - starts > 2).any():  # its first token, another, the end of text
+        raise ValueError(
+            f"{run.data.source}: nothing held out can be predicted; give more text or a larger data.heldout"
+        )
+    if run.precision == "bfloat16" and fast_dtype(device) != torch.bfloat16:
+        display.note(f"precision bfloat16 is slow on this {device.type}, which has no instructions for it: use float32")
+    if before is not None:
+        display.note(f"{'going on from' if before.position.step < run.steps else 'finished:'} {before.path}")
 
 
 @dataclass(slots=True)
@@ -86,7 +120,7 @@ class _Training:
     log: MetricsLog
 
     def to_the_end(self) -> Result:
-        run, position, heldout = self.run, self.position, None
+        run, position, heldout, begun = self.run, self.position, None, self.position.step
         self.model.activation_checkpointing = run.activation_checkpointing
         if run.compile:
             self.compile()
@@ -113,6 +147,7 @@ class _Training:
             position.tokens,
             position.seconds,
             heldout,
+            position.step - begun,
         )
 
     def compile(self) -> None:
@@ -233,4 +268,10 @@ def _open_folder(run: RunConfig) -> Checkpoint | None:
         raise ValueError(
             f"{folder} has a checkpoint, {newest.name}: give another folder, or resume=auto to go on from it"
         )
-    return Checkpoint.open(newest)
+    before = Checkpoint.open(newest)
+    if before.position.step > run.steps:
+        raise ValueError(
+            f"{folder} has done {before.position.step} steps, more than steps={run.steps}: give at least as many, or "
+            "another folder"
+        )
+    return before

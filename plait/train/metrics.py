@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from plait.files import read_text, write_text
+from plait.files import json_text, read_text, write_text
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -29,13 +29,13 @@ class MetricsLog:
     """Appends records. What an earlier run wrote past `last_step`, where this one goes on, is dropped first."""
 
     def __init__(self, path: Path, last_step: int):
-        kept = "".join(json.dumps(record) + "\n" for record in read_metrics(path, last_step))
+        kept = "".join(json_text(record) + "\n" for record in read_metrics(path, last_step))
         write_text(path, kept)
         self._file = path.open("ab", buffering=0)  # nothing is left to write when closing after a full disk
 
     def write(self, **record: Any) -> None:
         try:
-            self._file.write((json.dumps(record) + "\n").encode())
+            self._file.write((json_text(record) + "\n").encode())
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._file.name) from None
 

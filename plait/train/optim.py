@@ -7,6 +7,7 @@ from torch import nn
 
 from plait.model import LanguageModel
 from plait.train.config import RunConfig
+from plait.train.muon import Muon
 
 # AdamW's fused kernel exists for these.
 FUSED = ("cpu", "cuda")
@@ -57,14 +58,8 @@ class Optimizers:
         self.all: list[torch.optim.Optimizer] = [
             torch.optim.AdamW([g for g in adamw if g["params"]], lr=run.lr, betas=run.betas, fused=fused)
         ]
-        if groups[
-            "muon"
-        ]:  # its update scaled as AdamW's, so that one learning rate and one decay fit both (arXiv 2502.16982)
-            self.all.append(
-                torch.optim.Muon(
-                    groups["muon"], lr=run.lr, weight_decay=run.weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+        if groups["muon"]:
+            self.all.append(Muon(groups["muon"], lr=run.lr, weight_decay=run.weight_decay))
 
     def step(self, step: int) -> float:
         """Update the weights at step `step`'s learning rate, which is returned, and drop the gradients."""

@@ -14,7 +14,7 @@ from plait.train.metrics import read_metrics
 @dataclass(frozen=True, slots=True)
 class Result:
     """folder: the run's; checkpoint: its last; heldout: at the last step; tokens: read in training, over all resumes;
-    seconds: spent in steps, without evaluation and saving."""
+    seconds: spent in steps, without evaluation and saving; done: steps of this call, 0 for a run that was finished."""
 
     folder: Path
     checkpoint: Path
@@ -24,6 +24,7 @@ class Result:
     tokens: int
     seconds: float
     heldout: HeldOut
+    done: int
 
     @property
     def tokens_per_s(self) -> float:

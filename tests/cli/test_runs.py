@@ -15,13 +15,12 @@ import pytest
 from plait.cli import demo as demo_command
 
 
-def test_train_says_what_it_wrote_and_goes_on(plait, run_folder):
+def test_train_says_how_to_go_on(plait, run_folder):
     ran = plait("train", str(run_folder), "--json")
     assert ran.code == 0
     assert len(ran.out.splitlines()) == 1
     assert ran.json["step"] == 2
     assert ran.json["bits_per_byte"] > 0
-    assert "wrote " in ran.err
     assert f"next: plait generate {run_folder}" in ran.err
 
 
@@ -163,22 +162,117 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run_folder, tmp_path):
     assert list((tmp_path / "long" / "checkpoints").glob("step-*"))
 
 
-def test_eval_measures_heldout_text_and_any_text(plait, run_folder, tmp_path):
+def test_eval_gives_the_number_that_training_gave(plait, run_folder, tmp_path):
     trained = plait("train", str(run_folder), "--json").json
-    ran = plait("eval", str(run_folder), "ppl", "--device", "cpu", "--json")
+    asked = ("eval", str(run_folder), "ppl", "--device", "cpu")
+    ran = plait(*asked, "--json")
     assert ran.code == 0
-    assert ran.json["context"] == 32
-    assert ran.json["bits_per_byte"] == pytest.approx(trained["bits_per_byte"], rel=0.05)
-    assert (
-        plait("eval", str(run_folder), "--tokens", "8", "--device", "cpu", "--json").json["tokens"] < ran.json["tokens"]
+    assert (ran.json["context"], ran.json["bits_per_byte"], ran.json["loss"]) == (
+        32,
+        pytest.approx(trained["bits_per_byte"], rel=1e-9),
+        pytest.approx(trained["heldout_loss"], rel=1e-9),
     )
-    (tmp_path / "a.txt").write_text("def one():\n    return 1\n" * 4)
-    (tmp_path / "b.txt").write_text("x")
-    (tmp_path / "c.bin").write_bytes(bytes(range(256)))
-    one = plait("eval", str(run_folder), "--text", str(tmp_path / "a.txt"), "--device", "cpu", "--json").json
-    assert (
-        plait("eval", str(run_folder), "--text", str(tmp_path), "--device", "cpu", "--json").json["loss"] == one["loss"]
-    )
+    way = "in pieces of 32 tokens, each read from an empty state, the first 64 tokens at most"
+    assert ran.json["how"] == way
+    assert f"measured {way}" in plait(*asked).out
+    assert plait(*asked, "--tokens", "8", "--json").json["tokens"] == 32
+    assert plait(*asked, "--tokens", "100000", "--json").json["tokens"] > ran.json["tokens"]
+
+
+def test_eval_measures_any_text_as_it_measures_held_out_text(plait, run_folder, tmp_path):
+    from plait.data import Shards, load_tokenizer, prepare
+    from plait.train import load_run
+    from plait.train.heldout import heldout_documents
+
+    run = load_run(run_folder)
+    tokenizer = load_tokenizer(run_folder / "tokenizer")
+    shards: Shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout)
+    for number, document in enumerate(heldout_documents(shards)):
+        (tmp_path / f"{number}.txt").write_text(tokenizer.decode(next(document)[:-1]), newline="")
+    (tmp_path / "none.txt").write_text("")
+    (tmp_path / "other.bin").write_bytes(bytes(range(256)))
+    asked = ("eval", str(run_folder), "--device", "cpu", "--json")
+    own = plait(*asked, "--tokens", "1000000").json
+    again = plait(*asked, "--text", str(tmp_path)).json
+    assert (again["tokens"], again["bytes"]) == (own["tokens"], own["bytes"])
+    assert again["bits_per_byte"] == pytest.approx(own["bits_per_byte"], rel=1e-6)
+
+
+def test_eval_of_a_broken_model_is_one_line_and_names_the_weight(plait, run_folder, tmp_path):
+    import torch
+
+    import plait as library
+
+    model = library.load(run_folder)
+    with torch.no_grad():
+        model.slots[2].norm.weight.fill_(float("nan"))
+    library.save(model, tmp_path / "model", tokenizer=library.load_tokenizer("bytes"))
+    (tmp_path / "a.txt").write_text("x = 1\n" * 9)
+    ran = plait("eval", str(tmp_path / "model"), "--text", str(tmp_path / "a.txt"), "--device", "cpu", "--json")
+    assert (ran.code, ran.err.count("\n")) == (1, 1)
+    assert "the model is broken: its loss on this text is nan; the weights of A#0 " in ran.err
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(plait, run_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    older, newer = (folder / "checkpoints" / f"step-{step:06d}" for step in (1, 2))
+    shutil.copytree(newer, older)
+    weights = bytearray((newer / "model.safetensors").read_bytes())
+    weights[-400:-396] = b"plai"
+    (newer / "model.safetensors").write_bytes(weights)
+    for asked in (("generate", str(folder), "x"), ("eval", str(folder))):
+        ran = plait(*asked, "--device", "cpu")
+        assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
+        assert f"{newer}/model.safetensors is damaged or cut short: the newest whole checkpoint is {older}" in ran.err
+
+
+def test_a_finished_run_says_so_and_writes_nothing(plait, run_folder):
+    ran = plait("train", str(run_folder))
+    assert (ran.code, "wrote" in ran.err) == (0, False)
+    assert f"nothing to do: all 2 steps of {run_folder} are done" in ran.out
+
+
+def test_a_design_that_has_weights_says_that_they_are_not_used(plait, run_folder, tmp_path):
+    more = [
+        f"folder={tmp_path}/x",
+        f"data.source={run_folder.parent}/text.txt",
+        f"data.cache={run_folder.parent}/cache",
+    ]
+    more += ["data.length=16", "steps=1", "batch=1", "eval_tokens=16", "sample_every=0", "device=cpu"]
+    ran = plait("train", f"design={run_folder}/checkpoints/step-000002", *more)
+    assert ran.code == 0, ran.err
+    assert "its design is used, its weights are not; training begins with new ones" in ran.out
+
+
+def test_a_run_goes_on_from_another_directory(plait, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "t.txt").write_text("def one():\n    return 1\n\n" * 99)
+    asked = ["design=AF", "design.dim=64", "data.source=t.txt", "data.length=16", "batch=1", "eval_tokens=16"]
+    monkeypatch.chdir(tmp_path / "a")
+    assert plait("train", *asked, "folder=run", "steps=1", "sample_every=0", "device=cpu").code == 0
+    monkeypatch.chdir(tmp_path / "b")
+    (tmp_path / "b" / "t.txt").write_text("another text")
+    assert plait("eval", "../a/run", "--device", "cpu").code == 0
+    ran = plait("train", "../a/run", "steps=2", "resume=true", "--json")
+    assert (ran.code, ran.json["step"]) == (0, 2)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["t.txt"]
+
+
+def test_the_help_of_train_has_every_key_and_its_default(plait):
+    import msgspec
+
+    from plait.train import DataConfig, RunConfig
+
+    text = " ".join(plait("train", "--help").out.split())
+    said = text.replace("data.", "").split()
+    for config in (RunConfig, DataConfig):
+        for field in msgspec.structs.fields(config):
+            if isinstance(field.default, int | float):
+                assert f"{field.name}={json.dumps(field.default)}" in said
+    for words in ('betas="[0.9, 0.95]"', 'sample_prompt="def "', "data.source=stdlib", "decay: how long those take"):
+        assert words in text
 
 
 def test_eval_says_how_recurrent_layers_were_solved(plait, tmp_path):

@@ -4,12 +4,14 @@ import math
 import tracemalloc
 from itertools import chain, repeat
 
+import numpy as np
 import pytest
 import torch
 
 import plait
-from plait.data import Batch, load_tokenizer
-from plait.evaluate.perplexity import STEP, Perplexity, perplexity, perplexity_of_text
+from plait.data import load_tokenizer
+from plait.evaluate.perplexity import STEP, Perplexity, checked, perplexity_of_document, perplexity_of_text
+from plait.train.heldout import score
 
 TEXT = "Peter Piper picked a peck of pickled peppers. " * 40
 DESIGN = plait.ModelConfig(
@@ -38,16 +40,61 @@ def by_hand(model, ids, first=0):
     return -logp[range(first, len(ids) - 1), ids[first + 1 :]].sum().item()
 
 
-def test_batches(model):
-    ids = torch.randint(256, (1, 90))
-    targets = torch.cat([ids[:, 1:], torch.tensor([[-100]])], 1)
-    targets[0, 39] = -100
-    batch = Batch(ids, targets, torch.tensor([0, 40, 90], dtype=torch.int32), bytes=88)
-    got = perplexity(model, [batch, batch])
-    want = by_hand(model, ids[0, :40].tolist()) + by_hand(model, ids[0, 40:].tolist())
-    assert got.nats == pytest.approx(2 * want, rel=1e-9)
-    assert (got.tokens, got.bytes) == (176, 176)
-    assert perplexity(model, repeat(batch), tokens=100) == got  # whole batches, from an endless loader too
+def in_pieces(model, ids, length):
+    """By hand: pieces from an empty state, each with the next one's first token as its last target."""
+    return sum(by_hand(model, ids[start : start + length + 1]) for start in range(0, len(ids) - 1, length))
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 10_000])
+@pytest.mark.parametrize("length", [1, 5, 40, 1_000])
+def test_pieces(model, tokenizer, size, length):
+    """However many are computed at once, and however the text comes."""
+    documents = [tokenizer.encode(text) + [256] for text in (TEXT[:90], "", "a", TEXT[:41])]
+    runs = (iter(np.array_split(np.array(ids), 3)) for ids in documents)
+    model.train()
+    got = score(model, runs, tokenizer.byte_lengths, size=size, length=length)
+    assert model.training
+    model.eval()
+    assert got.loss * got.tokens == pytest.approx(sum(in_pieces(model, ids, length) for ids in documents), rel=1e-9)
+    assert (got.tokens, got.bytes) == (90 + 0 + 1 + 41, 89 + 0 + 0 + 40)
+
+
+def test_no_more_pieces_than_asked_for(model, tokenizer):
+    def documents():
+        yield iter([np.array(tokenizer.encode(TEXT[:60]))])
+        raise AssertionError("read past the tokens that were asked for")
+
+    got = score(model, documents(), tokenizer.byte_lengths, size=16, length=10, tokens=35)
+    assert got.tokens == 40
+
+
+@pytest.mark.parametrize("context", [7, None])
+def test_a_document_is_measured_as_held_out_text_is(model, tokenizer, context):
+    text = TEXT[:700]
+    got = perplexity_of_document(model, tokenizer, [text[:100], text[100:]], context=context)
+    assert got.nats == pytest.approx(in_pieces(model, [*tokenizer.encode(text), 256], context or 10_000), rel=1e-9)
+    assert (got.tokens, got.bytes) == (700, 699)
+    assert perplexity_of_document(model, tokenizer, [], context=context).tokens == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_model_is_one_line_that_names_the_weight(tokenizer, value):
+    model = plait.build(DESIGN)
+    with torch.no_grad():
+        next(model.slots[1].parameters()).fill_(value)
+    with pytest.raises(
+        ValueError, match=r"the model is broken: its loss on this text is nan; the weights of \S+ \(.*are not finite"
+    ) as said:
+        perplexity_of_text(model, tokenizer, [TEXT])
+    assert "\n" not in str(said.value)
+
+
+def test_a_hopeless_model_has_an_infinite_perplexity_and_no_text_has_none(model):
+    assert Perplexity(1e6, 10, 10).perplexity == math.inf
+    with pytest.raises(ValueError, match="stand for no text"):
+        checked(model, Perplexity(1.0, 1, 0))
+    with pytest.raises(ValueError, match="its loss on this text is inf; its weights are finite"):
+        checked(model, Perplexity(math.inf, 1, 1))
 
 
 def test_units():
@@ -128,8 +175,8 @@ def test_refusals(model, tokenizer):
     small = plait.build(DESIGN.replace(vocab=100))
     with pytest.raises(ValueError, match="the tokenizer has 257 ids, but the model's vocabulary is 100"):
         perplexity_of_text(small, tokenizer, [TEXT])
-    with pytest.raises(ValueError, match="nothing to score"):
-        perplexity(model, [])
+    with pytest.raises(ValueError, match="the tokenizer has 257 ids, but the model's vocabulary is 100"):
+        perplexity_of_document(small, tokenizer, [TEXT], context=8)
 
 
 def test_reads_no_more_than_asked(model, tokenizer):

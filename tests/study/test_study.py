@@ -1,6 +1,7 @@
 """A small study, end to end."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 
 from plait.study import Study, run_study
 from plait.study.pool import finished, last_step
+from plait.study.results import write_results
 from plait.train import TrainingStopped, latest
 from plait.train.folder import step_of
+from plait.train.lock import alone_in
 
 QUIET = Console(quiet=True)
 
@@ -120,6 +123,48 @@ def test_a_run_that_fails_stops_the_study(text, tmp_path):
     with pytest.raises(TrainingStopped, match="device 'nowhere'"):
         run_study(study, console=QUIET)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_study_keeps_others_out_and_spares_a_run_that_is_going_on(text, tmp_path):
+    study = small(text, tmp_path, patterns={"both": "[D|A]F"})
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another study is going on here"):
+        run_study(study, console=QUIET)
+    run_study(study, console=QUIET)
+    kept = latest(tmp_path / "both")
+    with alone_in(tmp_path / "both"), pytest.raises(ValueError, match="both: another run is going on here"):
+        run_study(study, fresh=True, console=QUIET)
+    assert latest(tmp_path / "both") == kept
+
+
+def test_results_are_json_whatever_was_found(tmp_path):
+    path = write_results(tmp_path, {"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf, "d": True}})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "a": [None, [None, 1.5]],
+        "b": {"c": None, "d": True},
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample_temperature": math.nan},
+        {"sample_temperature": -1},
+        {"decode_contexts": [0, 4]},
+        {"decode_contexts": []},
+        {"state_contexts": [-1]},
+        {"tokens": math.inf},
+        {"dim": -1},
+        {"jobs": 0},
+        {"threads": True},
+        {"sample_prompt": ""},
+        {"training": {"lr": math.nan}},
+    ],
+    ids=str,
+)
+def test_a_study_takes_no_number_that_is_none(text, tmp_path, change):
+    with pytest.raises(ValueError, match=next(iter(change))) as said:
+        small(text, tmp_path, **change)
+    assert "\n" not in str(said.value)
 
 
 def test_another_study_takes_the_folder_over(done, text, tmp_path):

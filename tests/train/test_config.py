@@ -1,13 +1,17 @@
 """A run as data: what is read is what is written, and what is wrong is said in one line."""
 
+import math
 import subprocess
 import sys
+from typing import get_args
 
+import msgspec
 import pytest
 import yaml
 
-from plait.train import RunConfig, load_run
+from plait.train import DataConfig, RunConfig, load_run
 from plait.train.config import FIXED, FREE, resolve_design, to_yaml
+from plait.train.optim import scale
 
 MINIMAL = {"design": "(DF)3 AF"}
 
@@ -67,6 +71,65 @@ def test_a_wrong_value_is_one_line(change, said):
     assert "\n" not in str(caught.value)
 
 
+NUMBERS = [
+    (config, field.name)
+    for config in (RunConfig, DataConfig)
+    for field in msgspec.structs.fields(config)
+    if any(kind in (int, float) for kind in (field.type, *get_args(field.type)))
+]
+
+
+@pytest.mark.parametrize(("config", "name"), NUMBERS, ids=[name for _, name in NUMBERS])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, -1e-9, True, "1", -(2**64)])
+def test_no_number_takes_what_is_none(config, name, value):
+    fields = {"design": "AF"} if config is RunConfig else {}
+    fields[name] = [value, 0.9] if name == "betas" else value
+    with pytest.raises(ValueError, match=name) as caught:
+        config(**fields)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"seed": seed} for seed in (2**63, 2**64, 10**30)),
+        *({"lr": lr} for lr in (0, 1e-300, 1e6, 1e300)),
+        *({"clip": clip} for clip in (0, 1e-300, 1e300)),
+        *({name: amount} for name in ("warmup", "decay") for amount in (1.5, 99.9)),
+        {"warmup": 1e300},
+        {"weight_decay": 1e9},
+        {"betas": [1e300, 0.9]},
+        {"steps": 10**30},
+        {"batch": 2**22},
+        {"data": {"length": 2**31}},
+        {"data": {"source": ""}},
+        {"data": {"tokenizer": {"bpe": 10**12}}},
+        {"data": {"tokenizer": {}}},
+        {"folder": ""},
+        {"sample_prompt": ""},
+        {"sample_prompt": "a\ud800"},
+    ],
+    ids=str,
+)
+def test_no_number_is_taken_that_no_run_can_have(change):
+    inner = change.get("data", change)
+    with pytest.raises(ValueError, match=next(iter(inner))) as caught:
+        RunConfig.from_dict(MINIMAL | change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 1000])
+@pytest.mark.parametrize("amount", [0, 1e-300, 0.3, 0.5, 0.999999, 1, 3.0])
+def test_a_run_that_is_taken_has_a_schedule_to_its_end(schedule, steps, amount):
+    try:
+        run = RunConfig(design="AF", steps=steps, schedule=schedule, warmup=amount, decay=amount)
+    except ValueError as error:
+        assert "do not fit into steps" in str(error)  # noqa: PT017  (either is right)
+        return
+    assert all(0 < scale(step, run) <= 1 for step in range(1, steps + 1))
+
+
 def test_a_run_without_a_design_says_so():
     with pytest.raises(ValueError, match="'design' is missing"):
         RunConfig.from_dict({"steps": 3})
@@ -87,6 +150,26 @@ def test_a_file_names_its_folder_and_overrides_reach_in(tmp_path):
 def test_a_run_folder_that_was_moved_is_its_own_folder(tmp_path):
     (tmp_path / "run.yaml").write_text(to_yaml(RunConfig(design="AF", folder="runs/elsewhere")))
     assert load_run(tmp_path).folder == str(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["", "deep"])
+def test_a_stored_run_s_paths_begin_where_it_was_made(tmp_path, monkeypatch, where):
+    home = tmp_path / where
+    (home / "runs" / "x").mkdir(parents=True)
+    (home / "tok").mkdir()
+    data = {"source": "text/*.txt", "tokenizer": "tok", "cache": "runs/cache"}
+    (home / "runs" / "x" / "run.yaml").write_text(to_yaml(RunConfig(design="AF", folder="runs/x", data=data)))
+    monkeypatch.chdir(home)
+    assert load_run("runs/x").data == DataConfig(**data)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = load_run(home / "runs" / "x").data
+    assert found.source == str(home / "text" / "*.txt")
+    assert (found.tokenizer, found.cache) == (str(home / "tok"), str(home / "runs" / "cache"))
+    plain = RunConfig(design="AF", folder="runs/x", data={"source": "hf:a/b", "tokenizer": "someone/tok"})
+    (home / "runs" / "x" / "run.yaml").write_text(to_yaml(plain))
+    kept = load_run(home / "runs" / "x").data
+    assert (kept.source, kept.tokenizer) == ("hf:a/b", "someone/tok")
 
 
 def test_the_vocabulary_is_the_tokenizers_where_the_design_leaves_it_out(tmp_path):

@@ -7,9 +7,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from plait.train import Interrupted, TrainingStopped, latest, load_run, train
+from plait.train.display import duration
 from plait.train.signals import Signals
 
 
@@ -101,6 +103,45 @@ def test_plain_lines_where_there_is_no_terminal(make_run):
     assert "tokens/s" in text
     assert "bits/byte" in text
     assert "saved" in text
+
+
+def test_it_says_what_it_is_about_to_do_and_how_long_that_takes(make_run):
+    out = io.StringIO()
+    run = make_run(steps=30, eval_every=0)
+    count = sum(p.numel() for p in train(run, console=Console(file=out, width=300)).model.parameters())
+    first, second, third = out.getvalue().splitlines()[:3]
+    assert first == f"AF: {count:,} parameters, float32 on cpu; folder {run.folder}"
+    assert second.startswith(f"text: {run.data.source}, ")
+    assert "tokens to train on; 30 steps of 128 read 3,840, " in second
+    assert "step 1/30" in third
+    assert "tokens/s: about " in out.getvalue()
+    out.truncate(0)
+    train(run, console=Console(file=out, width=300))
+    assert "finished: " in out.getvalue()
+    assert "tokens/s" not in out.getvalue()
+
+
+def test_a_slow_precision_is_named(make_run, monkeypatch):
+    for fast, said in ((torch.float32, True), (torch.bfloat16, False)):
+        monkeypatch.setattr("plait.train.loop.fast_dtype", lambda device, fast=fast: fast)
+        out = io.StringIO()
+        train(make_run(folder=str(said), steps=1, precision="bfloat16"), console=Console(file=out, width=300))
+        assert ("precision bfloat16 is slow on this cpu" in out.getvalue()) is said
+
+
+def test_nothing_to_hold_out_is_said_before_training(make_run, quiet, tmp_path):
+    (tmp_path / "ab.txt").write_text("ab")
+    run = make_run()
+    with pytest.raises(ValueError, match=r"ab\.txt: "):
+        train(run.replace(data=run.data.replace(source=str(tmp_path / "ab.txt"))), console=quiet)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 seconds"), (119, "119 seconds"), (120, "2 minutes"), (7200, "2 hours"), (2e6, "23 days")],
+)
+def test_durations(seconds, said):
+    assert duration(seconds) == said
 
 
 def test_a_bar_on_a_terminal(make_run):

@@ -68,9 +68,11 @@ def test_a_stored_run_can_be_run_again(make_run, quiet):
 def test_a_finished_run_is_not_trained_further(make_run, quiet):
     run = make_run(steps=4)
     first = train(run, console=quiet)
-    before = contents(Path(run.folder))
-    second = train(run, console=quiet)
+    before, stored = contents(Path(run.folder)), (Path(run.folder) / "run.yaml").read_text()
+    second = train(run.replace(resume=True, eval_every=3), console=quiet)
     assert contents(Path(run.folder)) == before
+    assert (Path(run.folder) / "run.yaml").read_text() == stored
+    assert (first.done, second.done) == (4, 0)
     assert (second.step, second.tokens, second.seconds) == (first.step, first.tokens, first.seconds)
     assert second.heldout == first.heldout
 
@@ -102,6 +104,17 @@ def test_changes_that_make_it_another_run_are_refused(make_run, quiet):
         assert "\n" not in str(caught.value)
     result = train(make_run(steps=4, lr=0.5, batch=2, resume=True), console=quiet)
     assert (result.step, result.tokens) == (4, 2 * 4 * 32 + 2 * 2 * 32)
+
+
+@pytest.mark.parametrize("resume", ["auto", True])
+def test_fewer_steps_than_are_done_are_refused(make_run, quiet, resume):
+    train(make_run(steps=4), console=quiet)
+    stored = contents(Path(make_run().folder))
+    with pytest.raises(
+        ValueError, match="has done 4 steps, more than steps=3: give at least as many, or another folder"
+    ):
+        train(make_run(steps=3, resume=resume), console=quiet)
+    assert contents(Path(make_run().folder)) == stored
 
 
 def test_resuming_nothing_is_refused(make_run, quiet):
