@@ -46,7 +46,7 @@ def measure(rounds: int) -> dict[str, Any]:
     study, rows = demo_study(), {}
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "text.txt")
-        text.write_text("def function(argument):\n    return argument\n\n" * 2_000)
+        text.write_text("def function(argument):\n    return argument\n\n" * 2_000, encoding="utf-8")
         shards = prepare(str(text), ByteTokenizer(), folder, heldout=0.05)
         for name in study.patterns:
             run = study.run(name, VOCAB)
@@ -81,7 +81,7 @@ def gradients(model: nn.Module, batch: Any) -> None:
 def under(variables: dict[str, str], rounds: int) -> dict[str, Any]:
     """`measure` in a process of its own."""
     command = [sys.executable, __file__, "--here", "--rounds", str(rounds)]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -100,7 +100,7 @@ def main() -> None:
     for name, row in data["plain"]["models"].items():
         print(name, data["as_it_is"]["models"][name], row, sep="\n  ")
     if asked.out:
-        asked.out.write_text(json.dumps(data, indent=1) + "\n")
+        asked.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

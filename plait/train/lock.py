@@ -16,6 +16,7 @@ def alone_in(folder: Path, what: str = "another run") -> Iterator[None]:
     The system keeps the lock, on an open file: it ends with the process, however that ends, and the file's mere presence
     means nothing. A folder in which nothing else came to be is taken away again.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -25,10 +26,10 @@ def alone_in(folder: Path, what: str = "another run") -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(
-            OSError
-        ):  # Windows deletes no open file; elsewhere who has opened this one finds it gone, and waits anew
+        # Windows deletes no open file; elsewhere who has opened this one finds it gone, and waits anew
+        with suppress(OSError):
             if [path.name for path in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
-                folder.rmdir()
+                for path in made:
+                    path.rmdir()  # which fails where something else came to be
         lock.release()

@@ -336,7 +336,7 @@ def test_a_run_s_design_may_be_another_s(run_folder, tmp_path):
     assert len({resolve_design(run_config([f"design={spec}"]).design, 257).hash for spec in found}) == 1
     for spec in found:
         run = run_config([f"design={spec}", "design.layers.A.kv_heads=1"])
-        assert resolve_design(run.design, 257).bound["A"].kv_heads == 1
+        assert resolve_design(run.design, 257).slots[0].layer.kv_heads == 1
 
 
 def test_home_is_home(plait, run_folder, tmp_path, monkeypatch):
