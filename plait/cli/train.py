@@ -39,7 +39,7 @@ def command(
     if (weights := with_weights(run.design)) is not None:
         say(
             screen,
-            f"design {run.design}: its design is used, its weights are not; training begins with new ones ({weights})",
+            f"design {run.design}: its design is used, its weights are not; to go on from those: start={weights}",
         )
 
     def sample(model: Any, tokenizer: Any, prompt: str) -> str:

@@ -36,6 +36,11 @@ class Batch:
     cu_seqlens: Tensor
     bytes: int
 
+    def part(self, start: int, end: int) -> "Batch":
+        """The tokens from `start` to `end`, both of which are bounds of documents."""
+        inside = (self.cu_seqlens >= start) & (self.cu_seqlens <= end)
+        return Batch(self.inputs[:, start:end], self.targets[:, start:end], self.cu_seqlens[inside] - start, 0)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         inputs, targets, cu_seqlens = (
             tensor.to(device, non_blocking=non_blocking) for tensor in (self.inputs, self.targets, self.cu_seqlens)

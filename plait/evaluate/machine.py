@@ -59,5 +59,7 @@ def _named_by_linux() -> str:
 def _named_by_macos() -> str:
     if sys.platform != "darwin":
         return ""
-    asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, encoding="utf-8", check=False)
+    asked = subprocess.run(
+        ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, encoding="utf-8", check=False
+    )
     return asked.stdout.strip()

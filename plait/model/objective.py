@@ -23,7 +23,8 @@ class Batch(Protocol):
 
 
 class Objective(nn.Module):
-    """`forward(batch) -> Loss`. Of its modules only `model` is trained; others, such as a teacher, it keeps as they are.
+    """`forward(batch) -> Loss`, by the `rule` of a subclass. Of its modules only `model` is trained; others, such as a
+    teacher, it keeps as they are.
 
     `stats`: a dict that layers leave numbers about the call in, as in `LanguageModel.forward`.
     """
@@ -37,7 +38,14 @@ class Objective(nn.Module):
         return self.model.features(batch.inputs, cu_seqlens=batch.cu_seqlens, stats=stats)[0]
 
     def rule(self, batch: Batch) -> Any:
+        """What the outputs are held against."""
         raise NotImplementedError(f"{type(self).__name__} has no rule(batch)")
+
+    def count(self, batch: Batch) -> Int[Tensor, ""]:
+        """How many positions of a batch count, known before it is run: targets not below 0, or all vectors."""
+        if batch.targets.is_floating_point():
+            return torch.tensor(batch.targets.shape[:-1].numel())
+        return (batch.targets >= 0).sum()
 
     def forward(self, batch: Batch, stats: dict[str, Any] | None = None) -> Loss:
         return self.model.head.loss(self.hidden(batch, stats), self.rule(batch))

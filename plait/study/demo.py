@@ -52,7 +52,7 @@ def pace(steps: int = 2) -> float:
     import torch
 
     from plait.data import Batch
-    from plait.model import build
+    from plait.model import NextToken, build
     from plait.study.run import threads
     from plait.train.optim import Optimizers
     from plait.train.step import backward
@@ -67,7 +67,7 @@ def pace(steps: int = 2) -> float:
     with threads(study.threads):
         for _ in range(1 + steps):
             started = perf_counter()
-            backward(model, batch, 1, run.precision)
+            backward(NextToken(model), batch, 1, run.precision)
             optimizers.step(1)
             times.append(perf_counter() - started)
     return size / median(times[1:])

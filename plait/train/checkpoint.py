@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plait.data import Loader, Shards, Tokenizer
+from plait.data import Tokenizer
 from plait.design import ModelConfig
 from plait.files import naming, read_text, sync_folder, write_atomic
 from plait.model import LanguageModel
@@ -21,6 +21,7 @@ from plait.model import load as load_model
 from plait.model import save as save_model
 from plait.train.config import FIXED, FREE, RunConfig
 from plait.train.folder import NAME, checkpoint_path, checkpoints, step_of
+from plait.train.inputs import Batches
 from plait.train.optim import Optimizers
 
 FORMAT = 1
@@ -41,9 +42,9 @@ def save_checkpoint(
     run: RunConfig,
     position: Position,
     model: LanguageModel,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     optimizers: Optimizers,
-    loader: Loader,
+    loader: Batches,
 ) -> Path:
     """Write a checkpoint of this moment, whole or not at all, then remove all but the newest `keep_last`."""
     folder = Path(run.folder)
@@ -73,9 +74,9 @@ def _write(
     run: RunConfig,
     position: Position,
     model: LanguageModel,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     optimizers: Optimizers,
-    loader: Loader,
+    loader: Batches,
 ) -> None:
     save_model(model, folder, tokenizer)
     tensors = {f"optimizer.{name}": tensor.contiguous() for name, tensor in optimizers.tensors().items()}
@@ -133,7 +134,7 @@ class Checkpoint:
     def position(self) -> Position:
         return Position(self.facts["step"], self.facts["tokens"], self.facts["seconds"])
 
-    def check_same_run(self, run: RunConfig, shards: Shards) -> None:
+    def check_same_run(self, run: RunConfig, loader: Batches) -> None:
         """Raise ValueError where `run` (its design resolved) is not what this checkpoint is a part of."""
         before = RunConfig.from_dict(self.facts["run"])
         for name in RunConfig.__struct_fields__:
@@ -145,7 +146,7 @@ class Checkpoint:
                 f"{self.path} belongs to a run with {name} {getattr(before, name)!r}, not {getattr(run, name)!r}: "
                 f"give another folder{advice}"
             )
-        if self.facts["loader"]["shards"] != shards.key:
+        if self.facts["loader"].get("shards") != loader.state_dict().get("shards"):
             raise ValueError(
                 f"{run.data.source}: this text or tokenizer is not what {self.path} was trained on; give another folder"
             )
@@ -153,7 +154,7 @@ class Checkpoint:
     def load_model(self, device: torch.device) -> LanguageModel:
         return load_model(self.path, device=device)
 
-    def restore(self, optimizers: Optimizers, loader: Loader) -> None:
+    def restore(self, optimizers: Optimizers, loader: Batches) -> None:
         """Put optimizers, loader and random number generators where they were."""
         try:
             tensors = load_file(self.path / TENSORS)

@@ -63,6 +63,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     import: a module to load first, or a list: its name, or a .py file's. It is written into the design.
     data: see DataConfig.
     folder: where the run is kept; a file x.yaml that does not say gives runs/x.
+    start: a saved model, run or checkpoint whose weights the run begins with, instead of new ones; its design and tokenizer
+        are those of the run where nothing else is said.
 
     steps: optimizer steps.                             batch: sequences in a step.
     accumulate: parts that a step's sequences are run in, to save memory; changes no number but by rounding.
@@ -85,9 +87,10 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
         fixed by it (see FIXED) may have changed; false: the folder must have none.
     """
 
-    design: Any
+    design: Any = None
     data: Any = DataConfig()
     folder: str = "runs/train"
+    start: str | None = None
 
     steps: int = 1000
     batch: int = 8
@@ -121,7 +124,13 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
         if isinstance(self.design, ModelConfig):
             msgspec.structs.force_setattr(self, "design", self.design.to_dict())
         msgspec.structs.force_setattr(self, "folder", str(user_path(self.folder)))
-        if not isinstance(self.design, str | dict):
+        if self.start is not None:
+            self._set("start", str(user_path(self.start)))
+        if self.design is None and self.start is None:
+            raise ValueError(
+                "RunConfig: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping"
+            )
+        if self.design is not None and not isinstance(self.design, str | dict):
             raise ValueError(f"design: expected a pattern, a preset, a file or a mapping, got {self.design!r}")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
@@ -187,11 +196,12 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Plain data, as YAML and JSON give it. Raises ValueError naming the field and the nearest right spelling."""
         check_keys(data, cls, "run", also=(KEY,))
-        if "design" not in data:
+        if data.get("design") is None and data.get("start") is None:
             raise ValueError("run: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping")
         if KEY in data:
             data = located(data, Path.cwd())
-            design = design_mapping(data["design"]) if isinstance(data["design"], str) else data["design"]
+            design = data.get("design") or data["start"]
+            design = design_mapping(design) if isinstance(design, str) else design
             modules = dict.fromkeys((*asked(data), *asked(design)))
             data = {name: value for name, value in data.items() if name != KEY} | {"design": design | {KEY: [*modules]}}
         return convert(data, cls, "run")
@@ -264,10 +274,12 @@ def relative(value: Any) -> bool:
     )
 
 
-def resolve_design(spec: str | dict[str, Any], vocab: int) -> ModelConfig:
-    """The design a run means for a tokenizer of `vocab` tokens. Raises ValueError where the design has fewer."""
-    design = load_design({"vocab": vocab} | (spec if isinstance(spec, dict) else design_mapping(spec)))
-    if design.vocab < vocab:
+def resolve_design(spec: str | dict[str, Any], vocab: int | None) -> ModelConfig:
+    """The design a run means for a tokenizer of `vocab` tokens (None: there is none). Raises ValueError where the design
+    has fewer."""
+    known = {} if vocab is None else {"vocab": vocab}
+    design = load_design(known | (spec if isinstance(spec, dict) else design_mapping(spec)))
+    if vocab is not None and design.vocab < vocab:
         raise ValueError(
             f"design.vocab {design.vocab} is smaller than the tokenizer's {vocab}; leave it out or give at least that"
         )

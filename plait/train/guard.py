@@ -1,10 +1,11 @@
 """Where NaN and infinity come from."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from plait.data import Batch
-from plait.model import LanguageModel
+from plait.model import LanguageModel, Objective
 from plait.train.step import backward
 
 
@@ -28,8 +29,9 @@ def nonfinite_weights(model: LanguageModel) -> str | None:
     return None
 
 
-def first_nonfinite(model: LanguageModel, batch: Batch, precision: str) -> str:
+def first_nonfinite(objective: Objective, batch: Any, precision: str) -> str:
     """Run `batch` again and say in which layer the first value stops being finite; drops the gradients."""
+    model = objective.model
     if weights := nonfinite_weights(model):
         return weights
     outputs: dict[str, bool] = {}
@@ -49,7 +51,7 @@ def first_nonfinite(model: LanguageModel, batch: Batch, precision: str) -> str:
     try:
         model.zero_grad(set_to_none=True)
         with torch.compiler.set_stance("force_eager"):
-            backward(model, batch, 1, precision)
+            backward(objective, batch, 1, precision)
         return _blame(model, outputs, gradients)
     finally:
         for handle in hooks:

@@ -8,6 +8,7 @@ them. So the number depends on the text, the model and `length`, and not on how 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from plait.data import Batch, Shards
 from plait.data.loader import NO_TARGET
-from plait.model import LanguageModel, token_loss
+from plait.model import LanguageModel, Objective, token_loss
 from plait.train.solver import Fared, Stats, read, together
 from plait.train.step import autocast
 
@@ -50,6 +51,22 @@ def heldout_loss(
         tokens=tokens,
         precision=precision,
     )
+
+
+@torch.no_grad()
+def mean_loss(objective: Objective, batches: Iterable[Any], precision: str = "float32") -> HeldOut:
+    """Mean of an objective's loss over batches of its own; `tokens` are the positions that count, and no text is known."""
+    model, total, scored, layers = objective.model, 0.0, 0, {}
+    training = objective.training
+    objective.eval()
+    for batch in batches:
+        stats: Stats = {}
+        with autocast(model.device, precision):
+            loss = objective(batch.to(model.device), stats=stats)
+        total, scored = total + loss.total.item(), scored + int(loss.count)
+        layers = together(layers, read(stats))
+    objective.train(training)
+    return HeldOut(total / max(1, scored), scored, 0, layers)
 
 
 def heldout_documents(shards: Shards) -> Iterator[Iterator[Ids]]:

@@ -1,20 +1,80 @@
-"""From a run's config to what it trains on: tokenizer, shards and the full design."""
+"""What a run trains on: from its config to tokenizer, shards, batches and the full design; or batches of one's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 from plait.data import Loader, Shards, Tokenizer, cached_bpe, load_tokenizer, prepare
 from plait.design import ModelConfig
+from plait.model import Objective, model_folder
 from plait.train.config import DataConfig, RunConfig, resolve_design
+from plait.train.heldout import HeldOut, heldout_loss, mean_loss
 
 
-def open_inputs(
-    run: RunConfig, progress: Callable[[int, int | None], None] | None = None
-) -> tuple[Tokenizer, Shards, ModelConfig]:
-    """Read, tokenize and cache the text where that has not been done; `progress(done, total)` counts bytes of text."""
-    tokenizer = open_tokenizer(run.data)
-    design = resolve_design(run.design, tokenizer.vocab)
+class Batches(Protocol):
+    """Endless training batches (see `plait.model.objective.Batch`) that can say where they are and go on from there.
+
+    A batch without `cu_seqlens` also has `part(start, end)`, its rows from start to end, where a run accumulates; every
+    batch has `to(device)`. What `state_dict` gives is written as JSON.
+    """
+
+    def __next__(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """batches: to train on; tokenizer: None where they are no text; measure: the loss on what was held out."""
+
+    batches: Batches
+    tokenizer: Tokenizer | None
+    design: ModelConfig
+    measure: Callable[[Objective], HeldOut]
+    said: str
+
+
+def text_inputs(run: RunConfig, kept: Path | None, progress: Callable[[int, int | None], None] | None = None) -> Inputs:
+    """Read, tokenize and cache a run's text where that has not been done; `progress(done, total)` counts bytes of text.
+
+    `kept`: where a run that goes on has kept its tokenizer.
+    """
+    tokenizer = load_tokenizer(kept) if kept is not None and kept.is_dir() else own_tokenizer(run)
+    design = resolve_design(run.design or run.start or "", tokenizer.vocab)
     shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout, progress=progress)
-    return tokenizer, shards, design
+    check_heldout(run, shards)
+    loader = open_loader(run, shards)
+    reads = run.steps * run.batch * run.data.length
+    said = (
+        f"text: {run.data.source}, {loader.tokens:,} tokens to train on; {run.steps:,} steps of "
+        f"{run.batch * run.data.length:,} read {reads:,}, {reads / loader.tokens:.3g} times the text"
+    )
+
+    def measure(objective: Objective) -> HeldOut:
+        how = {"batch": run.batch, "length": run.data.length, "tokens": run.eval_tokens, "precision": run.precision}
+        return heldout_loss(objective.model, shards, **how)
+
+    return Inputs(loader, tokenizer, design, measure, said)
+
+
+def own_inputs(run: RunConfig, batches: Batches, heldout: Callable[[], Iterable[Any]] | None) -> Inputs:
+    """Batches of one's own. `heldout()` gives those to measure on, anew each time."""
+    design = resolve_design(run.design or run.start or "", vocab=None)
+
+    def measure(objective: Objective) -> HeldOut:
+        return mean_loss(objective, heldout() if heldout else (), run.precision)
+
+    return Inputs(batches, None, design, measure, f"batches of {type(batches).__name__}; {run.steps:,} steps")
+
+
+def own_tokenizer(run: RunConfig) -> Tokenizer:
+    """The run's tokenizer; that of the model it starts from where it names none."""
+    if run.start is not None and run.data.tokenizer == DataConfig().tokenizer:
+        folder = model_folder(run.start)
+        if (folder / "tokenizer_config.json").is_file():
+            return load_tokenizer(folder)
+    return open_tokenizer(run.data)
 
 
 def open_tokenizer(data: DataConfig) -> Tokenizer:
@@ -27,3 +87,12 @@ def open_tokenizer(data: DataConfig) -> Tokenizer:
 def open_loader(run: RunConfig, shards: Shards) -> Loader:
     """The endless, seeded training batches of a run, from the start."""
     return Loader(shards, "train", batch=run.batch, length=run.data.length, seed=run.seed)
+
+
+def check_heldout(run: RunConfig, shards: Shards) -> None:
+    """Raise ValueError where no token of the held-out text can be predicted."""
+    starts, ends = shards.documents("heldout")
+    if not (ends - starts > 2).any():  # its first token, another, the end of text
+        raise ValueError(
+            f"{run.data.source}: nothing held out can be predicted; give more text or a larger data.heldout"
+        )

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
-from plait.data import Batch, Loader, Shards, Tokenizer
+from plait.data import Tokenizer
+from plait.design import ModelConfig
 from plait.files import write_text
-from plait.model import LanguageModel, build
+from plait.model import LanguageModel, NextToken, Objective, build, load
 from plait.model.device import find_device
 from plait.ops.graph import leave_documents_outside
 from plait.ops.shooting import NotConverged
@@ -26,8 +27,8 @@ from plait.train.display import Display
 from plait.train.errors import Interrupted, NonFinite, SaveFailed, TrainingStopped, Unsolved
 from plait.train.folder import CONFIG, METRICS, latest, remove_leftovers
 from plait.train.guard import first_nonfinite, weights_finite
-from plait.train.heldout import HeldOut, heldout_loss
-from plait.train.inputs import open_inputs, open_loader
+from plait.train.heldout import HeldOut
+from plait.train.inputs import Batches, Inputs, own_inputs, text_inputs
 from plait.train.instructions import fast_dtype
 from plait.train.lock import alone_in
 from plait.train.metrics import MetricsLog
@@ -40,37 +41,65 @@ from plait.train.step import backward
 Sample = Callable[[LanguageModel, Tokenizer, str], str]
 
 
-def train(run: RunConfig, *, sample: Sample | None = None, console: Console | None = None) -> Result:
+def train(
+    run: RunConfig,
+    *,
+    objective: Callable[[LanguageModel], Objective] = NextToken,
+    start: str | Path | None = None,
+    batches: Batches | None = None,
+    heldout: Callable[[], Iterable[Any]] | None = None,
+    sample: Sample | None = None,
+    console: Console | None = None,
+) -> Result:
     """Train, or go on training, what `run` describes, in `run.folder`; see `RunConfig.resume`.
 
+    `objective(model)` gives what steps optimise, a `plait.model.Objective`: next tokens, or one's own.
+    `start` is `run.start`: a folder whose weights the run begins with.
+    `batches` stand in for the text of `run.data`, and `heldout()` gives those to measure on.
     `sample(model, tokenizer, prompt)` gives the text that is shown and logged every `sample_every` steps.
     `console` is where progress goes: standard error unless given; `Console(quiet=True)` for none.
     Raises ValueError and OSError for a run that cannot begin, and TrainingStopped for one that had to stop, which is
     Interrupted, NonFinite, Unsolved or SaveFailed. In each case the checkpoints written before are whole.
     """
+    run = run if start is None else run.replace(start=str(start))
     folder = Path(run.folder)
     with Display(console or Console(stderr=True), run.steps) as display, alone_in(folder):
         before = _open_folder(run)
-        tokenizer, shards, design = open_inputs(run, display.reading)
-        run = run.replace(design=design.to_dict())
+        kept = None if before is None else folder / "tokenizer"
+        inputs = text_inputs(run, kept, display.reading) if batches is None else own_inputs(run, batches, heldout)
+        run = run.replace(design=inputs.design.to_dict())
         device = find_device(run.device)
         if before is None:
             torch.manual_seed(run.seed)
-            model, position = build(design, seed=run.seed, device=device), Position()
+            model, position = first_model(run, inputs.design, device), Position()
         else:
-            before.check_same_run(run, shards)
+            before.check_same_run(run, inputs.batches)
             model, position = before.load_model(device), before.position
-        optimizers, loader = Optimizers(model, run), open_loader(run, shards)
+        optimizers = Optimizers(model, run)
         if before is not None:
-            before.restore(optimizers, loader)
-        introduce(display, run, model, loader, before)
+            before.restore(optimizers, inputs.batches)
+        introduce(display, run, model, inputs, before)
         if position.step < run.steps:  # else nothing will happen here, and the run stays what it was
-            tokenizer.save(folder / "tokenizer")
+            if inputs.tokenizer is not None:
+                inputs.tokenizer.save(folder / "tokenizer")
             write_text(folder / CONFIG, to_yaml(stored(run)))
         with Signals() as signals, MetricsLog(folder / METRICS, position.step) as log:
             return _Training(
-                run, model, tokenizer, shards, optimizers, loader, position, sample, display, signals, log
+                run, objective(model), inputs, optimizers, position, sample, display, signals, log
             ).to_the_end()
+
+
+def first_model(run: RunConfig, design: ModelConfig, device: torch.device) -> LanguageModel:
+    """The model that step 1 begins with: new weights, or those of `run.start`."""
+    if run.start is None:
+        return build(design, seed=run.seed, device=device)
+    model = load(run.start, device=device, dtype=torch.float32)
+    if model.design.hash != design.hash:
+        raise ValueError(
+            f"start: {run.start} holds {model.design.pattern!r} of hash {model.design.hash}, and the run's design is "
+            f"{design.pattern!r} of {design.hash}; leave `design` out to train the one that it holds"
+        )
+    return model
 
 
 def stored(run: RunConfig) -> RunConfig:
@@ -82,25 +111,18 @@ def stored(run: RunConfig) -> RunConfig:
 
 
 def introduce(
-    display: Display, run: RunConfig, model: LanguageModel, loader: Loader, before: Checkpoint | None
+    display: Display, run: RunConfig, model: LanguageModel, inputs: Inputs, before: Checkpoint | None
 ) -> None:
     """What is about to be done: the model, the device, the text, the folder."""
     device, count = model.device, sum(parameter.numel() for parameter in model.parameters())
     display.note(f"{model.design.pattern}: {count:,} parameters, {run.precision} on {device}; folder {run.folder}")
-    reads = run.steps * run.batch * run.data.length
-    display.note(
-        f"text: {run.data.source}, {loader.tokens:,} tokens to train on; {run.steps:,} steps of "
-        f"{run.batch * run.data.length:,} read {reads:,}, {reads / loader.tokens:.3g} times the text"
-    )
-    starts, ends = loader.shards.documents("heldout")
-    if not (ends - starts > 2).any():  # its first token, another, the end of text
-        raise ValueError(
-            f"{run.data.source}: nothing held out can be predicted; give more text or a larger data.heldout"
-        )
+    display.note(inputs.said)
     if run.precision == "bfloat16" and fast_dtype(device) != torch.bfloat16:
         display.note(f"precision bfloat16 is slow on this {device.type}, which has no instructions for it: use float32")
     if before is not None:
         display.note(f"{'going on from' if before.position.step < run.steps else 'finished:'} {before.path}")
+    elif run.start is not None:
+        display.note(f"starting from the weights of {run.start}")
 
 
 @dataclass(slots=True)
@@ -108,33 +130,39 @@ class _Training:
     """All that a run consists of while it goes on."""
 
     run: RunConfig
-    model: LanguageModel
-    tokenizer: Tokenizer
-    shards: Shards
+    objective: Objective
+    inputs: Inputs
     optimizers: Optimizers
-    loader: Loader
     position: Position
     sample: Sample | None
     display: Display
     signals: Signals
     log: MetricsLog
 
+    @property
+    def model(self) -> LanguageModel:
+        return self.objective.model
+
+    @property
+    def loader(self) -> Batches:
+        return self.inputs.batches
+
     def to_the_end(self) -> Result:
         run, position, heldout, begun = self.run, self.position, None, self.position.step
         self.model.activation_checkpointing = run.activation_checkpointing
         if run.compile:
             self.compile()
-        self.model.train()
+        self.objective.train()
         while position.step < run.steps:
             self.one_step()
             heldout = self.evaluate() if self.due(run.eval_every, at_end=True) else None
-            if self.sample is not None and self.due(run.sample_every, at_end=False):
-                self.show_sample(self.sample)
+            if self.sample and self.inputs.tokenizer and self.due(run.sample_every, at_end=False):
+                self.show_sample(self.sample, self.inputs.tokenizer)
             if self.signals.received or self.due(run.save_every, at_end=True):
                 self.save()
             if self.signals.received and position.step < run.steps:
                 raise self.interrupted()
-        self.model.eval()
+        self.objective.eval()
         checkpoint = latest(Path(run.folder))
         assert checkpoint is not None
         heldout = heldout or self.heldout()  # the run had come to its end before
@@ -142,7 +170,7 @@ class _Training:
             Path(run.folder),
             checkpoint,
             self.model,
-            self.tokenizer,
+            self.inputs.tokenizer,
             position.step,
             position.tokens,
             position.seconds,
@@ -168,7 +196,7 @@ class _Training:
         batch = next(self.loader)
         stats: Stats = {}
         with self.solving(f"step {position.step + 1}"):
-            loss = backward(self.model, batch, run.accumulate, run.precision, stats).item()
+            loss = backward(self.objective, batch, run.accumulate, run.precision, stats).item()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), run.clip or math.inf).item()
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
@@ -193,31 +221,27 @@ class _Training:
         self.display.solved(position.step, layers)
 
     def heldout(self) -> HeldOut:
-        run = self.run
         with self.solving(f"held-out text after step {self.position.step}"):
-            return heldout_loss(
-                self.model,
-                self.shards,
-                batch=run.batch,
-                length=run.data.length,
-                tokens=run.eval_tokens,
-                precision=run.precision,
-            )
+            return self.inputs.measure(self.objective)
 
     def evaluate(self) -> HeldOut:
         heldout, step = self.heldout(), self.position.step
         if not math.isfinite(heldout.loss):
             raise self.not_finite(f"after step {step}: held-out loss is {heldout.loss}", next(self.loader))
+        if not heldout.tokens:
+            return heldout
         layers = {"solver": as_data(heldout.layers)} if heldout.layers else {}
-        self.log.write(step=step, heldout_loss=heldout.loss, bits_per_byte=heldout.bits_per_byte, **layers)
-        self.display.note(f"step {step}  held-out loss {heldout.loss:.4f}  {heldout.bits_per_byte:.4f} bits/byte")
+        text = {"bits_per_byte": heldout.bits_per_byte} if heldout.bytes else {}
+        self.log.write(step=step, heldout_loss=heldout.loss, **text, **layers)
+        said = f"  {heldout.bits_per_byte:.4f} bits/byte" if heldout.bytes else ""
+        self.display.note(f"step {step}  held-out loss {heldout.loss:.4f}{said}")
         return heldout
 
-    def show_sample(self, sample: Sample) -> None:
-        self.model.eval()
+    def show_sample(self, sample: Sample, tokenizer: Tokenizer) -> None:
+        self.objective.eval()
         with self.solving(f"sample after step {self.position.step}"):
-            text = sample(self.model, self.tokenizer, self.run.sample_prompt)
-        self.model.train()
+            text = sample(self.model, tokenizer, self.run.sample_prompt)
+        self.objective.train()
         self.log.write(step=self.position.step, sample=text)
         self.display.note(f"step {self.position.step}  sample: {text}")
 
@@ -227,7 +251,8 @@ class _Training:
             raise self.not_finite(f"after step {step}: a weight is not finite", next(self.loader))
         try:
             self.log.sync()
-            path = save_checkpoint(self.run, self.position, self.model, self.tokenizer, self.optimizers, self.loader)
+            tokenizer = self.inputs.tokenizer
+            path = save_checkpoint(self.run, self.position, self.model, tokenizer, self.optimizers, self.loader)
         except (OSError, SafetensorError) as error:
             raise self.stopped(SaveFailed, f"step {step} could not be saved ({error})") from None
         self.display.note(f"step {step}  saved {path}")
@@ -240,8 +265,8 @@ class _Training:
         except NotConverged as error:
             raise self.stopped(Unsolved, f"{what}: {error}") from None
 
-    def not_finite(self, what: str, batch: Batch) -> TrainingStopped:
-        place = first_nonfinite(self.model, batch, self.run.precision)
+    def not_finite(self, what: str, batch: Any) -> TrainingStopped:
+        place = first_nonfinite(self.objective, batch, self.run.precision)
         return self.stopped(NonFinite, f"{what}; the first value that is not finite is in {place}")
 
     def interrupted(self) -> Interrupted:

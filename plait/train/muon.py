@@ -24,7 +24,11 @@ AT_ONCE = 2**24  # numbers orthogonalised together: launches cost less, memory s
 
 
 class Muon(torch.optim.Optimizer):
-    """The same numbers as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but for the dtype of its products."""
+    """The same numbers as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but for the dtype of its products.
+
+    A group's `blocks` says for each parameter how its rows fall into matrices of their own, which are orthogonalised apart:
+    the queries', keys' and values' of one fused projection. Without it each parameter is one matrix.
+    """
 
     def __init__(self, params: Any, lr: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -34,10 +38,21 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            for equal in alike(weights):
-                updates = orthogonal(torch.stack([self.direction(weight) for weight in equal]))
-                rate = group["lr"] * 0.2 * max(equal[0].shape) ** 0.5
-                torch._foreach_add_(equal, [update.to(equal[0].dtype) for update in updates], alpha=-rate)
+            for equal in alike(self.matrices(group)):
+                updates = orthogonal(torch.stack([direction for _, direction in equal]))
+                weights = [weight for weight, _ in equal]
+                rate = group["lr"] * 0.2 * max(weights[0].shape) ** 0.5
+                torch._foreach_add_(weights, [update.to(weights[0].dtype) for update in updates], alpha=-rate)
+
+    def matrices(self, group: dict[str, Any]) -> "list[Pair]":
+        """Every matrix of the group, a view into its parameter, and where it is to go."""
+        blocks = group.get("blocks") or [(len(weight),) for weight in group["params"]]
+        return [
+            pair
+            for weight, rows in zip(group["params"], blocks, strict=True)
+            if weight.grad is not None
+            for pair in zip(weight.split(rows), self.direction(weight).split(rows), strict=True)
+        ]
 
     def direction(self, weight: Tensor) -> Tensor:
         """The gradient, smoothed, and looked ahead of (Nesterov)."""
@@ -48,15 +63,18 @@ class Muon(torch.optim.Optimizer):
         return weight.grad.lerp(state["momentum_buffer"].lerp_(weight.grad, 1 - MOMENTUM), MOMENTUM)
 
 
-def alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+Pair = tuple[Tensor, Tensor]  # a matrix, and its direction
+
+
+def alike(matrices: list[Pair]) -> Iterator[list[Pair]]:
     """Matrices of equal shape, dtype and device together, as many as may be orthogonalised at once."""
 
-    def kind(matrix: Tensor) -> tuple[Any, ...]:
-        return tuple(matrix.shape), str(matrix.dtype), str(matrix.device)
+    def kind(pair: Pair) -> tuple[Any, ...]:
+        return tuple(pair[0].shape), str(pair[0].dtype), str(pair[0].device)
 
     for _, group in groupby(sorted(matrices, key=kind), kind):  # sorted() keeps the order of equals: deterministic
         equal = list(group)
-        size = max(1, AT_ONCE // equal[0].numel())
+        size = max(1, AT_ONCE // equal[0][0].numel())
         yield from (equal[start : start + size] for start in range(0, len(equal), size))
 
 

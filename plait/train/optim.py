@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from plait.design import declared
+from plait.design.weights import DECAYED
 from plait.model import LanguageModel
 from plait.train.config import RunConfig
 from plait.train.muon import Muon
@@ -13,23 +15,32 @@ from plait.train.muon import Muon
 FUSED = ("cpu", "cuda")
 
 
-def split_parameters(model: LanguageModel, muon: bool) -> dict[str, list[tuple[str, nn.Parameter]]]:
+Named = list[tuple[str, nn.Parameter]]
+
+
+def split_parameters(model: LanguageModel, muon: bool) -> dict[str, Named]:
     """Every trained parameter with its name, in exactly one of "muon", "decay" and "plain" (no weight decay).
 
-    Norms, biases, A_log, dt_bias and D are vectors; a depthwise convolution has one row a channel: all plain.
+    What a weight was declared as decides: see `plait.design.weights`. Muon's are the projections inside the slots.
     """
-    matrices = {id(module.weight) for module in model.slots.modules() if isinstance(module, nn.Linear)}
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"muon": [], "decay": [], "plain": []}
+    roles = {weight.name: weight.role for weight in declared.weights(model.design)}
+    groups: dict[str, Named] = {"muon": [], "decay": [], "plain": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2 or name.rpartition(".")[2].startswith("conv1d"):
+        if roles[name] not in DECAYED:
             groups["plain"].append((name, parameter))
-        elif muon and id(parameter) in matrices:
+        elif muon and roles[name] == "matrix" and name.startswith("slots."):
             groups["muon"].append((name, parameter))
         else:
             groups["decay"].append((name, parameter))
     return groups
+
+
+def row_blocks(model: LanguageModel, named: Named) -> list[tuple[int, ...]]:
+    """The rows that belong together in each matrix: those of q, of k, of v in a fused one."""
+    parts = {weight.name: weight.parts for weight in declared.weights(model.design)}
+    return [tuple(rows for _, rows in parts[name]) or (len(parameter),) for name, parameter in named]
 
 
 def scale(step: int, run: RunConfig) -> float:
@@ -59,7 +70,8 @@ class Optimizers:
             torch.optim.AdamW([g for g in adamw if g["params"]], lr=run.lr, betas=run.betas, fused=fused)
         ]
         if groups["muon"]:
-            self.all.append(Muon(groups["muon"], lr=run.lr, weight_decay=run.weight_decay))
+            matrices = {"params": groups["muon"], "blocks": row_blocks(model, groups["muon"])}
+            self.all.append(Muon([matrices], lr=run.lr, weight_decay=run.weight_decay))
 
     def step(self, step: int) -> float:
         """Update the weights at step `step`'s learning rate, which is returned, and drop the gradients."""

@@ -19,7 +19,7 @@ class Result:
     folder: Path
     checkpoint: Path
     model: LanguageModel
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     step: int
     tokens: int
     seconds: float

@@ -1,10 +1,11 @@
 """Loss and gradients of one optimizer step, in as many parts as memory asks for."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from plait.data import Batch
-from plait.model import LanguageModel, token_loss
+from plait.model import Objective
 from plait.train.solver import Stats, worst
 
 
@@ -13,31 +14,33 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """`batch` in about equal parts, cut only between documents' pieces: together they compute what the whole does."""
+def split(batch: Any, parts: int) -> list[Any]:
+    """`batch` in about equal parts, cut between rows, or between documents' pieces where those are packed: together they
+    compute what the whole does."""
+    if parts == 1:
+        return [batch]
+    if batch.cu_seqlens is None:
+        edges = sorted({round(len(batch.inputs) * part / parts) for part in range(parts + 1)})
+        return [batch.part(start, end) for start, end in zip(edges, edges[1:], strict=False)]
     cuts = batch.cu_seqlens.tolist()
     edges = sorted({min(cuts, key=lambda cut: abs(cut - cuts[-1] * part / parts)) for part in range(parts + 1)})
-    pieces = []
-    for start, end in zip(edges, edges[1:], strict=False):
-        inside = batch.cu_seqlens[cuts.index(start) : cuts.index(end) + 1] - start
-        pieces.append(Batch(batch.inputs[:, start:end], batch.targets[:, start:end], inside, 0))
-    return pieces
+    return [batch.part(start, end) for start, end in zip(edges, edges[1:], strict=False)]
 
 
-def backward(model: LanguageModel, batch: Batch, parts: int, precision: str, stats: Stats | None = None) -> Tensor:
-    """Add the gradients of the mean loss over all scored tokens of `batch`; returns that loss (nats per token).
+def backward(objective: Objective, batch: Any, parts: int, precision: str, stats: Stats | None = None) -> Tensor:
+    """Add the gradients of the mean loss over all that counts in `batch`; returns that loss.
 
     stats: an empty dict that gets what the layers leave, over all parts the worst.
     """
-    scored = max(1, int((batch.targets >= 0).sum()))
-    loss = torch.zeros((), device=model.device)
+    device = objective.model.device
+    scored = max(1, int(objective.count(batch)))
+    mean = torch.zeros((), device=device)
     for part in split(batch, parts):
-        part = part.to(model.device)
         found: Stats = {}
-        with autocast(model.device, precision):
-            nll, _ = token_loss(model, part.inputs, part.targets, cu_seqlens=part.cu_seqlens, stats=found)
-        (nll / scored).backward()
+        with autocast(device, precision):
+            loss = objective(part.to(device), stats=found)
+        (loss.total / scored).backward()
         if stats is not None:
             worst(stats, found)
-        loss += nll.detach() / scored
-    return loss
+        mean += loss.total.detach() / scored
+    return mean
