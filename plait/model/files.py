@@ -18,10 +18,25 @@ from plait.model.build import cast
 from plait.model.language_model import LanguageModel
 
 CONFIG, WEIGHTS, ENDS = "config.json", "model.safetensors", "generation_config.json"
+# What a tokenizer may have left in a folder: a loaded model takes it along to where it is saved next.
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json", ENDS),
+)
+# transformers has no plugins: a folder says itself which code reads it, and is believed with trust_remote_code=True
+CODE = "modeling_plait.py"
+AUTO_MAP = {"AutoConfig": "modeling_plait.PlaitConfig", "AutoModelForCausalLM": "modeling_plait.PlaitForCausalLM"}
+CODE_TEXT = '''"""Read by transformers with trust_remote_code=True; `import plait.hub` beforehand does the same without it."""
+
+from plait.hub import PlaitConfig, PlaitForCausalLM  # noqa: F401
+'''
 
 
 class Saves(Protocol):
-    """A tokenizer, as far as saving goes: it writes itself into a folder, and `eos` ends a text."""
+    """A tokenizer, as far as saving goes: it writes itself into a folder, has `vocab` ids, and `eos` ends a text."""
+
+    @property
+    def vocab(self) -> int: ...
 
     @property
     def eos(self) -> int: ...
@@ -30,7 +45,12 @@ class Saves(Protocol):
 
 
 def save(model: LanguageModel, folder: str | Path, tokenizer: Saves | None = None) -> None:
-    """Write the model (and tokenizer) so that `plait.load` and transformers can read it. Each file is replaced whole."""
+    """Write the model (and tokenizer; a loaded model has kept its own) so that `plait.load` and transformers can read it.
+
+    Each file is replaced whole.
+    """
+    if tokenizer is not None and tokenizer.vocab > model.design.vocab:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab} ids, but the model was built for {model.design.vocab}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
@@ -39,15 +59,27 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Saves | None = Non
     config = {
         "model_type": "plait",
         "architectures": ["PlaitForCausalLM"],
+        "auto_map": AUTO_MAP,
         "dtype": str(model.dtype).removeprefix("torch."),
         "vocab_size": model.design.vocab,
         "design": model.design.to_dict(),
     }
     _write_json(folder / CONFIG, config)
+    write_text(folder / CODE, CODE_TEXT)
     if tokenizer is not None:
         tokenizer.save(folder)
-        # where transformers' generate reads that a text may end before max_new_tokens
-        _write_json(folder / ENDS, {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos})
+        _write_json(folder / ENDS, _generation_config(tokenizer, model.design.vocab))
+        return
+    for name, content in model.tokenizer_files.items():
+        write_atomic(folder / name, lambda path, content=content: path.write_bytes(content))
+
+
+def _generation_config(tokenizer: Saves, vocab: int) -> dict[str, Any]:
+    """Where transformers' generate reads that a text may end before max_new_tokens, and that a model's ids beyond the
+    tokenizer's (a vocabulary padded to a round number) are never chosen."""
+    config: dict[str, Any] = {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+    beyond = list(range(tokenizer.vocab, vocab))
+    return config | ({"suppress_tokens": beyond} if beyond else {})
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
@@ -60,6 +92,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         model = LanguageModel(design)
     model = cast(model, getattr(torch, config["dtype"])).to_empty(device=device)
     _fill(model, tensors, folder / WEIGHTS)
+    model.tokenizer_files = {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
     return model if dtype is None else cast(model, dtype)
 
 

@@ -16,7 +16,7 @@ from plait.design.spec import StateSpec
 from plait.design.summary import summary
 from plait.layers import Context, build_stack, context_for
 from plait.layers.norm import Norm
-from plait.model.padding import Padding, packed_lengths
+from plait.model.padding import Padding, packed_lengths, refuse_tracing
 from plait.ops.shooting import NotConverged
 from plait.state import KV, Branches, ModelState, Nothing, Recurrent, SlotState, Window
 
@@ -32,6 +32,9 @@ class LanguageModel(nn.Module):
         self.norm = Norm(design.dim, design.norm)
         self.lm_head = None if design.tie_embeddings else nn.Linear(design.dim, design.vocab, bias=False)
         self.activation_checkpointing = False
+        self.tokenizer_files: dict[
+            str, bytes
+        ] = {}  # by name, of the folder it was loaded from; `plait.save` writes them
         ropes = [c.rope for c in design.bound.values() if isinstance(c, Attention) and c.rope]
         self.max_positions = min((r.max_positions for r in ropes if r.max_positions), default=None)
 
@@ -71,6 +74,7 @@ class LanguageModel(nn.Module):
         stats: dict[str, Any] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], ModelState | None]:
         """What `head` reads: the normed output of the last slot, zero at padding. Arguments as in `forward`."""
+        refuse_tracing(tokens)
         self._check_tokens(tokens)
         padding = None
         documents = None

@@ -17,16 +17,24 @@ class Padding:
 
     @classmethod
     def of(cls, tokens: Int[Tensor, "b t"], attention_mask: Tensor) -> Self | None:
-        """None where nothing is padded."""
+        """None where nothing is padded. Raises ValueError for a mask that is not 1 for tokens and 0 for padding."""
+        if not isinstance(attention_mask, Tensor):
+            raise ValueError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
         if attention_mask.shape != tokens.shape:
             raise ValueError(
                 f"attention_mask must have the tokens' shape {tuple(tokens.shape)}, got {tuple(attention_mask.shape)}"
             )
-        mask = attention_mask.to(torch.bool)
-        lengths = tuple(mask.sum(1).tolist())
+        mask = attention_mask != 0
+        wrong = mask & (attention_mask != 1)  # NaN too, which equals nothing
+        *lengths, wrongs = torch.cat([mask.sum(1), wrong.sum()[None]]).tolist()  # both at once: a device is asked once
+        if wrongs:
+            raise ValueError(
+                f"attention_mask holds {attention_mask[wrong][0].item()}; expected 1 for tokens and 0 for padding "
+                "(documents packed in one row are given by cu_seqlens, in transformers by position_ids)"
+            )
         if 0 in lengths:
             raise ValueError(f"row {lengths.index(0)} is all padding: every row needs at least one token")
-        return None if min(lengths) == tokens.shape[1] else cls(mask, lengths)
+        return None if min(lengths) == tokens.shape[1] else cls(mask, tuple(lengths))
 
     def remove(self, tokens: Int[Tensor, "b t"]) -> Int[Tensor, "1 n"]:
         """The rows' tokens end to end."""
@@ -37,6 +45,19 @@ class Padding:
         places = self.mask.flatten().nonzero().squeeze(-1)
         rows = x.new_zeros(self.mask.numel(), x.shape[-1]).index_copy(0, places, x[0])
         return rows.unflatten(0, self.mask.shape)
+
+
+def refuse_tracing(tokens: Tensor) -> None:
+    """Raise ValueError where a recording would only be right for the recorded length, or fail in a less clear way."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "torch.jit.trace would freeze this call's length and states; use torch.compile, or torch.export for one length"
+        )
+    if torch.compiler.is_exporting() and tokens.ndim == 2 and isinstance(tokens.shape[1], torch.SymInt):
+        raise ValueError(
+            "torch.export of a dynamic length is not possible: chunks are cut on the host; export one fixed length, "
+            "or use torch.compile"
+        )
 
 
 def packed_lengths(tokens: Int[Tensor, "1 t"], cu_seqlens: Int[Tensor, " n+1"]) -> tuple[int, ...]:
