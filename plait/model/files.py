@@ -65,13 +65,18 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Saves | None = Non
         "design": model.design.to_dict(),
     }
     _write_json(folder / CONFIG, config)
-    write_text(folder / CODE, CODE_TEXT)
+    write_code(folder)
     if tokenizer is not None:
         tokenizer.save(folder)
         _write_json(folder / ENDS, _generation_config(tokenizer, model.design.vocab))
         return
     for name, content in model.tokenizer_files.items():
         write_atomic(folder / name, lambda path, content=content: path.write_bytes(content))
+
+
+def write_code(folder: Path) -> None:
+    """The file that AUTO_MAP names."""
+    write_text(folder / CODE, CODE_TEXT)
 
 
 def _generation_config(tokenizer: Saves, vocab: int) -> dict[str, Any]:
