@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from plait.hub.cache import PlaitCache
 from plait.hub.config import PlaitConfig
@@ -48,6 +49,11 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
         self.register_load_state_dict_pre_hook(_own_names)
         self.post_init()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass is a causal language model too, where transformers asks by name."""
+        super().__init_subclass__(**kwargs)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
+
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the constructor has done it, and a checkpoint that lacks a tensor is refused."""
 
@@ -81,6 +87,9 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
 
         A state_dict may be that of the model compiled, in DataParallel, DDP or FSDP.
         """
+        if getattr(self, "_hf_peft_config_loaded", False):  # adapters alone are saved, by transformers' names
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            return
         state_dict = self.state_dict() if state_dict is None else state_dict
         named = {_own_name(name): tensor for name, tensor in state_dict.items()}
         super().save_pretrained(save_directory, is_main_process, named, **kwargs)

@@ -16,7 +16,8 @@ from plait.design.spec import StateSpec
 from plait.design.summary import summary
 from plait.layers import Context, build_stack, context_for
 from plait.layers.norm import Norm
-from plait.model.padding import Padding, packed_lengths, refuse_tracing
+from plait.model.padding import Padding, packed_lengths
+from plait.model.tracing import refuse_tracing
 from plait.ops.shooting import NotConverged
 from plait.state import KV, Branches, ModelState, Nothing, Recurrent, SlotState, Window
 
@@ -74,7 +75,7 @@ class LanguageModel(nn.Module):
         stats: dict[str, Any] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], ModelState | None]:
         """What `head` reads: the normed output of the last slot, zero at padding. Arguments as in `forward`."""
-        refuse_tracing(tokens)
+        refuse_tracing(self.design, tokens)
         self._check_tokens(tokens)
         padding = None
         documents = None

@@ -47,19 +47,6 @@ class Padding:
         return rows.unflatten(0, self.mask.shape)
 
 
-def refuse_tracing(tokens: Tensor) -> None:
-    """Raise ValueError where a recording would only be right for the recorded length, or fail in a less clear way."""
-    if torch.jit.is_tracing():
-        raise ValueError(
-            "torch.jit.trace would freeze this call's length and states; use torch.compile, or torch.export for one length"
-        )
-    if torch.compiler.is_exporting() and tokens.ndim == 2 and isinstance(tokens.shape[1], torch.SymInt):
-        raise ValueError(
-            "torch.export of a dynamic length is not possible: chunks are cut on the host; export one fixed length, "
-            "or use torch.compile"
-        )
-
-
 def packed_lengths(tokens: Int[Tensor, "1 t"], cu_seqlens: Int[Tensor, " n+1"]) -> tuple[int, ...]:
     """Document lengths from offsets. Raises ValueError for offsets that do not cut the row into documents."""
     offsets = torch.as_tensor(cu_seqlens).tolist()
