@@ -8,27 +8,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from plait.hub.cache import PlaitCache
 from plait.hub.config import PlaitConfig
+from plait.hub.generation import Generation
 from plait.hub.inputs import check_cache_position, check_labels, document_starts, last_columns, refuse, whole_numbers
 from plait.model.build import WIDE, cast, init_weights
 from plait.model.language_model import LanguageModel
 from plait.model.loss import IGNORE
 
 PREFIX = "model."
-WRAPPERS = (
-    "_orig_mod",
-    "module",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-)  # torch's names for what it wraps
+# torch's names for what it wraps: compiled, in DataParallel or DDP, in FSDP, checkpointed
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
+class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the last by name: transformers looks for it
     """`model` is the `LanguageModel`, for everything of plait's that takes one."""
 
     config: PlaitConfig
@@ -127,7 +123,7 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("output_attentions and output_hidden_states are not supported by plait models")
         refuse(others)
         input_ids = whole_numbers("input_ids", input_ids)
-        labels = None if labels is None else check_labels(labels, input_ids, self.config.model_config.vocab)
+        labels = None if labels is None else check_labels(labels, input_ids, self.model.design.vocab)
         self._check_cache(past_key_values)
         mask = last_columns(attention_mask, input_ids, past_key_values)
         check_cache_position(cache_position, input_ids.shape[1], past_key_values)
@@ -202,49 +198,6 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
         if every_n_layers != 1:
             raise ValueError(f"plait checkpoints every slot or none; got every_n_layers={every_n_layers}")
         self.gradient_checkpointing = self.model.activation_checkpointing = enable
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: PlaitCache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As everywhere in transformers, less the tokenizers that `generate` was given for itself."""
-        if is_first_iteration and attention_mask is not None and (attention_mask[:, -1] == 0).any():
-            raise ValueError(
-                "prompts must be padded on the left, or a row would go on from padding: padding_side='left'"
-            )
-        for name in ("tokenizer", "assistant_tokenizer"):
-            kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(
-            input_ids,  # type: ignore[arg-type]  # they want a LongTensor
-            next_sequence_length,
-            past_key_values,
-            attention_mask,  # type: ignore[arg-type]
-            inputs_embeds,
-            is_first_iteration,
-            **kwargs,
-        )
-
-    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """The prompt in a dtype that can be compared and concatenated, whichever it came in."""
-        inputs, name, rest = super()._prepare_model_inputs(*args, **kwargs)
-        return (whole_numbers(name, inputs) if name == "input_ids" else inputs), name, rest
-
-    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """None: a plait model counts for itself, and checking numbers asks the device for them at every token."""
-
-    def _validate_generation_mode(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes drafts back, and a recurrent state "
-                "cannot be cut back; generate without, or verify drafts by hand: a plait.ModelState from before stays valid"
-            )
-        super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,7 +72,11 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Saves | None = Non
         _write_json(folder / ENDS, _generation_config(tokenizer, model.design.vocab))
         return
     for name, content in model.tokenizer_files.items():
-        write_atomic(folder / name, lambda path, content=content: path.write_bytes(content))
+        write_atomic(folder / name, partial(_write_bytes, content))
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def write_code(folder: Path) -> None:
