@@ -111,6 +111,8 @@ class ByteTokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": END_OF_TEXT,
+            "pad_token": END_OF_TEXT,
+            "padding_side": "left",
             "clean_up_tokenization_spaces": False,
             "plait_tokenizer": self.name,
         }

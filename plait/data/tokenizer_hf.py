@@ -31,6 +31,8 @@ class HuggingFaceTokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, eos: int, name: str, companions: Mapping[str, str]):
         inner.no_padding()
         inner.no_truncation()
+        if inner.num_special_tokens_to_add(is_pair=False):  # plait never adds them, so nothing that reads our files may
+            inner.post_processor = None
         end = inner.get_added_tokens_decoder().get(eos)
         if end is None or not end.special:
             inner.add_special_tokens([tokenizers.AddedToken(inner.id_to_token(eos), special=True, normalized=False)])
@@ -84,17 +86,22 @@ class HuggingFaceTokenizer:
     def save(self, folder: str | Path) -> None:
         folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = json.loads(self._companions.get("tokenizer_config.json", "{}"))
-        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-        config.setdefault("clean_up_tokenization_spaces", False)
-        config["eos_token"] = self._special.id_to_token(self.eos)
+        template = self._companions.get("chat_template.jinja", "")
+        special = self._config("special_tokens_map.json")
+        config = _saved_config(self._special, self.eos, template, special | self._config("tokenizer_config.json"))
         files = {
             "tokenizer.json": self._special.to_str(pretty=True),
             **self._companions,
             "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
         }
+        if special:
+            said_again = {name: config[name] for name in special if name in config}
+            files["special_tokens_map.json"] = json.dumps(said_again, indent=2) + "\n"
         for name, text in files.items():
             write_text(folder / name, text)
+
+    def _config(self, name: str) -> dict[str, Any]:
+        return json.loads(self._companions.get(name, "{}"))
 
 
 class PythonTokenizer:
@@ -135,10 +142,55 @@ class PythonTokenizer:
         return PiecewiseStream(self.decode, after)
 
     def save(self, folder: str | Path) -> None:
+        if self._inner.pad_token is None:
+            self._inner.pad_token = self._inner.eos_token
+        self._inner.padding_side = "left"
         with tempfile.TemporaryDirectory() as made:
             self._inner.save_pretrained(made)
             for path in sorted(Path(made).iterdir()):
                 write_atomic(user_path(folder) / path.name, partial(shutil.copyfile, path))
+
+
+# What a tokenizer_config.json may say that tokenizer.json says better, or that names code which is not saved.
+_OVERRULED = ("auto_map", "add_prefix_space", "tokenizer_file", "vocab_file", "from_slow", "legacy")
+_MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
+
+
+def _saved_config(
+    inner: tokenizers.Tokenizer, eos: int, chat_template: str, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`config` so that transformers reads tokenizer.json as it is: nothing added around a text, no token that the
+    vocabulary lacks (its new id would be outside the model's), and padding where decoding can bear it."""
+    kept = {name: value for name, value in config.items() if name not in _OVERRULED}
+    for name, value in config.items():
+        if name in _MORE_SPECIAL and isinstance(value, list):
+            kept[name] = [token for token in value if _known(inner, token)]
+        elif name in _MORE_SPECIAL and isinstance(value, dict):
+            kept[name] = {key: token for key, token in value.items() if _known(inner, token)}
+        elif name.endswith("_token") and not isinstance(value, bool) and not _known(inner, value):
+            del kept[name]
+    # a beginning of text that no text began with in training, unless a chat is written with it
+    if "bos_token" not in chat_template + str(config.get("chat_template", "")):
+        kept.pop("bos_token", None)
+    end = inner.id_to_token(eos)
+    return (
+        {"pad_token": end}
+        | kept
+        | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": end,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+    )
+
+
+def _known(inner: tokenizers.Tokenizer, token: Any) -> bool:
+    content = token.get("content") if isinstance(token, dict) else token
+    return isinstance(content, str) and inner.token_to_id(content) is not None
 
 
 def measure_bytes(tokenizer: Tokenizer, tokens: Mapping[int, str], lengths: NDArray[np.int32]) -> None:

@@ -1,36 +1,19 @@
-"""plait models in Hugging Face transformers: `register()` once, then `AutoModelForCausalLM.from_pretrained(folder)`."""
+"""plait models in Hugging Face transformers: after `import plait.hub`, `AutoModelForCausalLM.from_pretrained(folder)`."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-if TYPE_CHECKING:
-    from plait.hub.cache import PlaitCache as PlaitCache
-    from plait.hub.causal_lm import PlaitForCausalLM as PlaitForCausalLM
-    from plait.hub.config import PlaitConfig as PlaitConfig
-
-_LAZY = {
-    "PlaitCache": "plait.hub.cache",
-    "PlaitConfig": "plait.hub.config",
-    "PlaitForCausalLM": "plait.hub.causal_lm",
-}
+from plait.hub.cache import PlaitCache as PlaitCache
+from plait.hub.causal_lm import PlaitForCausalLM as PlaitForCausalLM
+from plait.hub.config import PlaitConfig as PlaitConfig
 
 
 def register() -> None:
-    """Make transformers' AutoConfig and AutoModelForCausalLM know plait's folders. Calling it again changes nothing."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from plait.hub.causal_lm import PlaitForCausalLM
-    from plait.hub.config import PlaitConfig
-
+    """Enter plait's folders in transformers' tables; importing this module has done it. Again changes nothing."""
     AutoConfig.register(PlaitConfig.model_type, PlaitConfig, exist_ok=True)
     AutoModelForCausalLM.register(PlaitConfig, PlaitForCausalLM, exist_ok=True)
+    # what Trainer's label smoothing, pipelines and lm-eval look up to know that labels are to be shifted
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[PlaitConfig.model_type] = PlaitForCausalLM.__name__
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'plait.hub' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_LAZY))
+register()

@@ -34,7 +34,7 @@ class PlaitCache(Cache):
         self.state, self.length = None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError(
+        raise ValueError(
             "a recurrent state cannot be cut back; keep the ModelState from before (cache.state) and go on from it"
         )
 

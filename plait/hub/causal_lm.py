@@ -9,19 +9,24 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from plait.design import declared
 from plait.design.weights import FLOAT32
 from plait.hub.cache import PlaitCache
 from plait.hub.config import PlaitConfig
+from plait.hub.generation import Generation
+from plait.hub.inputs import check_cache_position, check_labels, document_starts, last_columns, refuse, whole_numbers
 from plait.model.build import cast, init_weights
 from plait.model.language_model import LanguageModel
 from plait.model.loss import IGNORE
 
 PREFIX = "model."
+# torch's names for what it wraps: compiled, in DataParallel or DDP, in FSDP, checkpointed
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
+class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the last by name: transformers looks for it
     """`model` is the `LanguageModel`, for everything of plait's that takes one."""
 
     config: PlaitConfig
@@ -42,6 +47,11 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False
         self.register_load_state_dict_pre_hook(_own_names)
         self.post_init()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass is a causal language model too, where transformers asks by name."""
+        super().__init_subclass__(**kwargs)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the constructor has done it, and a checkpoint that lacks a tensor is refused."""
@@ -72,9 +82,15 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As everywhere in transformers; tensors get the model's own names, so that `plait.load` reads them too."""
+        """As everywhere in transformers; tensors get the model's own names, so that `plait.load` reads them too.
+
+        A state_dict may be that of the model compiled, in DataParallel, DDP or FSDP.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):  # adapters alone are saved, by transformers' names
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            return
         state_dict = self.state_dict() if state_dict is None else state_dict
-        named = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items()}
+        named = {_own_name(name): tensor for name, tensor in state_dict.items()}
         super().save_pretrained(save_directory, is_main_process, named, **kwargs)
 
     def forward(
@@ -82,6 +98,7 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "b t"] | None = None,
         attention_mask: Tensor | None = None,
         *,
+        position_ids: Int[Tensor, "b t"] | None = None,
         past_key_values: PlaitCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Int[Tensor, "b t"] | None = None,
@@ -91,10 +108,14 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and where asked for the cache after these tokens and the loss.
 
         attention_mask: 1 for tokens, 0 for padding on either side; with a cache it may cover the past too.
+        position_ids: not needed. Where they start again at 0, rows are packed documents that do not see each other, and
+        the first token of a document is not learned from the one before.
         labels: the input_ids themselves (shifted here) with -100 where nothing is to be learned; what is predicted from
         padding never counts. The loss is the mean over the scored tokens, or their sum over num_items_in_batch.
         logits_to_keep: logits of the last so many positions only (0: all), or of these positions.
@@ -103,24 +124,47 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("a plait model reads input_ids; inputs_embeds is not supported")
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not supported by plait models")
-        mask = _last_columns(attention_mask, input_ids)
-        cache = self._cache(past_key_values, use_cache)
-        hidden = self._features(input_ids, mask, cache)
+        refuse(others)
+        input_ids = whole_numbers("input_ids", input_ids)
+        labels = None if labels is None else check_labels(labels, input_ids, self.model.design.vocab)
+        self._check_cache(past_key_values)
+        mask = last_columns(attention_mask, input_ids, past_key_values)
+        check_cache_position(cache_position, input_ids.shape[1], past_key_values)
+        starts = document_starts(position_ids, input_ids, mask, past_key_values)
+        cache = self._cache(past_key_values, use_cache, packed=starts is not None)
+        hidden = self._features(input_ids, mask, cache) if starts is None else self._packed(input_ids, starts)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is None:
             loss, logits = None, self.model.head(hidden[:, keep])
         else:
+            if starts is not None:
+                labels = labels.masked_fill(starts.to(labels.device), IGNORE)
             logits = self.model.head(hidden)
             loss, logits = mean_loss(logits, labels, mask, num_items_in_batch), logits[:, keep]
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]  # their annotation lacks Tensor
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _cache(self, given: PlaitCache | None, use_cache: bool | None) -> PlaitCache | None:
+    @staticmethod
+    def _check_cache(given: Any) -> None:
         if given is not None and not isinstance(given, PlaitCache):
             raise ValueError(f"past_key_values must be a plait.hub.PlaitCache, got {type(given).__name__}")
+
+    def _cache(self, given: PlaitCache | None, use_cache: bool | None, packed: bool) -> PlaitCache | None:
+        if packed:
+            if given is not None or use_cache:
+                raise ValueError(
+                    "documents packed by position_ids leave no cache; use_cache=False, or one document a row"
+                )
+            return None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         return PlaitCache() if given is None and use_cache else given
+
+    def _packed(self, tokens: Int[Tensor, "b t"], starts: Tensor) -> Float[Tensor, "b t d"]:
+        """Rows of packed documents, read as one row of them."""
+        offsets = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()])])
+        hidden, _ = self.model.features(tokens.flatten()[None], cu_seqlens=offsets)
+        return hidden[0].unflatten(0, tokens.shape)
 
     def _features(
         self, tokens: Int[Tensor, "b t"], mask: Tensor | None, cache: PlaitCache | None
@@ -159,6 +203,10 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = self.model.activation_checkpointing = enable
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: transformers would copy this file into saved folders, which import the installed plait instead."""
+
+    @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """False: the first call makes the cache."""
         return False
@@ -167,22 +215,20 @@ class PlaitForCausalLM(PreTrainedModel, GenerationMixin):
 def mean_loss(
     logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], mask: Tensor | None, count: Tensor | int | None
 ) -> Float[Tensor, ""]:
-    """Mean (or sum / count) of -log p over the labels that are not -100, scored by the logits one place before."""
+    """Mean (or sum / count) of -log p over the labels that are not -100, scored by the logits one place before; 0 where
+    there are none."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(logits.device)
     if mask is not None:
         targets = targets.masked_fill(mask == 0, IGNORE)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total / ((targets != IGNORE).sum() if count is None else count)
+    scored = (targets != IGNORE).sum() if count is None else torch.as_tensor(count, device=logits.device)
+    return total / scored.clamp_min(1)
 
 
-def _last_columns(attention_mask: Tensor | None, tokens: Int[Tensor, "b t"]) -> Tensor | None:
-    """The part of a mask over past and present that is about these tokens."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2:
-        raise ValueError(f"attention_mask must have shape (batch, time), got {tuple(attention_mask.shape)}")
-    return attention_mask[:, -tokens.shape[1] :]
+def _own_name(name: str) -> str:
+    """A parameter's name in the `LanguageModel`, whatever the model was wrapped in."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix(PREFIX)
 
 
 def _own_names(module: PlaitForCausalLM, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

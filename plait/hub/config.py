@@ -1,10 +1,13 @@
 """A design as a transformers config."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from plait.design.model import ModelConfig
+from plait.model.files import AUTO_MAP, write_code
 
 
 class PlaitConfig(PreTrainedConfig):
@@ -29,8 +32,18 @@ class PlaitConfig(PreTrainedConfig):
         self.vocab_size, self.hidden_size, self.num_hidden_layers = model.vocab, model.dim, len(model.slots)
         self.tie_word_embeddings = False
         super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
 
     @property
     def model_config(self) -> ModelConfig:
         """The design, parsed."""
         return ModelConfig.from_dict(self.to_dict()["design"])
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As everywhere in transformers, and the few lines of code by which the folder is read without an import."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_code(Path(save_directory))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: transformers would copy this file into saved folders, which import the installed plait instead."""

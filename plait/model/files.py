@@ -1,6 +1,7 @@
 """Models as folders: config.json and safetensors, and the tokenizer's files where one is given."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,16 +14,31 @@ from plait.design.model import ModelConfig
 from plait.design.spec import BYTES
 from plait.design.spelling import suggest
 from plait.design.weights import FLOAT32
-from plait.files import user_path, write_text
+from plait.files import user_path, write_atomic, write_text
 from plait.model.build import cast, empty_model
 from plait.model.language_model import LanguageModel
 from plait.model.weight_files import SHARD_BYTES, WeightFiles, weight_files, write_weights
 
 CONFIG, ENDS = "config.json", "generation_config.json"
+# What a tokenizer may have left in a folder: a loaded model takes it along to where it is saved next.
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json", ENDS),
+)
+# transformers has no plugins: a folder says itself which code reads it, and is believed with trust_remote_code=True
+CODE = "modeling_plait.py"
+AUTO_MAP = {"AutoConfig": "modeling_plait.PlaitConfig", "AutoModelForCausalLM": "modeling_plait.PlaitForCausalLM"}
+CODE_TEXT = '''"""Read by transformers with trust_remote_code=True; `import plait.hub` beforehand does the same without it."""
+
+from plait.hub import PlaitConfig, PlaitForCausalLM  # noqa: F401
+'''
 
 
 class Saves(Protocol):
-    """A tokenizer, as far as saving goes: it writes itself into a folder, and `eos` ends a text."""
+    """A tokenizer, as far as saving goes: it writes itself into a folder, has `vocab` ids, and `eos` ends a text."""
+
+    @property
+    def vocab(self) -> int: ...
 
     @property
     def eos(self) -> int: ...
@@ -37,26 +53,52 @@ def save(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the model (and tokenizer) so that `plait.load` and transformers can read it. Each file is replaced whole.
+    """Write the model (and tokenizer; a loaded model has kept its own) so that `plait.load` and transformers can read it.
+    Each file is replaced whole.
 
     A model inside torch.compile, DataParallel or DistributedDataParallel is saved as itself. Weights of more than
     `shard_bytes` go into several files with an index.
     """
     model, folder = bare(model), user_path(folder)
+    if tokenizer is not None and tokenizer.vocab > (model.design.vocab or 0):
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab} ids, but the model was built for {model.design.vocab or 0}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, stored(model), {"format": "pt", "design": model.design.hash}, shard_bytes)
     config = {
         "model_type": "plait",
         "architectures": ["PlaitForCausalLM"],
+        "auto_map": AUTO_MAP,
         "dtype": str(model.dtype).removeprefix("torch."),
         "vocab_size": model.design.vocab,
         "design": model.design.to_dict(),
     }
     _write_json(folder / CONFIG, config)
+    write_code(folder)
     if tokenizer is not None:
         tokenizer.save(folder)
-        # where transformers' generate reads that a text may end before max_new_tokens
-        _write_json(folder / ENDS, {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos})
+        _write_json(folder / ENDS, _generation_config(tokenizer, model.design.vocab))
+        return
+    for name, content in model.tokenizer_files.items():
+        write_atomic(folder / name, partial(_write_bytes, content))
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+def write_code(folder: Path) -> None:
+    """The file that AUTO_MAP names."""
+    write_text(folder / CODE, CODE_TEXT)
+
+
+def _generation_config(tokenizer: Saves, vocab: int) -> dict[str, Any]:
+    """Where transformers' generate reads that a text may end before max_new_tokens, and that a model's ids beyond the
+    tokenizer's (a vocabulary padded to a round number) are never chosen."""
+    config: dict[str, Any] = {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+    beyond = list(range(tokenizer.vocab, vocab))
+    return config | ({"suppress_tokens": beyond} if beyond else {})
 
 
 def bare(model: nn.Module) -> LanguageModel:
@@ -91,6 +133,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     model = empty_model(design, device=device, dtype=getattr(torch, config["dtype"]))
     with torch.no_grad():
         _fill(model, files, torch.device(device))
+    model.tokenizer_files = {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
     return model if dtype is None else cast(model, dtype)
 
 

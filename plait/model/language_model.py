@@ -22,6 +22,7 @@ from plait.layers.norm import Norm
 from plait.model.front import with_meta
 from plait.model.head import Head
 from plait.model.padding import Padding, packed_lengths
+from plait.model.tracing import refuse_tracing
 from plait.ops.shooting import NotConverged
 from plait.state import KV, Branches, ModelState, Nothing, Recurrent, SlotState, Window
 
@@ -46,6 +47,7 @@ class LanguageModel(nn.Module):
         self.norm = Norm(design.dim, design.norm)
         self._make_head()
         self.activation_checkpointing = False
+        self.tokenizer_files: dict[str, bytes] = {}  # by name, of the folder it came from; `plait.save` writes them
         self.max_positions = self.limit(design)
 
     @staticmethod
@@ -117,6 +119,7 @@ class LanguageModel(nn.Module):
         stats: dict[str, Any] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], ModelState | None]:
         """What `head` reads: the normed output of the last slot, zero at padding. Arguments as in `forward`."""
+        refuse_tracing(self.design, tokens)
         self._check_inputs(tokens)
         padding = None
         documents = None

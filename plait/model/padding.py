@@ -17,16 +17,24 @@ class Padding:
 
     @classmethod
     def of(cls, tokens: Int[Tensor, "b t"], attention_mask: Tensor) -> Self | None:
-        """None where nothing is padded."""
+        """None where nothing is padded. Raises ValueError for a mask that is not 1 for tokens and 0 for padding."""
+        if not isinstance(attention_mask, Tensor):
+            raise ValueError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
         if attention_mask.shape != tokens.shape[:2]:
             raise ValueError(
                 f"attention_mask must have the tokens' shape {tuple(tokens.shape[:2])}, got {tuple(attention_mask.shape)}"
             )
-        mask = attention_mask.to(torch.bool)
-        lengths = tuple(mask.sum(1).tolist())
+        mask = attention_mask != 0
+        wrong = mask & (attention_mask != 1)  # NaN too, which equals nothing
+        *lengths, wrongs = torch.cat([mask.sum(1), wrong.sum()[None]]).tolist()  # both at once: a device is asked once
+        if wrongs:
+            raise ValueError(
+                f"attention_mask holds {attention_mask[wrong][0].item()}; expected 1 for tokens and 0 for padding "
+                "(documents packed in one row are given by cu_seqlens, in transformers by position_ids)"
+            )
         if 0 in lengths:
             raise ValueError(f"row {lengths.index(0)} is all padding: every row needs at least one token")
-        return None if min(lengths) == tokens.shape[1] else cls(mask, lengths)
+        return None if min(lengths) == tokens.shape[1] else cls(mask, tuple(lengths))
 
     def remove(self, tokens: Int[Tensor, "b t"]) -> Int[Tensor, "1 n"]:
         """The rows' tokens end to end."""

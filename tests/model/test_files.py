@@ -31,7 +31,7 @@ def edit(folder, **changes):
 
 
 def test_what_is_written(folder):
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "modeling_plait.py"]
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "plait"
     assert config["architectures"] == ["PlaitForCausalLM"]
@@ -74,7 +74,7 @@ def test_a_full_disk_leaves_the_old_model(folder, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         plait.save(plait.build(DESIGN, seed=9), folder)
     assert torch.equal(plait.load(folder).embed.weight, old)
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 3
 
 
 @pytest.mark.parametrize(

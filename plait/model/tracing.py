@@ -1,0 +1,28 @@
+"""What of torch can record a call, and what cannot."""
+
+import torch
+from torch import Tensor
+
+from plait.design.layers import Attention, FeedForward
+from plait.design.model import ModelConfig
+from plait.design.places import layers
+
+
+def refuse_tracing(design: ModelConfig, tokens: Tensor) -> None:
+    """Raise ValueError where a recording would be right for the recorded length alone, or fail in a less clear way."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "torch.jit.trace would freeze this call's length and states; use torch.compile, or torch.export for one length"
+        )
+    if not torch.compiler.is_exporting() or tokens.ndim != 2 or not isinstance(tokens.shape[1], torch.SymInt):
+        return
+    fixed = [place.address for place in layers(design.slots) if not _any_length(place.layer)]
+    if fixed:
+        raise ValueError(
+            f"torch.export of any length is not possible with layers {', '.join(fixed)}: their chunks are cut on the host; "
+            "export one fixed length, or use torch.compile"
+        )
+
+
+def _any_length(layer: object) -> bool:
+    return isinstance(layer, FeedForward) or (isinstance(layer, Attention) and layer.window is None)
