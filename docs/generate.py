@@ -9,8 +9,8 @@ from pkgutil import resolve_name
 from plait.design import PRESETS, ModelConfig, RMSNorm, RoPE, load_design
 from plait.design.count import parameters
 from plait.design.layers import KINDS, LETTERS
-from plait.design.merges import MERGE_KINDS
 from plait.design.layers.recurrent import NonlinearRecurrence
+from plait.design.merges import MERGE_KINDS
 from plait.design.summary import si
 from plait.train.config import DataConfig, RunConfig
 
@@ -25,7 +25,11 @@ FUNCTIONS = (
     "plait.engine.stream",
     "plait.LanguageModel.forward",
     "plait.LanguageModel.features",
-    "plait.LanguageModel.head",
+    "plait.LanguageModel.run",
+    "plait.LanguageModel.place",
+    "plait.swap",
+    "plait.ModelConfig.places",
+    "plait.model.head.Head.loss",
     "plait.LanguageModel.init_state",
     "plait.LanguageModel.state_spec",
     "plait.ModelState.fork",

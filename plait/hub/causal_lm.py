@@ -19,7 +19,7 @@ from plait.hub.generation import Generation
 from plait.hub.inputs import check_cache_position, check_labels, document_starts, last_columns, refuse, whole_numbers
 from plait.model.build import cast, init_weights
 from plait.model.language_model import LanguageModel
-from plait.model.loss import IGNORE
+from plait.model.loss import IGNORE, CrossEntropy, loss_of
 
 PREFIX = "model."
 # torch's names for what it wraps: compiled, in DataParallel or DDP, in FSDP, checkpointed
@@ -220,10 +220,8 @@ def mean_loss(
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(logits.device)
     if mask is not None:
         targets = targets.masked_fill(mask == 0, IGNORE)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    scored = (targets != IGNORE).sum() if count is None else torch.as_tensor(count, device=logits.device)
-    return total / scored.clamp_min(1)
+    loss = loss_of(logits, CrossEntropy(targets))
+    return loss.mean if count is None else loss.total / torch.as_tensor(count, device=logits.device).clamp_min(1)
 
 
 def _own_name(name: str) -> str:

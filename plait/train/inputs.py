@@ -38,9 +38,9 @@ class Inputs:
 def text_inputs(run: RunConfig, kept: Path | None, progress: Callable[[int, int | None], None] | None = None) -> Inputs:
     """Read, tokenize and cache a run's text where that has not been done; `progress(done, total)` counts bytes of text.
 
-    `kept`: where a run that goes on has kept its tokenizer.
+    `kept`: where a run that goes on has kept its tokenizer, which is the run's where that names none by itself.
     """
-    tokenizer = load_tokenizer(kept) if kept is not None and kept.is_dir() else own_tokenizer(run)
+    tokenizer = load_tokenizer(kept) if kept is not None and kept.is_dir() and not named(run) else own_tokenizer(run)
     design = resolve_design(run.design or run.start or "", tokenizer.vocab)
     shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout, progress=progress)
     check_heldout(run, shards)
@@ -68,9 +68,14 @@ def own_inputs(run: RunConfig, batches: Batches, heldout: Callable[[], Iterable[
     return Inputs(batches, None, design, measure, f"batches of {type(batches).__name__}; {run.steps:,} steps")
 
 
+def named(run: RunConfig) -> bool:
+    """Whether the run names its tokenizer; else it trains one, or takes that of the model it starts from."""
+    return isinstance(run.data.tokenizer, str) and (run.start is None or run.data.tokenizer != DataConfig().tokenizer)
+
+
 def own_tokenizer(run: RunConfig) -> Tokenizer:
     """The run's tokenizer; that of the model it starts from where it names none."""
-    if run.start is not None and run.data.tokenizer == DataConfig().tokenizer:
+    if run.start is not None and not named(run) and isinstance(run.data.tokenizer, str):
         folder = model_folder(run.start)
         if (folder / "tokenizer_config.json").is_file():
             return load_tokenizer(folder)

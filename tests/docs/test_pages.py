@@ -101,6 +101,9 @@ def test_snippets_run_from_top_to_bottom(page, reader):
     for block in blocks(page):
         where = f"{page.name}:{block.line}"
         if block.language == "python":
+            if named := re.match(r"# (\w+)\.py\n", block.text):
+                (reader / f"{named[1]}.py").write_text(block.text, encoding="utf-8")
+                namespace["__name__"] = named[1]
             code = ast.increment_lineno(ast.parse(block.text, where), block.line - 1)
             exec(compile(code, where, "exec"), namespace)
         elif block.language == "yaml":
@@ -120,13 +123,19 @@ def read_design_or_run(text: str, folder: Path) -> None:
         (folder / named[1]).write_text(text, encoding="utf-8")
 
 
+def quickly(words: list[str]) -> list[str]:
+    """A training command with QUICK in place of its own settings."""
+    keys = {change.partition("=")[0] for change in QUICK}
+    return [*(word for word in words if word.partition("=")[0] not in keys), *QUICK]
+
+
 def run_line(words: list[str], where: str) -> None:
     program, *rest = words
     if program == "plait":
         if rest[0] in SLOW:
             check_options("plait", rest, where)
         else:
-            assert run([*rest, *QUICK] if rest[0] == "train" else rest) == 0, f"{where}: {shlex.join(words)}"
+            assert run(quickly(rest) if rest[0] == "train" else rest) == 0, f"{where}: {shlex.join(words)}"
     elif program == "python":
         check_options(rest[0], rest, where)
     elif program == "make":

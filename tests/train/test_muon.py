@@ -63,6 +63,24 @@ def test_it_is_torchs_muon_up_to_the_rounding_of_bfloat16(monkeypatch, at_once):
             assert (one - other).norm() <= 0.02 * (other - before).norm()
 
 
+def test_blocks_of_rows_are_matrices_of_their_own(monkeypatch):
+    """Three projections in one: as three parameters are updated, and not as one is."""
+    rows = (8, 16, 8)
+    fused = torch.randn(32, 24, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(32, 24, generator=torch.Generator().manual_seed(1))
+
+    def stepped(matrices, gradients, **group):
+        parameters = [nn.Parameter(matrix.clone()) for matrix in matrices]
+        for parameter, grad in zip(parameters, gradients, strict=True):
+            parameter.grad = grad.clone()
+        Muon([{"params": parameters, **group}], lr=0.1, weight_decay=0.2).step()
+        return torch.cat([parameter.detach() for parameter in parameters])
+
+    apart = stepped(fused.split(rows), gradient.split(rows))
+    torch.testing.assert_close(stepped([fused], [gradient], blocks=[rows]), apart)
+    assert (stepped([fused], [gradient]) - apart).abs().max() > 0.01
+
+
 def test_in_float32_it_is_the_paper_s_iteration_in_float64():
     for shape in SHAPES:
         matrix = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2))
@@ -77,10 +95,10 @@ def test_in_float32_it_is_the_paper_s_iteration_in_float64():
 
 def test_equal_shapes_go_together_and_none_is_lost(monkeypatch):
     monkeypatch.setattr(muon_module, "AT_ONCE", 1300)  # two of the three of 640
-    groups = list(alike(weights()))
+    groups = list(alike([(matrix, matrix) for matrix in weights()]))
     assert sorted(len(group) for group in groups) == [1, 1, 1, 1, 1, 2]
     assert sum(len(group) for group in groups) == len(SHAPES)
-    assert all(len({matrix.shape for matrix in group}) == 1 for group in groups)
+    assert all(len({matrix.shape for matrix, _ in group}) == 1 for group in groups)
 
 
 def products_of_a_step() -> set[torch.dtype]:

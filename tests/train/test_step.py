@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from plait.data import ByteTokenizer, Loader, prepare
-from plait.model import build
+from plait.model import NextToken, build
 from plait.train.heldout import heldout_loss
 from plait.train.step import backward, split
 
@@ -37,10 +37,11 @@ def test_parts_are_the_whole_cut_at_pieces(batch, parts):
 def test_accumulation_is_the_full_batch(batch, pattern, parts):
     # float64, so that a part weighed by its own token count, off by a percent here, cannot hide in rounding
     model = build({"vocab": 257, "dim": 64, "pattern": pattern}, dtype=torch.float64)
-    whole = backward(model, batch, 1, "float32")
+    objective = NextToken(model)
+    whole = backward(objective, batch, 1, "float32")
     expected = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    torch.testing.assert_close(backward(model, batch, parts, "float32"), whole)
+    torch.testing.assert_close(backward(objective, batch, parts, "float32"), whole)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-9)
 
