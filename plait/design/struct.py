@@ -79,14 +79,20 @@ class UnknownKind(ValueError):
         )
 
 
+def words(kind: Any) -> tuple[Any, ...]:
+    """The few values that a type, Literal or Literal | None, allows; none where it allows others."""
+    kinds = [k for k in (get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)) if k is not type(None)]
+    return get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else ()
+
+
 def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str, also: Collection[str] = ()) -> None:
     """Raise ValueError for a key, or for one of a few words, that `cls` or a struct inside it does not have."""
     types = {field.name: field.type for field in msgspec.structs.fields(cls)}
     for key, value in fields.items():
         if key not in types and key != "kind" and key not in also:
             raise ValueError(f"{where}: unknown key {key!r}; {suggest(str(key), [*types, *also])}")
-        options = get_args(types[key]) if key in types and get_origin(types[key]) is Literal else ()
-        if options and value not in options:
+        options = words(types.get(key))
+        if options and value not in options and value is not None:
             raise ValueError(f"{where}.{key}: {value!r} does not exist; {suggest(str(value), map(str, options))}")
         for inner in (types.get(key), *get_args(types.get(key))):  # X, or each part of X | None
             if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
