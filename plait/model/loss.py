@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from plait.model.language_model import LanguageModel
-from plait.ops.graph import whole
+from plait.ops.graph import gradient, whole
 
 IGNORE = -100  # a target that is not scored, as everywhere in the field
 SLICE = 2**25  # logits in one slice: 128 MiB of float32
@@ -60,7 +59,7 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx, dtotal: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         dhidden, dweight = ctx.saved_tensors
         return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.weight_dtype), None, None

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from plait.ops.graph import whole
+from plait.ops.graph import gradient, whole
 
 
 def rms_norm(
@@ -61,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, scale = ctx.saved_tensors
         normed = x * scale
@@ -81,7 +80,7 @@ class _L2Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         y, scale = ctx.saved_tensors
         along = torch.linalg.vecdot(dy, y)[..., None]
