@@ -49,7 +49,7 @@ def _scale(x: Float[Tensor, "*n d"], eps: float, part: float) -> Float[Tensor, "
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """A number that torch takes in half the time of a Python one."""
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -156,7 +156,7 @@ def sequential(
 ) -> Tensor:
     """No chunks, no gap."""
     run_rows(work, h, rest, start, final, None, 0.0)
-    return torch.eye(1, 3, device=h.device)[0]
+    return torch.eye(1, 3, dtype=torch.float32, device=h.device)[0]
 
 
 def grid(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol: float, max_passes: int) -> Tensor:
@@ -182,7 +182,7 @@ def grid(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol:
 def windowed(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol: float, max_passes: int) -> Tensor:
     """Windows close by themselves, so that `max_passes` has no say."""
     x, plan = work.x, work.plan
-    info = torch.zeros(3, device=x.device)
+    info = torch.zeros(3, dtype=torch.float32, device=x.device)
     launch(
         windows, len(work.rows) * work.at.blocks, x, h, rest, start, final, work.weights, work.table, info, tol,
         x.stride(0), x.stride(2), x.stride(3), x.shape[1],
