@@ -7,14 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.triton.cells import DEVICE, constants
 from plait.ops.shooting.triton.joints import close
-from plait.ops.shooting.triton.launch import launch
+from plait.ops.shooting.triton.launch import kernel, launch
 from plait.ops.shooting.triton.plan import Layout, Plan, Spans, chunk_tables, row_table
 from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, times, wide, write
 from plait.ops.shooting.triton.windows import windows
@@ -25,7 +24,7 @@ FETCH = 4  # blocks: some 3000 cycles, three times what memory takes
 # --- one step after the other
 
 
-@triton.jit
+@kernel
 def advance(
     x, h, rest, starts, ends, slopes, weights, table, gaps, tol,
     stride_b, stride_g, stride_h, tokens,
