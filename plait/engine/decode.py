@@ -8,6 +8,7 @@ import torch
 from plait.engine.prefill import advance, prefill
 from plait.engine.sampling import Sampler, Sampling, check_finite
 from plait.model.language_model import LanguageModel
+from plait.ops.numbers import whole_number
 
 ROOM = 4096  # keys a row is given room for at the start; more tokens grow the buffer
 
@@ -27,7 +28,8 @@ class Decoding:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         vocab: int | None = None,
     ):
-        check(model, prompts, max_tokens)
+        max_tokens = check(model, prompts, max_tokens)
+        prompts = [list(map(int, prompt)) for prompt in prompts]
         self.model = model
         self.vocab = vocab or model.design.vocab
         self.rows = list(range(len(prompts)))
@@ -94,7 +96,7 @@ def continuations(
     done = set() if done is None else done
     with evaluating(model):
         decoding = Decoding(model, prompts, max_tokens=max_tokens, sampling=sampling, vocab=vocab)
-        for _ in range(max_tokens):
+        for _ in range(int(max_tokens)):
             for row, token in zip(decoding.rows, decoding.step(), strict=True):
                 if token == eos:
                     done.add(row)
@@ -105,14 +107,18 @@ def continuations(
                 return
 
 
-def check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    """Raise ValueError for what cannot be continued."""
-    if not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ValueError(f"max_tokens must be a whole number, 1 or above, got {max_tokens!r}")
+def check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
+    """`max_tokens` as an int. Raises ValueError for what cannot be continued."""
+    max_tokens = whole_number("max_tokens", max_tokens, 1)
     for row, prompt in enumerate(prompts):
         name = "the prompt" if len(prompts) == 1 else f"prompt {row}"
         if not len(prompt):
             raise ValueError(f"{name} is empty: expected at least one token to continue from")
+        for (
+            token
+        ) in prompt:  # here and not on the model's device, where an id too large would end the process's use of it
+            if whole_number(f"{name}: a token id", token, 0) >= model.design.vocab:
+                raise ValueError(f"{name}: token id {token} is outside the model's vocabulary of {model.design.vocab}")
         last = len(prompt) + max_tokens - 1  # the last new token is not read
         if model.max_positions is not None and last > model.max_positions:
             left = model.max_positions - len(prompt) + 1
@@ -121,6 +127,7 @@ def check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: in
                 f"{name} of {len(prompt)} tokens with max_tokens={max_tokens} is longer than RoPE was configured for "
                 f"(max_positions {model.max_positions}); {hint}"
             )
+    return max_tokens
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def _read_packed(
     if len(set(lengths)) == 1:
         hidden, state = advance(model, torch.tensor(prompts, device=model.device), state)
         return hidden[:, -1], state
-    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
     tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=model.device)
     hidden, state = advance(model, tokens, state, offsets)
     return hidden[0, (offsets[1:] - 1).to(model.device)], state

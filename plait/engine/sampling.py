@@ -59,8 +59,8 @@ class Sampler:
         self._draws: list[random.Random] = []
         self._held: Bool[Tensor, "b v"] | None = None
         if sampling.temperature > 0:
-            seed = int(torch.randint(2**62, ())) if sampling.seed is None else sampling.seed
-            self._draws = [random.Random(seed + row) for row in range(len(prompts))]
+            seed = int(torch.randint(2**62, (), device="cpu")) if sampling.seed is None else sampling.seed
+            self._draws = [_numbers(seed + row) for row in range(len(prompts))]
         if sampling.repetition_penalty != 1:
             self._held = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=device)
             for row, prompt in enumerate(prompts):
@@ -76,8 +76,10 @@ class Sampler:
     def choose(self, logits: Float[Tensor, "b v"]) -> Int[Tensor, " b"]:
         """The next token of each row."""
         if self._held is not None:
-            penalty = self.sampling.repetition_penalty
-            logits = torch.where(self._held, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+            penalty = _within(self.sampling.repetition_penalty, logits.dtype)
+            told = torch.where(logits < 0, logits * penalty, logits / penalty)
+            limits = torch.finfo(logits.dtype)  # or with all tokens at infinity there were nothing to choose by
+            logits = torch.where(self._held, told.clamp(limits.min, limits.max), logits)
         if self._draws:
             draws = torch.tensor([[row.random()] for row in self._draws], dtype=torch.float64, device=logits.device)
             tokens = draw(narrow(logits, self.sampling), draws)
@@ -88,9 +90,21 @@ class Sampler:
         return tokens
 
 
+def _numbers(seed: int) -> random.Random:
+    """Python's generator takes -1 for 1; text it takes as it is."""
+    return random.Random(seed if seed >= 0 else str(seed))
+
+
+def _within(factor: float, dtype: torch.dtype) -> float:
+    """The nearest that is neither 0 nor infinite in `dtype`."""
+    return min(max(factor, torch.finfo(dtype).tiny), torch.finfo(dtype).max)
+
+
 def narrow(logits: Float[Tensor, "b v"], sampling: Sampling) -> Float[Tensor, "b v"]:
-    """Logits over the temperature, -inf for tokens that top-k, top-p or min-p rule out; float32 or wider."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
+    """Logits over the temperature, the largest 0, -inf for tokens that top-k, top-p or min-p rule out; float32 or wider."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits - logits.amax(-1, keepdim=True)  # or over a small temperature the likeliest would be infinite
+    logits = logits / _within(sampling.temperature, logits.dtype)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

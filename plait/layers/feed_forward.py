@@ -4,13 +4,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from plait.design.layers import GELU, FeedForward, ReLU2, SwiGLU
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.layers.declared import LayerModule
-from plait.ops.graph import whole
+from plait.ops.graph import gradient, whole
 from plait.state import Nothing
 
 
@@ -31,7 +30,7 @@ class _SwiGLU(torch.autograd.Function):
         return _silu_times(*hidden.chunk(2, -1))
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (hidden,) = ctx.saved_tensors
         gate, up = hidden.chunk(2, -1)

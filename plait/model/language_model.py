@@ -23,6 +23,7 @@ from plait.model.front import with_meta
 from plait.model.head import Head
 from plait.model.padding import Padding, packed_lengths
 from plait.model.tracing import refuse_tracing
+from plait.ops.numbers import whole_number
 from plait.ops.shooting import NotConverged
 from plait.state import KV, Branches, ModelState, Nothing, Recurrent, SlotState, Window
 
@@ -120,7 +121,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], ModelState | None]:
         """What `head` reads: the normed output of the last slot, zero at padding. Arguments as in `forward`."""
         refuse_tracing(self.design, tokens)
-        self._check_inputs(tokens)
+        tokens = self._checked_inputs(tokens)
         padding = None
         documents = None
         if attention_mask is not None:
@@ -224,20 +225,20 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int = 1, length: int = 0) -> ModelState:
         """The state before the first token, with room for the keys of `length` tokens (it grows by itself)."""
-        if batch < 1 or length < 0:
-            raise ValueError(f"init_state needs batch >= 1 and length >= 0, got {batch} and {length}")
+        batch, length = whole_number("init_state: batch", batch, 1), whole_number("init_state: length", length, 0)
         spec = self.state_spec(batch, length)
         lengths = (0,) * batch
-        slots = tuple(_start(part, lengths, self.device) for part in spec.branches)
+        with torch.inference_mode(False):  # or only calls in inference mode could append to the keys
+            slots = tuple(_start(part, lengths, self.device) for part in spec.branches)
         return ModelState(slots, lengths, self.design.hash)
 
     def state_spec(self, batch: int = 1, length: int = 0) -> StateSpec:
         """Shapes, dtypes and bytes of the state of `batch` sequences of `length` tokens; allocates nothing."""
         return count.state_spec(self.design, batch, length, str(self.dtype).removeprefix("torch."))
 
-    def _check_inputs(self, inputs: Tensor) -> None:
+    def _checked_inputs(self, inputs: Tensor) -> Tensor:
         if isinstance(self.design.front, Tokens):
-            return self._check_tokens(inputs)
+            return self._checked_tokens(inputs)
         features = self.design.front.features
         if inputs.ndim != 3 or not inputs.is_floating_point() or inputs.shape[-1] != features:
             raise ValueError(
@@ -248,13 +249,28 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"inputs are empty, shape {tuple(inputs.shape)}: a call needs at least one row of one vector"
             )
-        return None
+        return inputs
 
-    def _check_tokens(self, tokens: Tensor) -> None:
-        if tokens.ndim != 2 or tokens.is_floating_point():
+    def _checked_tokens(self, tokens: Tensor) -> Tensor:
+        """The tokens in a dtype that embeddings take."""
+        if not isinstance(tokens, Tensor):
+            raise ValueError(
+                f"tokens must be a tensor of integers of shape (batch, time), as in torch.tensor([[1, 2]]); "
+                f"got {type(tokens).__name__}"
+            )
+        integers = tokens.dtype != torch.bool and not tokens.is_floating_point() and not tokens.is_complex()
+        if tokens.ndim != 2 or not integers:
             raise ValueError(
                 f"tokens must be integers of shape (batch, time), got {tuple(tokens.shape)} {tokens.dtype}"
             )
+        if (
+            tokens.device != self.device and self.device.type != "meta"
+        ):  # there weights are while a hook will bring them
+            raise ValueError(
+                f"tokens are on {tokens.device}, the model is on {self.device}: give tokens.to(model.device)"
+            )
+        if tokens.dtype not in (torch.int32, torch.int64):
+            tokens = tokens.long()
         if tokens.numel() == 0:
             raise ValueError(
                 f"tokens are empty, shape {tuple(tokens.shape)}: a call needs at least one row of one token"
@@ -265,10 +281,13 @@ class LanguageModel(nn.Module):
             if low < 0 or high >= self.design.vocab:
                 wrong = low if low < 0 else high
                 raise ValueError(f"token id {wrong} is outside the model's vocabulary of {self.design.vocab}")
+        return tokens
 
     def _check_state(self, state: ModelState | None, rows: int) -> None:
         if state is None:
             return
+        if not isinstance(state, ModelState):
+            raise ValueError(f"state must come from model.init_state() or an earlier call, got {type(state).__name__}")
         if state.design != self.design.hash:
             raise ValueError(
                 f"this state belongs to another design ({state.design}) than this model's ({self.design.hash}, "
@@ -276,6 +295,8 @@ class LanguageModel(nn.Module):
             )
         if state.batch != rows:
             raise ValueError(f"the state has {state.batch} rows, but the call has {rows}; use state.select(rows)")
+        if not torch.compiler.is_compiling() and state.device not in (None, self.device) and self.device.type != "meta":
+            raise ValueError(f"the state is on {state.device}, the model on {self.device}: give state.to(model.device)")
 
     def _after(self, context: Context, documents: tuple[int, ...] | None) -> tuple[int, ...]:
         """What each row will have seen, meta tokens included. Raises ValueError where that is more than positions go."""

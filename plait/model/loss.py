@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from plait.ops.graph import gradient
 
 IGNORE = -100  # a target that is not scored, as everywhere in the field; so is every other negative one
 SLICE = 2**25  # numbers that a rule makes of one slice: 128 MiB of float32
@@ -235,7 +236,7 @@ class _HeadLoss(torch.autograd.Function):
         return parts.sum(), tuple(sums), parts
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx: Any, dtotal: Tensor, *others: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dhidden, *dweights = ctx.saved_tensors
         scaled = ((d * dtotal.to(d.dtype)).to(dtype) for d, dtype in zip(dweights, ctx.dtypes, strict=True))

@@ -1,7 +1,7 @@
 """Padding and packing as the model receives them. Padding never reaches a layer: padded rows become packed documents."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,7 +49,7 @@ class Padding:
 
 def packed_lengths(tokens: Int[Tensor, "1 t"], cu_seqlens: Int[Tensor, " n+1"]) -> tuple[int, ...]:
     """Document lengths from offsets. Raises ValueError for offsets that do not cut the row into documents."""
-    offsets = torch.as_tensor(cu_seqlens).tolist()
+    offsets = _offsets(cu_seqlens)
     if tokens.shape[0] != 1:
         raise ValueError(f"cu_seqlens needs documents packed in one row, got a batch of {tokens.shape[0]}")
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens.shape[1]:
@@ -59,3 +59,12 @@ def packed_lengths(tokens: Int[Tensor, "1 t"], cu_seqlens: Int[Tensor, " n+1"]) 
         if length <= 0:
             raise ValueError(f"cu_seqlens: document {document} has {length} tokens; each needs at least one")
     return lengths
+
+
+def _offsets(cu_seqlens: Any) -> list[int]:
+    given = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.as_tensor(cu_seqlens, device="cpu")
+    if given.ndim != 1 or given.dtype == torch.bool or given.is_floating_point() or given.is_complex():
+        raise ValueError(
+            f"cu_seqlens must be integers of shape (documents + 1,), got {tuple(given.shape)} {given.dtype}"
+        )
+    return given.tolist()

@@ -6,6 +6,9 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd.function import once_differentiable
+
+from plait.ops.kernels import full_precision
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +30,24 @@ def whole(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     torch.compiler.allow_in_graph(apply)  # marks the function, and gives it back
     return apply
+
+
+def gradient(backward: F) -> F:
+    """A hand-written `backward` of a Function. Autocast has no say in it, whether gradients are taken inside of one or a
+    compiler traces them there: its products would come out in bfloat16, beside float32 and for float32 inputs."""
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        device = next((g.device for g in gradients if g is not None), None)
+        if device is None:
+            return backward(ctx, *gradients)
+        if torch.compiler.is_compiling():  # while Dynamo is in here the forward's switch may hold, later on it does not
+            with torch.autocast(device.type, enabled=False):
+                return backward(ctx, *gradients)
+        with full_precision(device):
+            return backward(ctx, *gradients)
+
+    return once_differentiable(run)  # type: ignore[return-value]
 
 
 _AUTOGRAD_KEYS = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther)

@@ -29,11 +29,13 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One form of an op. `supports` gives None, or the reason why this form does not fit the call."""
+    """One form of an op. `supports` gives None, or the reason why this form does not fit the call; `within` says which of a
+    library's kernels the form comes down to, where that is not plait's own choice."""
 
     name: str
     run: Callable[..., Any]
     supports: Callable[[Call], str | None]
+    within: Callable[[Call], str | None] = lambda call: None
 
 
 def always(call: Call) -> str | None:
@@ -63,14 +65,17 @@ def choose(kernels: Sequence[Kernel], x: Tensor, subject: Any = None) -> Kernel:
 
 
 def explain(kernels: Sequence[Kernel], call: Call) -> list[tuple[str, str]]:
-    """Each kernel's name with "used", or the reason why not; what `plait doctor` prints."""
+    """Each kernel's name, for the one that is used with the library's kernel it comes down to, and "used", or the reason
+    why not; what `plait doctor` prints."""
     rows, found = [], False
     for kernel in kernels:
-        reason = kernel.supports(call)
+        name, reason = kernel.name, kernel.supports(call)
         if reason is None:
             reason = "used" if not found else "fits, but a faster form comes first"
+            if not found and (within := kernel.within(call)):
+                name += f" ({within})"
             found = True
-        rows.append((kernel.name, reason))
+        rows.append((name, reason))
     return rows
 
 

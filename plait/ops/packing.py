@@ -32,18 +32,21 @@ class Packing:
     @cached_property
     def offsets(self) -> Int[Tensor, "1 t"]:
         """Each token's place inside its document, from 0."""
-        return torch.cat([torch.arange(n, device=self.device) for n in self.lengths])[None]
+        with torch.inference_mode(False):  # kept between calls, and gradients may be taken in a later one
+            return torch.cat([torch.arange(n, device=self.device) for n in self.lengths])[None]
 
     @cached_property
     def documents(self) -> Int[Tensor, " t"]:
         """Each token's document."""
-        lengths = torch.tensor(self.lengths, device=self.device)
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.device), lengths)
+        with torch.inference_mode(False):
+            lengths = torch.tensor(self.lengths, device=self.device)
+            return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.device), lengths)
 
     @cached_property
     def place(self) -> Int[Tensor, " t"]:
         """Where each token lies in `to_rows`, rows and time flattened."""
-        return self.documents * max(self.lengths) + self.offsets[0]
+        with torch.inference_mode(False):
+            return self.documents * max(self.lengths) + self.offsets[0]
 
     def to_rows(self, x: Float[Tensor, "1 t *d"]) -> Float[Tensor, "n longest *d"]:
         """Documents as the rows of a batch, zeros after their ends."""
@@ -62,7 +65,11 @@ class Packing:
 
     def chunks(self, size: int) -> "Chunks":
         if size not in self._chunks:
-            self._chunks[size] = _packed_chunks(self, size)
+            with (
+                torch.inference_mode(False),
+                torch.device("cpu"),
+            ):  # planned on the host, whatever the default device is
+                self._chunks[size] = _packed_chunks(self, size)
         return self._chunks[size]
 
 

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from plait.ops.graph import whole
+from plait.ops.graph import gradient, whole
 
 
 def rms_norm(
@@ -50,7 +49,7 @@ def _scale(x: Float[Tensor, "*n d"], eps: float, part: float) -> Float[Tensor, "
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """A number that torch takes in half the time of a Python one."""
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -61,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, scale = ctx.saved_tensors
         normed = x * scale
@@ -81,7 +80,7 @@ class _L2Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         y, scale = ctx.saved_tensors
         along = torch.linalg.vecdot(dy, y)[..., None]

@@ -51,7 +51,13 @@ class KVBuffer:
         """Room for `length` tokens; grows by doubling, so that appending costs one copy per token on average."""
         if length > self.k.shape[1]:
             extra = max(length, 2 * self.k.shape[1], 64) - self.k.shape[1]
-            self.k, self.v = (torch.cat([x, x.new_zeros(x.shape[0], extra, *x.shape[2:])], 1) for x in (self.k, self.v))
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # or only calls in inference mode could append to it later
+                self.k, self.v = (
+                    torch.cat([x, x.new_zeros(x.shape[0], extra, *x.shape[2:])], 1) for x in (self.k, self.v)
+                )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,13 @@
 """What a whole model remembers: one typed value per slot, and how many tokens each row has seen."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -29,6 +31,11 @@ class ModelState:
         return len(self.lengths)
 
     @property
+    def device(self) -> torch.device | None:
+        """Where its tensors are; None where no layer keeps any."""
+        return next((x.device for slot in self.slots for x in slot.tensors().values()), None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, room reserved for further keys included."""
         return sum(x.nbytes for x in self.tensors().values())
@@ -49,17 +56,14 @@ class ModelState:
         """A copy on another device."""
         return replace(self, slots=tuple(slot.map(lambda x: x.to(device, copy=True)) for slot in self.slots))
 
-    def select(self, rows: Sequence[int]) -> Self:
-        """A copy of some rows, in the order given; a row may be taken more than once."""
-        for row in rows:
-            if not -self.batch <= row < self.batch:
-                raise ValueError(f"row {row} does not exist; the state has {self.batch} rows")
-        if not rows:
-            raise ValueError("select needs at least one row")
-        lengths = tuple(self.lengths[row] for row in rows)
+    def select(self, rows: Sequence[int] | Tensor | np.ndarray) -> Self:
+        """A copy of some rows, in the order given; a row may be taken more than once. Rows are whole numbers, in any kind of
+        sequence or a tensor, or a mask: one bool for each row, true for those to keep."""
+        picked = _row_numbers(rows, self.batch)
+        lengths = tuple(self.lengths[row] for row in picked)
 
         def pick(x: Tensor) -> Tensor:
-            return x[torch.tensor([row % self.batch for row in rows], device=x.device)]
+            return x[torch.tensor(picked, dtype=torch.int64, device=x.device)]
 
         return replace(self, slots=tuple(slot.map(pick, lengths) for slot in self.slots), lengths=lengths)
 
@@ -93,6 +97,38 @@ class ModelState:
         kinds = json.loads(metadata["slots"])
         slots = tuple(_restore(kind, f"{i}.", tensors, lengths) for i, kind in enumerate(kinds))
         return cls(slots, lengths, metadata["design"])
+
+
+def _row_numbers(rows: Any, batch: int) -> list[int]:
+    """What `select` was given, as row numbers from 0."""
+    listed = _plain(rows)
+    if not isinstance(listed, Iterable) or isinstance(listed, str | bytes | dict):
+        raise ValueError(f"select takes a sequence of rows, such as [0] or a tensor of (rows,); got {rows!r}")
+    listed = [_plain(row) for row in listed]
+    if not listed:
+        raise ValueError("select needs at least one row")
+    if all(isinstance(row, bool) for row in listed):
+        if len(listed) != batch:
+            raise ValueError(
+                f"select got a mask of {len(listed)} bools; the state has {batch} rows, and each needs one"
+            )
+        listed = [row for row, keep in enumerate(listed) if keep]
+        if not listed:
+            raise ValueError("select needs at least one row, and the mask keeps none")
+    return [_row_number(row, batch) for row in listed]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+
+
+def _row_number(row: Any, batch: int) -> int:
+    if isinstance(row, bool) or not hasattr(row, "__index__"):
+        raise ValueError(f"select takes whole numbers, or one bool for each row; got {row!r} among the rows")
+    number = index(row)
+    if not -batch <= number < batch:
+        raise ValueError(f"row {number} does not exist; the state has {batch} rows")
+    return number % batch
 
 
 def _kinds(slot: SlotState) -> Any:

@@ -1,15 +1,18 @@
 """Causal softmax attention (arXiv 1706.03762): o_i = sum_j softmax_j(q_i . k_j / sqrt(k)) v_j over the visible j."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.ops.attention import chunked, reference
+from plait.ops.attention.fused import chosen, for_any_length, recurs
 from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, always, choose
 from plait.ops.packing import Packing
 
-KERNELS = (Kernel("chunked", chunked.run, always), Kernel("reference", reference.run, always))
+KERNELS = (Kernel("chunked", chunked.run, always, chosen), Kernel("reference", reference.run, always))
 
 Start = int | Int[Tensor, " b"]
 
@@ -33,7 +36,24 @@ def attention(
     logits x into c tanh(x / c). With `packing` there is no past: each document attends to itself.
     """
     run = choose(KERNELS, q).run
-    if packing is None:
-        return run(q, k, v, q_start, k_start, window, softcap)
+    call = (
+        (run, q, k, v, q_start, k_start, window, softcap)
+        if packing is None
+        else (_packed, run, q, k, v, window, softcap, packing)
+    )
+    if q.device.type != "cuda" or recurs(q, packing is not None):
+        return call[0](*call[1:])
+    return for_any_length(*call)
+
+
+def _packed(
+    run: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    softcap: float | None,
+    packing: Packing,
+) -> Tensor:
     documents = [run(*(x[:, a:b] for x in (q, k, v)), 0, 0, window, softcap) for a, b in packing.bounds]
     return torch.cat(documents, 1)

@@ -5,9 +5,8 @@ Written with its own gradient: autograd would keep a shifted copy of the input p
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from plait.ops.graph import whole
+from plait.ops.graph import gradient, whole
 from plait.ops.packing import Packing
 
 
@@ -30,7 +29,7 @@ class _ShiftedSum(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, offsets = ctx.saved_tensors
         taps = weight.to(x.dtype).flip(1).T.contiguous()

@@ -13,12 +13,11 @@ and no more memory than the forward pass, where autograd would keep every scaled
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.linalg import vecdot
 from torch.nn.functional import hardshrink
 
 from plait.ops.decay import chunk_decay, from_pairs, from_sums
-from plait.ops.graph import whole
+from plait.ops.graph import gradient, whole
 from plait.ops.packing import Packing, chunks
 
 SIZE = 64  # tokens in a chunk: products of 64 x 64 fill a core's vector units, and the triangular solve stays small
@@ -81,7 +80,7 @@ class _Chunked(torch.autograd.Function):
         return o, S
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx, do: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodoverride]
         q, k, v, beta, a, P, to_end, L, B, UW, V, before = ctx.saved_tensors
         Z = torch.empty_like(UW)

@@ -9,6 +9,7 @@ from torch import Tensor
 from plait.design.spelling import suggest
 from plait.ops.graph import by_documents
 from plait.ops.kernels import Call, Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
+from plait.ops.numbers import whole_number
 from plait.ops.packing import Packing
 from plait.ops.shooting import library, reference
 from plait.ops.shooting.cells import EMPTY as EMPTY
@@ -76,8 +77,10 @@ def shooting(
     _check(cell, x, solver)
     if resets is not None and packing is not None:
         raise ValueError("give resets or packing, not both: packed documents start anew by themselves")
-    if max_passes is not None and max_passes < 1:
-        raise ValueError(f"max_passes must be at least 1, got {max_passes}")
+    if max_passes is not None:
+        max_passes = whole_number("max_passes", max_passes, 1)
+    if tol is not None and not tol > 0:
+        raise ValueError(f"tol must be above 0, got {tol}")
     if resets is not None:
         return _with_resets(cell, x, h0, resets, tol, max_passes, strict, solver)
     rows = x.shape[0] if packing is None else len(packing.lengths)
@@ -137,7 +140,7 @@ def _with_resets(cell: Bound, x: Tensor, h0: Tensor | None, resets: Tensor, *opt
 
 
 def _exact(like: Tensor) -> Tensor:
-    return torch.tensor([1.0, 0.0, 0.0], device=like.device)
+    return torch.tensor([1.0, 0.0, 0.0], dtype=torch.float32, device=like.device)
 
 
 def _step(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:

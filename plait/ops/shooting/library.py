@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from plait.ops.graph import gradient
 from plait.ops.kernels import cast
 from plait.ops.packing import Packing
 from plait.ops.shooting import chunked, newton, torch_rnn
@@ -174,7 +174,7 @@ class Solve(torch.autograd.Function):
         return h, final, info
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx, grad, grad_final, _info):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, h0, h, rest, info, *tensors = ctx.saved_tensors
         if grad is None and grad_final is None:

@@ -62,7 +62,8 @@ def run(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None) -> tuple[Te
     start: Any = tuple(h0[:, i, 0].to(x.dtype)[None].contiguous() for i in range(h0.shape[1]))
     inputs: Any = rows.flatten(2)
     if packing is not None:
-        inputs = pack_padded_sequence(inputs, torch.tensor(packing.lengths), batch_first=True, enforce_sorted=False)
+        lengths = torch.tensor(packing.lengths, device="cpu")  # where torch wants them
+        inputs = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
     with warnings.catch_warnings():  # cuDNN copies the weights side by side for itself, and says so each time
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         y, last = torch.func.functional_call(module, weights, (inputs, start if len(start) > 1 else start[0]))

@@ -12,11 +12,10 @@ rule: autograd would keep every scaled copy of v and fill zeros around each step
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.linalg import vecdot
 
 from plait.ops.decay import chunk_decay, from_pairs, from_sums
-from plait.ops.graph import whole
+from plait.ops.graph import gradient, whole
 from plait.ops.packing import Packing, chunks
 
 SIZE = 64
@@ -69,7 +68,7 @@ class _Chunked(torch.autograd.Function):
         return o, S
 
     @staticmethod
-    @once_differentiable
+    @gradient
     def backward(ctx, do: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, a, P, to_end, B, before, read = ctx.saved_tensors
         n, groups, dk = len(v), q.shape[1], k.shape[-1]

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plait.ops.shooting.triton.joints import hand_back
-from plait.ops.shooting.triton.launch import launch
+from plait.ops.shooting.triton.launch import kernel, launch
 from plait.ops.shooting.triton.plan import chunk_tables
 from plait.ops.shooting.triton.states import Work
 from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, wide, write
@@ -31,7 +31,7 @@ def steps_back(
     return loaded
 
 
-@triton.jit
+@kernel
 def retreat(
     x, h, rest, dh, h0, lams, weights, table, dx, dw, dstart, slopes,
     stride_b, stride_g, stride_h, dx_b, dx_g, dx_h, tokens,

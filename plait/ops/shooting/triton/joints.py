@@ -3,13 +3,13 @@
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
 # (it reads kernels as Python, in which triton's functions only raise)
 
-import triton
 import triton.language as tl
 
+from plait.ops.shooting.triton.launch import kernel
 from plait.ops.shooting.triton.tiles import bottom, chain, distance, newton, place, read, shifted, write
 
 
-@triton.jit
+@kernel
 def close(
     starts, ends, slopes, final, ranges, gaps, info, number, tol,
     S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr,
@@ -39,14 +39,14 @@ def close(
     tl.store(here, worst)
     last = read(ends, (first + count - 1) * (S * D) + unit, exists, S, D)
     write(final, row.to(tl.int64) * (S * D) + unit, last, exists, S, D)
-    tl.atomic_max(info, number + 0.0)  # Triton passes a 1 as a constant, which has no dtype
+    tl.atomic_max(info, number + 0.0)
     if worst <= tol:
         tl.atomic_max(info + 1, worst)
     elif LAST:
         tl.atomic_max(info + 2, 1.0)
 
 
-@triton.jit
+@kernel
 def hand_back(
     lams, adds, maps, dfinal, dh0, ranges,
     S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,

@@ -16,7 +16,7 @@ from plait.ops.shooting import cells
 from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.chunked import Back, Engine
 from plait.ops.shooting.triton.cells import DEVICE, gru_gates, gru_new, variant
-from plait.ops.shooting.triton.launch import launch
+from plait.ops.shooting.triton.launch import kernel, launch
 
 BLOCK = 512
 ROWS = 1024
@@ -48,7 +48,7 @@ def _mixed(s, S: tl.constexpr):
     return out
 
 
-@triton.jit
+@kernel
 def _advance(x, m, before, after, h, total, mh, D: tl.constexpr, K: tl.constexpr, S: tl.constexpr, G: tl.constexpr,
              V: tl.constexpr, STEP: tl.constexpr, IS_GRU: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """x (n, g, d), m (h, n, g, k), before and after (n, s, d), h (n, d) in m's dtype."""
@@ -76,7 +76,7 @@ def _gru_vjp(x, m, s, lam):
     return (lam[0] * (1.0 - z),), (dz, dr, dc), (dz, dr, dc * r)
 
 
-@triton.jit
+@kernel
 def _retreat(g, mu, mixed, x, m, before, mu_new, dx, dm, total, n, mh, D: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
              G: tl.constexpr, V: tl.constexpr, VJP: tl.constexpr, IS_GRU: tl.constexpr, MIXED: tl.constexpr,
              BLOCK: tl.constexpr):  # fmt: skip

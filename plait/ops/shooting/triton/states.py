@@ -7,14 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.triton.cells import DEVICE, constants
 from plait.ops.shooting.triton.joints import close
-from plait.ops.shooting.triton.launch import launch
+from plait.ops.shooting.triton.launch import kernel, launch
 from plait.ops.shooting.triton.plan import Layout, Plan, Spans, chunk_tables, row_table
 from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, times, wide, write
 from plait.ops.shooting.triton.windows import windows
@@ -25,7 +24,7 @@ FETCH = 4  # blocks: some 3000 cycles, three times what memory takes
 # --- one step after the other
 
 
-@triton.jit
+@kernel
 def advance(
     x, h, rest, starts, ends, slopes, weights, table, gaps, tol,
     stride_b, stride_g, stride_h, tokens,
@@ -156,7 +155,7 @@ def sequential(
 ) -> Tensor:
     """No chunks, no gap."""
     run_rows(work, h, rest, start, final, None, 0.0)
-    return torch.eye(1, 3, device=h.device)[0]
+    return torch.eye(1, 3, dtype=torch.float32, device=h.device)[0]
 
 
 def grid(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol: float, max_passes: int) -> Tensor:
@@ -182,7 +181,7 @@ def grid(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol:
 def windowed(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol: float, max_passes: int) -> Tensor:
     """Windows close by themselves, so that `max_passes` has no say."""
     x, plan = work.x, work.plan
-    info = torch.zeros(3, device=x.device)
+    info = torch.zeros(3, dtype=torch.float32, device=x.device)
     launch(
         windows, len(work.rows) * work.at.blocks, x, h, rest, start, final, work.weights, work.table, info, tol,
         x.stride(0), x.stride(2), x.stride(3), x.shape[1],

@@ -10,6 +10,7 @@ a cache when it reads it again.
 import triton
 import triton.language as tl
 
+from plait.ops.shooting.triton.launch import kernel
 from plait.ops.shooting.triton.tiles import (
     bottom,
     chain,
@@ -70,7 +71,7 @@ def through(
     return s, j
 
 
-@triton.jit
+@kernel
 def windows(
     x, h, rest, starts, ends, weights, table, info, tol,
     stride_b, stride_g, stride_h, tokens,
@@ -122,7 +123,7 @@ def windows(
     tl.atomic_max(info + 1, worst)
 
 
-@triton.jit
+@kernel
 def windows_back(
     x, h, rest, dh, h0, dfinal, weights, table, dx, dw, dstart,
     stride_b, stride_g, stride_h, dx_b, dx_g, dx_h, tokens,

@@ -1,0 +1,50 @@
+"""Which of torch's fused kernels attention may run in.
+
+On an H100 torch prefers cuDNN's, which makes a plan for every shape it meets: tens of milliseconds, many times what the call
+itself takes. That pays where the same shape comes again, as in training on whole rows, and never where keys grow by a token
+a call, where prompts have any length, or where documents have theirs. There torch chooses among the others.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from plait.ops.kernels import Call
+
+T = TypeVar("T")
+
+FEW = 64  # queries up to which a call is decoding, or a draft
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def recurs(q: Tensor, packed: bool) -> bool:
+    """Whether calls of this shape are likely to come again and again."""
+    return q.shape[1] > FEW and not packed and q.requires_grad and torch.is_grad_enabled()
+
+
+def for_any_length(run: Callable[..., T], *args: Any) -> T:
+    """`run(*args)` by kernels that need no plan."""
+    if torch.compiler.is_compiling():  # Dynamo knows this switch and puts it into the graph
+        with sdpa_kernel(ANY_LENGTH):
+            return run(*args)
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return run(*args)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # a twentieth of the time that `sdpa_kernel` takes, many times a token
+    try:
+        return run(*args)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def chosen(call: Call) -> str | None:
+    """The kernel that torch picks for full attention of so many queries without gradients, where it can be asked."""
+    try:
+        q = torch.empty(1, 4, call.tokens, 64, dtype=call.dtype, device=call.device)
+        number = for_any_length(torch._fused_sdp_choice, q, q, q)
+    except (RuntimeError, NotImplementedError, AssertionError):  # no such device here, or one that does not say
+        return None
+    names = {int(backend.value): name for name, backend in SDPBackend.__members__.items()}  # type: ignore[attr-defined]
+    return f"torch's {names[number].lower().replace('_', ' ')} kernel"
