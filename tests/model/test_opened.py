@@ -196,7 +196,7 @@ def cross_entropy(logits, targets):
 
 
 MEMORY = """
-import resource, sys, torch, plait
+import re, sys, torch, plait
 from plait.model import KL, CrossEntropy
 torch.set_num_threads(1)
 model = plait.build(plait.ModelConfig(vocab=50_000, dim=64, pattern="F"))
@@ -207,7 +207,7 @@ if sys.argv[1] == "rss":
 else:
     rule = CrossEntropy(targets) if sys.argv[1] == "ce" else KL(torch.randn(1, 8192, 64), model.head)
     model.head.loss(hidden, rule).total.backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status", encoding="utf-8").read())[1]) * 1024)
 """
 
 

@@ -1,6 +1,7 @@
 """Causal softmax attention (arXiv 1706.03762): o_i = sum_j softmax_j(q_i . k_j / sqrt(k)) v_j over the visible j."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -35,15 +36,13 @@ def attention(
     A query sees keys from position 0 up to its own; with `window`, only the last `window` of them. `softcap` c turns
     logits x into c tanh(x / c). With `packing` there is no past: each document attends to itself.
     """
-    run = choose(KERNELS, q).run
-    call = (
-        (run, q, k, v, q_start, k_start, window, softcap)
-        if packing is None
-        else (_packed, run, q, k, v, window, softcap, packing)
-    )
+    run: Callable[..., Tensor] = choose(KERNELS, q).run
+    arguments: tuple[Any, ...] = (q, k, v, q_start, k_start, window, softcap)
+    if packing is not None:
+        run, arguments = _packed, (run, q, k, v, window, softcap, packing)
     if q.device.type != "cuda" or recurs(q, packing is not None):
-        return call[0](*call[1:])
-    return for_any_length(*call)
+        return run(*arguments)
+    return for_any_length(run, *arguments)
 
 
 def _packed(
