@@ -93,7 +93,10 @@ def compiling(monkeypatch):
 
 
 # around every multiple that a number could be told apart by; the longest are cut into a grid of chunks
-SEEN, NEW = (2, 16, 200, 1024, 3000), (3, 17, 31, 48, 63, 64, 65, 100, 255, 257, 500, 1000, 1001, 2047, 2048, 4096, 16001)
+SEEN, NEW = (
+    (2, 16, 200, 1024, 3000),
+    (3, 17, 31, 48, 63, 64, 65, 100, 255, 257, 500, 1000, 1001, 2047, 2048, 4096, 16001),
+)
 
 
 def prefill(cell, length, batch, headwise, train):

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.ops.attention import chunked, reference
-from plait.ops.attention.fused import chosen, for_any_length, recurs
+from plait.ops.attention.fused import chosen, for_any_length, may_plan
 from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, always, choose
 from plait.ops.packing import Packing
@@ -41,7 +41,7 @@ def attention(
         if packing is None
         else (_packed, run, q, k, v, window, softcap, packing)
     )
-    if q.device.type != "cuda" or recurs(q, packing is not None):
+    if may_plan(q, packing is not None):
         return call[0](*call[1:])
     return for_any_length(*call)
 
