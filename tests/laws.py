@@ -17,7 +17,10 @@ def test_law(law, design, dtype):
 
 
 # tracing takes as long as a design is deep; these repeat what others have
-DEEP = ("((DF)3 AF)2", "((GF)3 AF)2", "((SF)3 AF)2", "[WF|DAF]:average [A|[M|D]:gated]")
+DEEP = (
+    *("((DF)3 AF)2", "((GF)3 AF)2", "((SF)3 AF)2", "[WF|DAF]:average [A|[M|D]:gated]"),
+    *("[M[A|D]:sum|W]F", "[A|M|D]:projection F", "shared layers"),
+)
 
 
 @pytest.mark.parametrize("name", [name for name in DESIGNS if name not in DEEP])

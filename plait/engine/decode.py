@@ -1,6 +1,6 @@
 """The token loop: all rows advance together, and each leaves when it is done."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -91,7 +91,7 @@ def continuations(
     done: set[int] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """(row, token) as they come. Rows that the caller adds to `done` meanwhile are taken out before the next step."""
-    if not prompts:
+    if not len(prompts):
         return
     done = set() if done is None else done
     with evaluating(model):
@@ -112,6 +112,8 @@ def check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: in
     max_tokens = whole_number("max_tokens", max_tokens, 1)
     for row, prompt in enumerate(prompts):
         name = "the prompt" if len(prompts) == 1 else f"prompt {row}"
+        if not isinstance(prompt, Iterable) or isinstance(prompt, str):
+            raise ValueError(f"{name} must be a sequence of token ids, as in [[1, 2]]; got {prompt!r}")
         if not len(prompt):
             raise ValueError(f"{name} is empty: expected at least one token to continue from")
         for (

@@ -47,7 +47,7 @@ class Sampling(Struct, frozen=True, kw_only=True, tag=False):
 
 
 def _in_range(name: str, value: float, fine: bool, expected: str) -> None:
-    if not (fine and math.isfinite(value)):
+    if not fine or value in (math.inf, -math.inf):  # a comparison with NaN was false already
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -179,6 +180,13 @@ def test_no_prompts_give_no_texts():
         ({"temperature": 1, "top_k": 0}, "top_k must be 1 or above, got 0"),
         ({"temperature": 1, "top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
         ({"temperature": 1, "min_p": 1.5}, "min_p must be from 0 to 1, got 1.5"),
+        *(({"max_tokens": value}, "max_tokens must be a whole number") for value in (True, "9", float("inf"))),
+        *(
+            ({"temperature": 1.0} | {name: value}, name)
+            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+            for value in (float("nan"), float("inf"), -float("inf"), True, "1")
+        ),
+        ({"temperature": 10**400}, "temperature"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
         ({"top_p": 0.9}, "top_p=0.9 does nothing at temperature 0; give temperature=1.0 too"),
         ({"stop": ["a", ""]}, "stop holds ''; expected strings of at least one character"),
@@ -192,6 +200,50 @@ def test_wrong_calls_say_what_would_be_right(options, message):
     if not isinstance(options.get("prompt"), list):
         with pytest.raises(ValueError, match=message):
             stream(model, TOKENIZER, **{"prompt": "a", **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-310},
+        {"temperature": 1e308},
+        {"temperature": 1.0, "top_k": 10**400},
+        {"temperature": 1.0, "top_p": 1e-310},
+        {"temperature": 1.0, "repetition_penalty": 1e308},
+        {"temperature": 1.0, "repetition_penalty": 1e-308},
+        {"temperature": 1.0, "seed": -(10**30)},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_numbers_still_choose(options, dtype):
+    model, prompts = tiny().to(dtype), [[3, 4], [5]]
+    rows = generate_tokens(model, prompts, max_tokens=4, sampling=Sampling(**{"seed": 0} | options))
+    assert [len(row) for row in rows] == [4, 4]
+    if options["temperature"] < 1:
+        assert rows == generate_tokens(model, prompts, max_tokens=4)
+
+
+def test_prompts_of_any_kind():
+    model = tiny()
+    want = generate_tokens(model, [[3, 4], [5, 6]], max_tokens=3)
+    for prompts in (torch.tensor([[3, 4], [5, 6]]), np.array([[3, 4], [5, 6]]), [torch.tensor([3, 4]), (5, 6)]):
+        assert generate_tokens(model, prompts, max_tokens=np.int64(3)) == want
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[]], "the prompt is empty"),
+        ([[3], [257]], "prompt 1: token id 257 is outside the model's vocabulary of 257"),
+        ([[-1]], "a token id must be a whole number, 0 or above, got -1"),
+        ([[1.5]], "a token id must be a whole number, 0 or above, got 1.5"),
+        ([[True]], "a token id must be a whole number, 0 or above, got True"),
+        ([3, 4], "prompt 0 must be a sequence of token ids, as in"),
+    ],
+)
+def test_ids_that_cannot_be_read(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate_tokens(tiny(), prompts, max_tokens=3)
 
 
 def test_a_tokenizer_of_another_model_is_refused():

@@ -79,3 +79,16 @@ def test_rows_draw_their_own_numbers():
 def test_a_misspelled_option_is_named():
     with pytest.raises(ValueError, match="unknown key 'tempreature'; did you mean 'temperature'"):
         Sampling(tempreature=1.0)
+
+
+@pytest.mark.parametrize("seed", [-5, -1, 0, 2**64])
+def test_every_seed_has_numbers_of_its_own(seed):
+    device = torch.device("cpu")
+    rows = Sampler(Sampling(temperature=1.0, seed=seed), [[0]] * 12, 2**20, device).choose(torch.zeros(12, 2**20))
+    assert len(set(rows.tolist())) == 12
+    mirrored = Sampler(Sampling(temperature=1.0, seed=-seed - 100), [[0]] * 12, 2**20, device).choose(
+        torch.zeros(12, 2**20)
+    )
+    assert not set(rows.tolist()) & set(mirrored.tolist())
+    last = Sampler(Sampling(temperature=1.0, seed=seed + 11), [[0]], 2**20, device).choose(torch.zeros(1, 2**20))
+    assert last[0] == rows[11]  # row 11 is what it would be alone

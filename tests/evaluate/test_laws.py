@@ -1,16 +1,20 @@
 """The laws catch what they are there to catch: each mistake here was once somebody's bug."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import plait
 from plait.evaluate.laws import DESIGNS, LAWS, LawBroken, small
 from plait.evaluate.laws.compare import TOLERANCES, agree
+from plait.evaluate.laws.models import input_dtypes, under_autocast
 from plait.evaluate.selfcheck import selfcheck
 from plait.layers import attention as attention_layer
 from plait.layers import gated_deltanet, mamba2, recurrent
 from plait.layers.merges import GatedMerge
 from plait.layers.norm import Norm
+from plait.ops import graph
 from plait.state import KVBuffer, ModelState
 
 
@@ -79,6 +83,34 @@ def test_mistakes_in_ops(mistake, dtype, monkeypatch):
     monkeypatch.setattr(module, function, change(getattr(module, function)))
     with pytest.raises(LawBroken, match=f"^{law}: "):
         LAWS[law](DESIGNS[name], "cpu", dtype)
+
+
+class Narrow(torch.autograd.Function):
+    """Its gradient is of another dtype than its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (dy * 2).bfloat16()
+
+
+def test_a_gradient_of_another_dtype():
+    x = torch.ones(3, requires_grad=True)
+    output = Narrow.apply(x).sum()
+    match = "NarrowBackward: a gradient is torch.bfloat16, its input torch.float32"
+    with input_dtypes("compiled"), pytest.raises(LawBroken, match=match):
+        output.backward()
+
+
+@pytest.mark.parametrize("name", ["DF", "MF"])
+def test_products_of_a_gradient_that_autocast_narrows(name, monkeypatch):
+    monkeypatch.setattr(graph, "full_precision", lambda device: nullcontext())
+    model = plait.build(DESIGNS[name])
+    with pytest.raises((LawBroken, RuntimeError), match="dtype"):
+        under_autocast("compiled", model, model, torch.arange(70)[None] % 61)
 
 
 def test_a_stale_handle_that_does_not_raise(monkeypatch):

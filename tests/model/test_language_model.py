@@ -92,6 +92,14 @@ class TestCalls:
         [
             ({"tokens": TOKENS[0]}, r"integers of shape \(batch, time\), got \(12,\)"),
             ({"tokens": TOKENS.float()}, "integers of shape"),
+            ({"tokens": TOKENS.bool()}, r"integers of shape .* got \(2, 12\) torch.bool"),
+            ({"tokens": TOKENS.tolist()}, r"a tensor of integers .* as in torch.tensor\(\[\[1, 2\]\]\); got list"),
+            ({"tokens": TOKENS.to("meta")}, r"tokens are on meta, the model is on cpu: give tokens.to\(model.device\)"),
+            ({"state": (1, 2)}, r"state must come from model.init_state\(\) or an earlier call, got tuple"),
+            ({"tokens": TOKENS[:1], "cu_seqlens": torch.tensor([0.0, 12.0])}, r"integers of shape .* torch.float32"),
+            ({"tokens": TOKENS[:1], "cu_seqlens": torch.tensor([0, float("nan")])}, "cu_seqlens must be integers"),
+            ({"tokens": TOKENS[:1], "cu_seqlens": torch.tensor([[0, 12]])}, r"cu_seqlens must be .* got \(1, 2\)"),
+            ({"tokens": TOKENS[:1], "cu_seqlens": torch.tensor([False, True])}, "cu_seqlens must be integers"),
             ({"tokens": TOKENS[:, :0]}, "tokens are empty"),
             ({"tokens": TOKENS + 20}, "token id 43 is outside the model's vocabulary of 31"),
             ({"tokens": TOKENS - 1}, "token id -1 is outside"),
@@ -110,6 +118,45 @@ class TestCalls:
     def test_refusals(self, model, call, message):
         with pytest.raises(ValueError, match=message):
             model(**{"tokens": TOKENS} | call)
+
+    @pytest.mark.parametrize("name", ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"])
+    def test_tokens_and_offsets_of_any_integer_dtype(self, model, name):
+        kind, row, offsets = getattr(torch, name), TOKENS[:1], torch.tensor([0, 5, 12])
+        assert torch.equal(model(row.to(kind), cu_seqlens=offsets.to(kind))[0], model(row, cu_seqlens=offsets)[0])
+
+    def test_a_state_elsewhere(self, model):
+        with pytest.raises(ValueError, match=r"the state is on meta, the model on cpu: give state.to\(model.device\)"):
+            model(TOKENS, model.init_state(2).to("meta"))
+
+    @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+    @pytest.mark.parametrize("pattern", ["[M|A]F D", "GF WF", "HF"])
+    def test_defaults_of_the_process_change_nothing(self, pattern, default):
+        """Not the default dtype, nor the default device; nor tables that are kept from a call in inference mode."""
+        model = plait.build(DESIGN.replace(pattern=pattern, layers={}))
+
+        def run():
+            logits, state = model(
+                TOKENS.view(1, -1), model.init_state(2), cu_seqlens=torch.tensor([0, 9, 24], device="cpu")
+            )
+            logits = torch.cat([logits[0, 7:9], model(TOKENS[:, :1], state)[0][:, 0]])
+            grads = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+            return [logits, *grads, *state.tensors().values()]
+
+        with torch.inference_mode():
+            model(TOKENS.view(1, -1), cu_seqlens=torch.tensor([0, 9, 24]))
+        want = run()
+        if default == "meta":
+            with torch.device("meta"):
+                got = run()
+        else:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(default)
+            try:
+                got = run()
+            finally:
+                torch.set_default_dtype(before)
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
 
     def test_longer_than_rope_allows(self):
         layers = {"A": plait.Attention(rope=plait.RoPE(max_positions=16)), "F": plait.SwiGLU(hidden=8)}

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plait.ops.attention import attention
-from plait.ops.kernels import forced
+from plait.ops.attention import KERNELS, attention, fused
+from plait.ops.kernels import Call, explain, forced
 from tests.ops.conftest import DOCUMENTS, packing, run_with_gradients
 
 HEADS, K, V = 4, 6, 6
@@ -100,3 +100,53 @@ def test_softcap_bounds_logits(close):
     v = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 2, 1, 1)
     y = both({"q": q, "k": k, "v": v}, close, softcap=1.0)
     assert y[0, 1, 0, 0] == pytest.approx(1 / (1 + torch.e**-2))
+
+
+@pytest.mark.parametrize(
+    ("length", "train", "lengths", "planned"),
+    [
+        (1, False, None, False),
+        (1, True, None, False),  # a token at a time in training, too
+        (7, True, None, False),
+        (500, False, None, False),  # a prompt
+        (500, True, (300, 200), False),
+        (500, True, None, True),
+    ],
+)
+def test_a_kernel_that_plans_is_kept_to_shapes_that_come_again(length, train, lengths, planned, monkeypatch):
+    """As if this machine had cuDNN; the switch itself is torch's and there on every machine."""
+    seen = []
+
+    def record(q, k, v, **rest):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(fused, "DEVICES", ("cpu",))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    q = torch.zeros(1, length, HEADS, K, requires_grad=train)
+    attention(q, q, q, packing=None if lengths is None else packing(lengths))
+    assert seen == [planned] * len(seen) and seen
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_kernel_that_the_user_switched_off_stays_off(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: pytest.fail("it was switched"))
+    assert fused.for_any_length(lambda x: x, 3) == 3
+
+
+def test_the_switch_is_part_of_a_compiled_graph():
+    def step(x):
+        return fused.for_any_length(F.scaled_dot_product_attention, x, x, x)
+
+    graphs = []
+    torch.compile(step, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(torch.zeros(1, 2, 1, 4))
+    called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    switches = [place for place, target in enumerate(called) if target is torch.nn.attention._sdpa_kernel]
+    assert switches[0] < called.index(F.scaled_dot_product_attention) < switches[1]
+
+
+def test_explain_names_the_kernel_within():
+    (name, reason), _ = explain(KERNELS, Call(1, "cpu", torch.float32))
+    assert name == "chunked (torch's flash attention kernel)" and reason == "used"
+    assert explain(KERNELS, Call(1, "nowhere", torch.float32))[0] == ("chunked", "used")

@@ -216,6 +216,8 @@ def test_bfloat16_is_computed_in_float32():
             "resets or packing, not both",
         ),
         ({"max_passes": 0}, "max_passes must be a whole number, 1 or above, got 0"),
+        ({"max_passes": 1.5}, "max_passes must be a whole number, 1 or above, got 1.5"),
+        ({"tol": float("nan")}, "tol must be above 0, got nan"),
         (
             {"h0": lambda h0: h0[:, 0]},
             r"GRU: h0 must be \(2, 1, 3, 5\), a number per unit for each of h; got \(2, 3, 5\)",

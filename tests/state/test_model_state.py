@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -76,11 +77,53 @@ def test_select(state, rows):
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"), [([2], "row 2 does not exist; the state has 2 rows"), ([], "at least one")]
+    ("rows", "message"),
+    [
+        ([2], "row 2 does not exist; the state has 2 rows"),
+        (torch.tensor([0, -3]), "row -3 does not exist; the state has 2 rows"),
+        ([], "at least one"),
+        (torch.tensor([], dtype=torch.int64), "at least one"),
+        (torch.tensor([1.0]), "whole numbers, or one bool for each row; got 1.0"),
+        ([float("nan")], "got nan among the rows"),
+        (torch.tensor([[0, 1]]), r"got \[0, 1\] among the rows"),
+        ([True, 1], "got True among the rows"),
+        (torch.tensor([True]), "a mask of 1 bools; the state has 2 rows"),
+        ([False, False], "the mask keeps none"),
+        (1, "a sequence of rows, such as"),
+        ("01", "a sequence of rows, such as"),
+    ],
 )
 def test_select_nothing_that_is_there(state, rows, message):
     with pytest.raises(ValueError, match=message):
         state.select(rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *(torch.tensor([1, 0], dtype=kind) for kind in (torch.uint8, torch.int16, torch.int32, torch.int64)),
+        *(np.array([-1, 0]), range(1, -1, -1), (np.int64(1), 0), [torch.tensor(1), torch.tensor(0)]),
+    ],
+    ids=str,
+)
+def test_rows_of_any_kind(state, rows):
+    for name, x in state.tensors().items():
+        assert torch.equal(state.select(rows).tensors()[name], x[[1, 0]])
+
+
+@pytest.mark.parametrize("mask", [[False, True], torch.tensor([False, True]), np.array([False, True])], ids=str)
+def test_a_mask_keeps_the_true_rows(state, mask):
+    picked = state.select(mask)
+    assert picked.lengths == (6,)
+    assert torch.equal(picked.tensors()["0.s"], state.tensors()["0.s"][[1]])
+
+
+def test_a_state_from_inference_mode_goes_on_outside_of_it(model):
+    with torch.inference_mode():
+        _, state = model(TOKENS, model.init_state(2))
+        want, _ = model(TOKENS, state)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS, state)[0], want)
 
 
 def test_files(state, tmp_path):
@@ -134,9 +177,9 @@ def test_another_batch_refuses_it(model, state):
         model(TOKENS.view(1, -1), state, cu_seqlens=torch.tensor([0, 3, 6, 12]))
 
 
-@pytest.mark.parametrize(("batch", "length"), [(0, 4), (1, -1)])
+@pytest.mark.parametrize(("batch", "length"), [(0, 4), (1, -1), (True, 4), (2.0, 4), (1, float("nan")), ("1", 4)])
 def test_init_state_of_nothing(model, batch, length):
-    with pytest.raises(ValueError, match="must be a whole number"):
+    with pytest.raises(ValueError, match="init_state: (batch|length) must be a whole number"):
         model.init_state(batch, length)
 
 

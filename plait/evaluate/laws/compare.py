@@ -24,7 +24,7 @@ Values = dict[str, Tensor]
 TOLERANCES = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-4, 1e-3)}
 
 # Under autocast two ways of computing differ by the roundings of bfloat16, 2^-9 each, in every product. Measured: outputs
-# 1e-2, gradients 4e-2 (inductor, which rounds less often); a wrong gradient is off by its own size.
+# 1e-2, gradients 9e-2 (inductor, which rounds less often); a wrong gradient is off by its own size.
 AUTOCAST = (2**-4, 2**-2)
 
 # A gradient much smaller than its neighbours is a difference of large numbers, so it is judged against this part of the

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.ops.attention import chunked, reference
-from plait.ops.attention.fused import chosen, for_any_length, recurs
+from plait.ops.attention.fused import chosen, for_any_length, may_plan
 from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, always, choose
 from plait.ops.packing import Packing
@@ -40,7 +40,7 @@ def attention(
     arguments: tuple[Any, ...] = (q, k, v, q_start, k_start, window, softcap)
     if packing is not None:
         run, arguments = _packed, (run, q, k, v, window, softcap, packing)
-    if q.device.type != "cuda" or recurs(q, packing is not None):
+    if may_plan(q, packing is not None):
         return run(*arguments)
     return for_any_length(run, *arguments)
 

@@ -16,12 +16,15 @@ from plait.ops.kernels import Call
 
 T = TypeVar("T")
 
+DEVICES = ("cuda",)  # where cuDNN is
 FEW = 64  # queries up to which a call is decoding, or a draft
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def recurs(q: Tensor, packed: bool) -> bool:
-    """Whether calls of this shape are likely to come again and again."""
+def may_plan(q: Tensor, packed: bool) -> bool:
+    """Whether calls of this shape are likely to come again and again, or nothing here makes plans."""
+    if q.device.type not in DEVICES:
+        return True
     return q.shape[1] > FEW and not packed and q.requires_grad and torch.is_grad_enabled()
 
 
