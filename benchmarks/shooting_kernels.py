@@ -1,6 +1,6 @@
 """Diagonal recurrences on a GPU, every shape of kernel: right against a float64 loop, and how fast.
 
-    python benchmarks/shooting_kernels.py [--plans sequential,windowed,grid] [--cells gru,...] [--out FILE.json]
+    python benchmarks/shooting_kernels.py [--plans sequential,grid] [--cells gru,...] [--out FILE.json]
 
 A plan may carry numbers: `grid:L=512:W=64:U=8`. Times are medians of triton's `do_bench`, in milliseconds, of kernels and
 the few launches around them; the floor is what must be read and written at 3.0 TB/s. Errors are relative to the largest
@@ -18,7 +18,7 @@ from triton.testing import do_bench
 
 from plait.ops.shooting import reference, triton
 from plait.ops.shooting.cells import GRU, LSTM, RNN, SLSTM, Bound, Cell
-from plait.ops.shooting.triton.plan import GRID, SEQUENTIAL, WINDOWED, Plan
+from plait.ops.shooting.triton.plan import GRID, SEQUENTIAL, Plan
 
 CELLS: dict[str, Cell] = {
     "gru": GRU(),
@@ -30,7 +30,7 @@ CELLS: dict[str, Cell] = {
 SHAPES = ((8, 4096, 2048), (1, 32768, 2048), (1, 131072, 256), (32, 2048, 2048))  # batch, tokens, units
 BANDWIDTH = 3.0e12
 CHECKED_TOKENS, CHECKED_UNITS = 2048, 64
-BASES = {"sequential": SEQUENTIAL, "windowed": WINDOWED, "grid": GRID}
+BASES = {"sequential": SEQUENTIAL, "grid": GRID}
 
 
 class Problem:
@@ -116,7 +116,7 @@ def measure(problem: Problem, plan: Plan, truth: tuple[list[Tensor], slice], tol
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plans", default="sequential,windowed,grid")
+    parser.add_argument("--plans", default="sequential,grid")
     parser.add_argument("--cells", default=",".join(CELLS))
     parser.add_argument("--shapes", default=",".join(map(str, range(len(SHAPES)))), help="numbers of the shapes")
     parser.add_argument("--bias", type=float, default=0.0, help="added to the first gate: -6 is a long memory in a GRU")

@@ -17,7 +17,6 @@ MIXES = {
     "large heads": (2, 20),
     "dense": (1, 30),
 }  # heads, and k where it is a matrix
-CPU = torch.device("cpu")
 TOLERANCE = 1e-10  # float64; measured 5e-14, gradients through 130 steps included
 
 
@@ -70,18 +69,6 @@ def test_packed_documents_are_the_documents_alone(cell):
     with forced("reference"):
         want, _ = everything(bound, x, h0, packing=Packing(lengths, x.device))
     assert apart(got, want) < TOLERANCE
-
-
-def test_resets_go_back_to_the_rows_own_start():
-    bound, x, h0 = problem(GRU())
-    resets = torch.zeros(2, 70, dtype=torch.bool)
-    resets[0, [3, 4, 50]] = True
-    h, final, _ = shooting(bound, x, h0, resets=resets)
-    for row, cuts in ((0, [0, 3, 4, 50, 70]), (1, [0, 70])):
-        for start, end in zip(cuts, cuts[1:], strict=False):
-            states, last = reference.run(bound, x[row : row + 1, start:end], h0[row : row + 1], None)
-            torch.testing.assert_close(h[row, start:end], states[0, :, 0], rtol=0, atol=1e-12)
-        torch.testing.assert_close(final[row], last[0], rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -210,11 +197,6 @@ def test_bfloat16_is_computed_in_float32():
             r"GRU: x must be \(batch, time, 3, 3, 5\), a number per unit for each of z, r, c",
         ),
         ({"solver": "dear"}, "unknown solver 'dear'; did you mean 'deer'"),
-        ({"resets": torch.zeros(2, 3, dtype=torch.bool)}, r"resets must be \(2, 70\)"),
-        (
-            {"resets": torch.zeros(2, 70, dtype=torch.bool), "packing": Packing((140,), CPU)},
-            "resets or packing, not both",
-        ),
         ({"max_passes": 0}, "max_passes must be a whole number, 1 or above, got 0"),
         ({"max_passes": 1.5}, "max_passes must be a whole number, 1 or above, got 1.5"),
         ({"tol": float("nan")}, "tol must be above 0, got nan"),

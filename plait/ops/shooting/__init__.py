@@ -1,9 +1,9 @@
 """Nonlinear recurrences h_t = f(h_{t-1}, x_t) in parallel over time, by multiple shooting (docs/shooting.md)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from plait.design.spelling import suggest
@@ -58,7 +58,6 @@ def shooting(
     x: Float[Tensor, "b t g h k"],
     h0: Float[Tensor, "n s h k"] | None = None,
     *,
-    resets: Bool[Tensor, "b t"] | None = None,
     packing: Packing | None = None,
     tol: float | None = None,
     max_passes: int | None = None,
@@ -68,21 +67,16 @@ def shooting(
     """Outputs in x's dtype, the last states (at least float32), and how it was solved.
 
     x: the projected inputs, g per unit, h heads of k units. h0: the states before the first token (the cell's own start if
-    left out), one row per batch row, or per packed document. `resets` marks tokens before which the state goes back to its
-    row's h0; they are read on the host. Computed in float32, float64 for float64. The result is within about `tol`
-    (`tolerance`) of the loop over tokens; where `max_passes` do not get there, the loop itself is run.
+    left out), one row per batch row, or per packed document. Computed in float32, float64 for float64. The result is within
+    about `tol` (`tolerance`) of the loop over tokens; where `max_passes` do not get there, the loop itself is run.
     strict: raise NotConverged instead (waits for the device).
     solver: "shooting", or for comparison "deer", "quasi_deer", "elk", "quasi_elk" (Newton over all tokens), "sequential".
     """
     _check(cell, x, solver)
-    if resets is not None and packing is not None:
-        raise ValueError("give resets or packing, not both: packed documents start anew by themselves")
     if max_passes is not None:
         max_passes = whole_number("max_passes", max_passes, 1)
     if tol is not None and not tol > 0:
         raise ValueError(f"tol must be above 0, got {tol}")
-    if resets is not None:
-        return _with_resets(cell, x, h0, resets, tol, max_passes, strict, solver)
     rows = x.shape[0] if packing is None else len(packing.lengths)
     if h0 is not None and h0.shape != (rows, len(cell.cell.states), *x.shape[3:]):
         raise ValueError(
@@ -112,31 +106,6 @@ def _check(cell: Bound, x: Tensor, solver: str) -> None:
             f"{type(cell.cell).__name__}: x must be (batch, time, {g}, {heads}, {k}), a number per unit for each of "
             f"{', '.join(cell.cell.inputs)}; got {tuple(x.shape)}"
         )
-
-
-def _with_resets(cell: Bound, x: Tensor, h0: Tensor | None, resets: Tensor, *options: Any) -> Any:
-    """Rows cut where they reset, and laid end to end as documents."""
-    b, t = x.shape[:2]
-    if resets.shape != (b, t):
-        raise ValueError(f"resets must be ({b}, {t}), True where a state goes back to h0; got {tuple(resets.shape)}")
-    starts = resets.clone()
-    starts[:, 0] = True
-    places = starts.flatten().nonzero()[:, 0].tolist()
-    packing = Packing(tuple(end - start for start, end in zip(places, [*places[1:], b * t], strict=True)), x.device)
-    rows = torch.tensor([place // t for place in places], device=x.device)
-    tol, max_passes, strict, solver = options
-    h, final, info = shooting(
-        cell,
-        x.reshape(1, b * t, *x.shape[2:]),
-        None if h0 is None else h0[rows],
-        packing=packing,
-        tol=tol,
-        max_passes=max_passes,
-        strict=strict,
-        solver=solver,
-    )
-    last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])
-    return h.unflatten(1, (b, t))[0], final[last], info
 
 
 def _exact(like: Tensor) -> Tensor:

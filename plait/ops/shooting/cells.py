@@ -6,8 +6,8 @@ Solvers get the Jacobian from these two parts: the step's own partial derivative
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cached_property, partial
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +22,7 @@ Parts = tuple[Tensor, ...]
 KNOWN: dict[str, "Cell"] = {}  # operators take text, so a cell goes in by its name
 
 
-class Known(type):
-    """Every cell is known by its name from its construction, whatever its class does there: torch.compile can make none."""
-
-    def __call__(cls, *args: Any, **values: Any) -> Any:
-        cell = super().__call__(*args, **values)
-        KNOWN.setdefault(cell.key, cell)
-        return cell
-
-
-class Cell(metaclass=Known):
+class Cell:
     """Subclass, name what a unit reads and keeps, and write `step`. Instances are plain values: frozen dataclasses.
 
     inputs: the numbers that the projection of the layer's input gives each unit; the recurrence gives as many.
@@ -42,16 +33,19 @@ class Cell(metaclass=Known):
     inputs: ClassVar[tuple[str, ...]] = ("x",)
     states: ClassVar[tuple[str, ...]] = ("h",)
     weights: tuple[str, ...] = ()
+    key: str  # tells this cell and its options from every other, and a class from one of its name before it
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Known before its class's own constructor runs, whatever that does: torch.compile could not enter it later."""
+        cell = super().__new__(cls)
+        cell.__dict__["key"] = key = f"{cls.__module__}.{cls.__qualname__}{args}{values}@{id(cls):x}"
+        KNOWN[key] = cell
+        return cell
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, in another process too, is constructed, and so known there."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init} if is_dataclass(self) else {}
         return partial(type(self), **values), ()
-
-    @cached_property
-    def key(self) -> str:
-        """A name that tells this cell and its options from every other, and a class from one of its name before it."""
-        return f"{type(self).__module__}.{self!r}@{id(type(self)):x}"
 
     @property
     def start(self) -> tuple[float, ...]:

@@ -53,12 +53,12 @@ def chunk_size(length: int, tokens: int, numbers: int) -> int:
     return min(length, max(16, 2 ** round(math.log2(length) / 2)))
 
 
-def layout_of(x: Tensor, packing: Packing | None, engine: Engine, whole: bool = False) -> Chunks:
-    """Chunks of a call; `whole`: every sequence is one."""
+def layout_of(x: Tensor, packing: Packing | None, engine: Engine, one_chunk: bool = False) -> Chunks:
+    """Chunks of a call; `one_chunk`: every sequence is one."""
     b, t = x.shape[:2]
     longest = t if packing is None else max(packing.lengths)
     size = engine.size(longest, b * t, x[0, 0].numel())
-    return chunks(b, t, longest if whole or longest < FEWEST * size else size, packing)
+    return chunks(b, t, longest if one_chunk or longest < FEWEST * size else size, packing)
 
 
 def forward(
@@ -69,11 +69,11 @@ def forward(
     tol: float,
     max_passes: int | None,
     engine: Engine,
-    whole: bool = False,
+    one_chunk: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Solved]:
     """x (b, t, g, h, k), h0 (n, s, h, k) -> h (b, t, h, k), the other states (b, t, s - 1, h, k), the last states of
     each sequence (n, s, h, k), the record; where it says `fell_back`, all are only what the passes came to."""
-    layout = layout_of(x, packing, engine, whole)
+    layout = layout_of(x, packing, engine, one_chunk)
     solved = solve(cell, layout.by_step(x), layout.sort(h0), layout, tol, max_passes or MAX_PASSES, engine)
     final = layout.unsort(solved.states[layout.last])
     h, rest = (
@@ -82,9 +82,9 @@ def forward(
     return h, rest, final, solved
 
 
-def _apart(part: Tensor, whole: Tensor) -> Tensor:
+def _apart(part: Tensor, of: Tensor) -> Tensor:
     """Contiguous, and in memory of its own: an operator's outputs may not share theirs."""
-    shared = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    shared = part.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
     return part.clone(memory_format=torch.contiguous_format) if shared else part.contiguous()
 
 
@@ -208,11 +208,11 @@ def backward(
     tol: float,
     max_passes: int | None,
     engine: Engine,
-    whole: bool = False,
+    one_chunk: bool = False,
 ) -> list[Tensor]:
     """Gradients at x, h0 and the cell's tensors. states (b, t, s, h, k) as solved; grad (b, t, h, k) at the outputs,
     grad_final (n, s, h, k) at the last states."""
-    layout = layout_of(x, packing, engine, whole)
+    layout = layout_of(x, packing, engine, one_chunk)
     tokens, steps, first = layout.by_step(x), layout.by_step(states), layout.sort(h0)
     g = torch.zeros_like(steps)
     g[:, :, 0] = layout.by_step(grad)
@@ -226,7 +226,7 @@ def backward(
             RuntimeWarning,
             stacklevel=2,
         )
-        return backward(cell, x, h0, states, grad, grad_final, packing, tol, max_passes, engine, whole=True)
+        return backward(cell, x, h0, states, grad, grad_final, packing, tol, max_passes, engine, one_chunk=True)
     dx, tensors = back.pull()
     return [layout.from_steps(dx), layout.unsort(mu[: layout.alive[0]]), *tensors]
 

@@ -72,7 +72,7 @@ def solve(
     if record.fell_back and torch_rnn.supports(bound):
         h, final = torch_rnn.run(bound, tokens, h0, packing)  # `rest` is wrong then, and nobody reads it
     elif record.fell_back:
-        h, rest, final, _ = chunked.forward(bound, tokens, h0, packing, tol, max_passes, engine, whole=True)
+        h, rest, final, _ = chunked.forward(bound, tokens, h0, packing, tol, max_passes, engine, one_chunk=True)
     return h.to(x.dtype).contiguous(), rest, final, info
 
 
@@ -95,7 +95,7 @@ def _forward(
     engine: chunked.Engine,
 ) -> tuple[Tensor, Tensor, Tensor, chunked.Solved]:
     if solver in ("shooting", "sequential"):
-        return chunked.forward(cell, x, h0, packing, tol, max_passes, engine, whole=solver == "sequential")
+        return chunked.forward(cell, x, h0, packing, tol, max_passes, engine, one_chunk=solver == "sequential")
     return newton.forward(cell, x, h0, packing, solver, tol, max_passes)
 
 
@@ -143,7 +143,7 @@ def pull(
             states = torch.cat([h.to(h0.dtype)[:, :, None], rest], 2)
             g = torch.zeros_like(states[:, :, 0]) if grad is None else grad.to(h0.dtype)
             dx, dh0, *weights = chunked.backward(
-                bound, tokens, h0, states, g, grad_final, packing, tol, max_passes, engine, whole=fell_back
+                bound, tokens, h0, states, g, grad_final, packing, tol, max_passes, engine, one_chunk=fell_back
             )
     return [_laid_out(dx, x), dh0, *(cast(dw, w.dtype) for dw, w in zip(weights, tensors, strict=True))]
 

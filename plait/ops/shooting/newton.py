@@ -176,14 +176,14 @@ def filtered(J: Tensor, r: Tensor, kept: Tensor) -> Tensor:
     J, r as in `linear`; kept: the observation's gain, against r without time. A step is (A, eta, info, mean, cov) of arXiv
     1905.13002, section III: A, mean and cov of the state after it given the one before, and what it tells of that one.
     """
-    whole = linear.matrices(J, r)
-    times, turned = (torch.matmul, lambda M: M.mT) if whole else (torch.mul, lambda M: M)
-    eye = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device) if whole else torch.ones_like(J[:1])
+    matrix = linear.matrices(J, r)
+    times, turned = (torch.matmul, lambda M: M.mT) if matrix else (torch.mul, lambda M: M)
+    eye = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device) if matrix else torch.ones_like(J[:1])
 
-    def told(cov: Tensor, info: Tensor) -> Tensor:
+    def shrinkage(cov: Tensor, info: Tensor) -> Tensor:
         """(1 + cov info)^-1: how a state of that covariance moves by what is told of it later."""
         both = eye + times(cov, info)
-        return linear.finite(torch.linalg.inv_ex(both).inverse) if whole else 1 / both
+        return linear.finite(torch.linalg.inv_ex(both).inverse) if matrix else 1 / both
 
     def advance(mean: Tensor, cov: Tensor, moved: Tensor, step: linear.Parts) -> linear.Parts:
         A = times(step[0], moved)
@@ -192,11 +192,11 @@ def filtered(J: Tensor, r: Tensor, kept: Tensor) -> Tensor:
 
     def follow(state: linear.Parts, step: linear.Parts) -> linear.Parts:
         mean, cov = state
-        return advance(mean, cov, told(cov, step[2]), step)
+        return advance(mean, cov, shrinkage(cov, step[2]), step)
 
     def merge(first: linear.Parts, then: linear.Parts) -> linear.Parts:
         A, eta, info, mean, cov = first
-        moved = told(cov, then[2])
+        moved = shrinkage(cov, then[2])
         back = turned(times(moved, A))
         eta = linear.apply(back, then[1] - linear.apply(then[2], mean)) + eta
         info = times(times(back, then[2]), A) + info
@@ -204,7 +204,7 @@ def filtered(J: Tensor, r: Tensor, kept: Tensor) -> Tensor:
         return linear.finite(A), linear.finite(eta), linear.finite(info), *advance(mean, cov, moved, then)
 
     J, r = linear.finite(J), linear.finite(r)
-    gain = kept[..., None] if whole else kept
-    told_back = (-kept * linear.apply(turned(J), r), gain * times(turned(J), J))
-    steps = ((1 - gain) * J, *told_back, (1 - kept) * r, ((1 - gain) * eye).expand_as(J))
+    gain = kept[..., None] if matrix else kept
+    observed = (-kept * linear.apply(turned(J), r), gain * times(turned(J), J))
+    steps = ((1 - gain) * J, *observed, (1 - kept) * r, ((1 - gain) * eye).expand_as(J))
     return linear.prefixes(merge, follow, steps, kept=2)[0]

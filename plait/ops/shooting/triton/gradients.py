@@ -14,7 +14,6 @@ from plait.ops.shooting.triton.plan import chunk_tables
 from plait.ops.shooting.triton.states import Work
 from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, wide, write
 from plait.ops.shooting.triton.vjp import back, gradients_at, states_at
-from plait.ops.shooting.triton.windows import windows_back
 
 
 @triton.jit
@@ -179,17 +178,4 @@ class Gradients:
             S=s, D=at.D, K=at.K, BD=at.BD, C=work.plan.C, num_warps=work.joint_warps,
         )  # fmt: skip
         self.retreat(tables.chunks, lams, None, dw, None)
-        return dh0, dw
-
-    def windowed(self) -> tuple[Tensor, Tensor]:
-        work, x, dx, s = self.work, self.work.x, self.dx, self.work.states
-        n = len(work.rows)
-        dh0, dw = work.empty(n, s), work.empty(n, work.sizes["W"])
-        launch(
-            windows_back, n * work.at.blocks,
-            x, self.h, self.rest, self.dh, self.h0, self.lams, work.weights, work.table, dx, dw, dh0,
-            x.stride(0), x.stride(2), x.stride(3), dx.stride(0), dx.stride(2), dx.stride(3), x.shape[1],
-            JACOBIAN=work.device.jacobian, VJP=work.device.vjp, DT=dx.stride(1), C=work.plan.C, L=work.plan.L,
-            **work.constants,
-        )  # fmt: skip
         return dh0, dw

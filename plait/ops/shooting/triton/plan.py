@@ -12,10 +12,10 @@ from plait.ops.packing import Packing
 
 
 class Plan(NamedTuple):
-    """C: chunks in a tile (windowed: of one window; grid: that the joint kernel takes at once). L: steps of a chunk.
+    """C: chunks that the joint kernel takes at once. L: steps of a chunk.
     BD: channels of a program. U: steps that loads come ahead, at least. W: steps of burn-in before a chunk."""
 
-    kind: Literal["sequential", "windowed", "grid"]
+    kind: Literal["sequential", "grid"]
     C: int = 1
     L: int = 1
     BD: int = 32
@@ -25,7 +25,6 @@ class Plan(NamedTuple):
 
 
 SEQUENTIAL = Plan("sequential")
-WINDOWED = Plan("windowed", C=32, L=16, BD=32, num_warps=8)
 GRID = Plan("grid", C=32, BD=32, U=8, W=64)
 
 FULL = 2  # warps per multiprocessor from which one channel a thread, one step after the other, keeps the chip busy
@@ -54,7 +53,7 @@ def plan(rows: int, units: int, longest: int, sms: int) -> Plan:
     Sequential (no solver, x read once) costs about 130 cycles of latency a step however many warps run, so it wins as
     soon as there are a few warps of 32 channels per multiprocessor, and for short sequences always. Otherwise the time
     axis must fill the chip: a grid over chunks, as long as they can be with `WARPS` warps on each multiprocessor. It
-    reads x once a pass. Windows read x once from memory whatever the passes, but only rows * units / 32 programs run.
+    reads x once a pass.
     """
     if _force is not None:
         return _force

@@ -1,4 +1,4 @@
-"""States from inputs: step by step, a window of chunks at a time, or a grid of chunks (see the package's docstring)."""
+"""States from inputs: step by step, or a grid of chunks."""
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 # (it reads kernels as Python, in which triton's functions only raise)
@@ -16,7 +16,6 @@ from plait.ops.shooting.triton.joints import close
 from plait.ops.shooting.triton.launch import kernel, launch
 from plait.ops.shooting.triton.plan import Layout, Plan, Spans, chunk_tables, row_table
 from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, times, wide, write
-from plait.ops.shooting.triton.windows import windows
 
 FETCH = 4  # blocks: some 3000 cycles, three times what memory takes
 
@@ -175,17 +174,4 @@ def grid(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol:
             S=work.states, D=at.D, K=at.K, BD=at.BD, C=plan.C, LAST=number == max_passes, num_warps=work.joint_warps,
         )  # fmt: skip
     run_rows(work, h, rest, start, final, gaps, tol)
-    return info
-
-
-def windowed(work: Work, h: Tensor, rest: Tensor, start: Tensor, final: Tensor, tol: float, max_passes: int) -> Tensor:
-    """Windows close by themselves, so that `max_passes` has no say."""
-    x, plan = work.x, work.plan
-    info = torch.zeros(3, dtype=torch.float32, device=x.device)
-    launch(
-        windows, len(work.rows) * work.at.blocks, x, h, rest, start, final, work.weights, work.table, info, tol,
-        x.stride(0), x.stride(2), x.stride(3), x.shape[1],
-        STEP=work.device.step, JACOBIAN=work.device.jacobian, C=plan.C, L=plan.L, BURN=min(plan.W, plan.L),
-        **work.constants,
-    )  # fmt: skip
     return info
