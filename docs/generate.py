@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 from pkgutil import resolve_name
 
-from plait.design import PRESETS, ModelConfig, RMSNorm, RoPE, load_design
+from plait.design import PRESETS, ModelConfig, RoPE, Wrap, load_design
 from plait.design.count import parameters
+from plait.design.ends import FRONT_KINDS, HEAD_KINDS
 from plait.design.layers import KINDS, LETTERS
 from plait.design.layers.recurrent import NonlinearRecurrence
 from plait.design.merges import MERGE_KINDS
+from plait.design.norms import NORM_KINDS
 from plait.design.summary import si
 from plait.train.config import DataConfig, RunConfig
 
@@ -30,6 +32,9 @@ FUNCTIONS = (
     "plait.swap",
     "plait.ModelConfig.places",
     "plait.model.head.Head.loss",
+    "plait.model.Loss",
+    "plait.model.Objective",
+    "plait.model.Distillation",
     "plait.LanguageModel.init_state",
     "plait.LanguageModel.state_spec",
     "plait.ModelState.fork",
@@ -78,7 +83,7 @@ def main() -> None:
         "## Designs",
         "",
         *describe("ModelConfig", ModelConfig),
-        *describe("norm", RMSNorm),
+        *describe("wrap", Wrap),
         *describe("rope", RoPE),
     ]
     lines += [
@@ -92,9 +97,11 @@ def main() -> None:
         if base and not any(line.startswith("### `NonlinearRecurrence") for line in lines):
             lines += describe("NonlinearRecurrence, what the next have in common", NonlinearRecurrence)
         lines += describe(f"{cls.__name__}, kind: {kind}", cls, base)
-    lines += ["## Merges", ""]
-    for kind, cls in MERGE_KINDS.items():
-        lines += describe(f"{cls.__name__}, kind: {kind}", cls)
+    tables = {"Merges": MERGE_KINDS, "Norms": NORM_KINDS, "Fronts": FRONT_KINDS, "Heads": HEAD_KINDS}
+    for title, kinds in tables.items():
+        lines += [f"## {title}", ""]
+        for kind, cls in kinds.items():
+            lines += describe(f"{cls.__name__}, kind: {kind}", cls)
     lines += ["## Presets", "", "| name | parameters | design |", "|---|---|---|"]
     lines += [
         f"| `{name}` | {si(parameters(load_design(name)))} | `{json.dumps(data)}` |" for name, data in PRESETS.items()
