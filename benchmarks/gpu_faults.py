@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ def decoding(pattern: str, tokens: int = 200) -> dict[str, float]:
         token, times = torch.zeros(1, 1, dtype=torch.long, device="cuda"), []
         for _ in range(tokens):
 
-            def step() -> None:
+            def forward() -> None:
                 nonlocal state
                 _, state = model(token, state)
 
-            times.append(milliseconds(step))
+            times.append(milliseconds(forward))
     late = times[tokens // 4 :]
     return {"median_ms": statistics.median(late), "worst_ms": max(late)}
 
@@ -57,9 +58,16 @@ def new_lengths(pattern: str = "(GF)4") -> list[dict[str, float]]:
     with torch.inference_mode():
         for length in (512, 1_000, 3_001, 8_192, 16_384, 12_345):
             tokens = torch.randint(VOCAB, (1, length), device="cuda")
-            first, second = (milliseconds(lambda: model.features(tokens, model.init_state(1))) for _ in range(2))
+            read = partial(model.features, tokens)
+            first, second = (milliseconds(partial(read, model.init_state(1))) for _ in range(2))
             rows.append({"length": length, "first_ms": first, "second_ms": second})
     return rows
+
+
+def step(objective: NextToken, optimizer: torch.optim.Optimizer, batch: Batch, losses: list[float]) -> None:
+    losses.append(backward(objective, batch, 1, "bfloat16").item())
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def compiled(pattern: str, steps: int = 6) -> dict[str, Any]:
@@ -76,13 +84,7 @@ def compiled(pattern: str, steps: int = 6) -> dict[str, Any]:
         for _ in range(steps):
             tokens = torch.randint(1_000, (1, 4_097), generator=generator)
             batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.tensor([0, 4_096], dtype=torch.int32), 0)
-
-            def step() -> None:
-                losses[name].append(backward(objective, batch, 1, "bfloat16").item())
-                optimizer.step()
-                optimizer.zero_grad()
-
-            taken.append(milliseconds(step))
+            taken.append(milliseconds(partial(step, objective, optimizer, batch, losses[name])))
         times[name] = statistics.median(taken[2:])
     gap = max(abs(a / b - 1) for a, b in zip(losses["compiled"], losses["eager"], strict=True))
     return {"pattern": pattern, "step_ms": times, "largest_relative_difference_of_losses": gap}

@@ -110,7 +110,7 @@ def run_config(arguments: list[str]) -> RunConfig:
     bound = design.get("layers", ()) if isinstance(design, dict) else ()
     changes = reach_letters(changes, bound, "design.")
     run = load_run(file, **changes) if file else RunConfig.from_dict(override({}, changes))
-    resolve_design(run.design, vocab=1)  # a design that cannot be is said before the text is read
+    resolve_design(run.design or run.start or "", vocab=1)  # a design that cannot be is said before the text is read
     return run
 
 

@@ -223,7 +223,7 @@ def input_dtypes(law: str) -> Iterator[None]:
                 raise LawBroken(law, f"{node.name()}: a gradient is {gradient.dtype}, its input {want}")
         return found
 
-    BackwardCFunction.apply = checked
+    BackwardCFunction.apply = checked  # pyright: ignore[reportAttributeAccessIssue]  # one that watches
     try:
         yield
     finally:

@@ -17,7 +17,8 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 
 def kernel(run: Any) -> Any:
     """`triton.jit` for a kernel that is launched: one compiled form for all lengths."""
-    return triton.jit(run, do_not_specialize=[name for name in LENGTHS if name in signature(run).parameters])
+    lengths: Any = [name for name in LENGTHS if name in signature(run).parameters]
+    return triton.jit(run, do_not_specialize=lengths)
 
 
 def launch(kernel: Any, programs: int, *args: Tensor | float | None, **constants: Any) -> None:
