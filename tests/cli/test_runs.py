@@ -242,7 +242,7 @@ def test_a_design_that_has_weights_says_that_they_are_not_used(plait, run_folder
     more += ["data.length=16", "steps=1", "batch=1", "eval_tokens=16", "sample_every=0", "device=cpu"]
     ran = plait("train", f"design={run_folder}/checkpoints/step-000002", *more)
     assert ran.code == 0, ran.err
-    assert "its design is used, its weights are not; training begins with new ones" in ran.out
+    assert "its design is used, its weights are not; to go on from those: start=" in ran.out
 
 
 def test_a_run_goes_on_from_another_directory(plait, tmp_path, monkeypatch):
@@ -336,7 +336,7 @@ def test_a_run_s_design_may_be_another_s(run_folder, tmp_path):
     assert len({resolve_design(run_config([f"design={spec}"]).design, 257).hash for spec in found}) == 1
     for spec in found:
         run = run_config([f"design={spec}", "design.layers.A.kv_heads=1"])
-        assert resolve_design(run.design, 257).slots[0].layer.kv_heads == 1
+        assert resolve_design(run.design, 257).place("A#0").layer.kv_heads == 1
 
 
 def test_home_is_home(plait, run_folder, tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 
 def kernel(run: Any) -> Any:
     """`triton.jit` for a kernel that is launched: one compiled form for all lengths."""
-    lengths: Any = [name for name in LENGTHS if name in signature(run).parameters]
-    return triton.jit(run, do_not_specialize=lengths)
+    jit: Any = triton.jit  # whose overloads know no `do_not_specialize` with a function
+    return jit(run, do_not_specialize=[name for name in LENGTHS if name in signature(run).parameters])
 
 
 def launch(kernel: Any, programs: int, *args: Tensor | float | None, **constants: Any) -> None:
