@@ -36,7 +36,7 @@ def command(
     from plait.train import train
 
     run = run_config(arguments or [])
-    if (weights := with_weights(run.design)) is not None:
+    if run.start is None and (weights := with_weights(run.design)) is not None:
         say(
             screen,
             f"design {run.design}: its design is used, its weights are not; to go on from those: start={weights}",

@@ -126,10 +126,6 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
         msgspec.structs.force_setattr(self, "folder", str(user_path(self.folder)))
         if self.start is not None:
             self._set("start", str(user_path(self.start)))
-        if self.design is None and self.start is None:
-            raise ValueError(
-                "RunConfig: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping"
-            )
         if self.design is not None and not isinstance(self.design, str | dict):
             raise ValueError(f"design: expected a pattern, a preset, a file or a mapping, got {self.design!r}")
         for name, known in CHOICES.items():

@@ -41,7 +41,7 @@ def text_inputs(run: RunConfig, kept: Path | None, progress: Callable[[int, int 
     `kept`: where a run that goes on has kept its tokenizer, which is the run's where that names none by itself.
     """
     tokenizer = load_tokenizer(kept) if kept is not None and kept.is_dir() and not named(run) else own_tokenizer(run)
-    design = resolve_design(run.design or run.start or "", tokenizer.vocab)
+    design = resolve_design(spec(run), tokenizer.vocab)
     shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout, progress=progress)
     check_heldout(run, shards)
     loader = open_loader(run, shards)
@@ -60,12 +60,19 @@ def text_inputs(run: RunConfig, kept: Path | None, progress: Callable[[int, int 
 
 def own_inputs(run: RunConfig, batches: Batches, heldout: Callable[[], Iterable[Any]] | None) -> Inputs:
     """Batches of one's own. `heldout()` gives those to measure on, anew each time."""
-    design = resolve_design(run.design or run.start or "", vocab=None)
+    design = resolve_design(spec(run), vocab=None)
 
     def measure(objective: Objective) -> HeldOut:
         return mean_loss(objective, heldout() if heldout else (), run.precision)
 
     return Inputs(batches, None, design, measure, f"batches of {type(batches).__name__}; {run.steps:,} steps")
+
+
+def spec(run: RunConfig) -> Any:
+    """What says the run's design: itself, or the model that it starts from."""
+    if run.design is None and run.start is None:
+        raise ValueError("run: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping")
+    return run.start if run.design is None else run.design
 
 
 def named(run: RunConfig) -> bool:

@@ -11,7 +11,7 @@ import plait
 import plait.hub
 from plait.data import ByteTokenizer, train_bpe
 from plait.engine import generate_tokens
-from plait.hub import PlaitCache, PlaitConfig
+from plait.hub import PlaitCache, PlaitConfig, PlaitForCausalLM
 from plait.model import token_loss
 
 PATTERNS = ["AF", "MF", "DF AF", "[M|A]F", "WF"]
@@ -233,3 +233,26 @@ def test_what_is_not_supported_is_refused(call, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         call(theirs)
     assert theirs.resize_token_embeddings() is theirs.model.embed
+
+
+@pytest.mark.parametrize("pattern", ["AF", "MF", "DF", "GF", "SF", "[M|A]:projection F", "[D|A]:merge_attention F"])
+def test_adapters_act_merge_and_load(pattern, tmp_path):
+    """LoRA on every projection changes the logits, gets gradients, is equal once merged, and the merged folder is plait's."""
+    peft = pytest.importorskip("peft")
+    design = plait.ModelConfig(vocab=61, dim=64, pattern=pattern, tie_embeddings=False)
+    model, tokens = PlaitForCausalLM(PlaitConfig(design=design)).eval(), torch.arange(20)[None]
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    before = model(input_ids=tokens).logits.detach()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM")).eval()
+    added = {name: p for name, p in adapted.named_parameters() if "lora_B" in name}
+    for name, parameter in added.items():
+        parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    out = adapted(input_ids=tokens, labels=tokens)
+    out.loss.backward()
+    assert len(added) == len(names) and all(p.grad.abs().sum() > 0 for p in added.values())
+    assert (out.logits - before).abs().max() > 0.1
+    with torch.no_grad():
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=tokens).logits, out.logits, rtol=1e-3, atol=1e-3)  # float32
+        merged.save_pretrained(tmp_path)
+        assert torch.equal(plait.load(tmp_path)(tokens)[0], merged(input_ids=tokens).logits)
