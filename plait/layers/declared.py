@@ -27,19 +27,19 @@ class Projection(nn.Linear):
         self.weight, self.bias = empty(weight), None if bias is None else empty(bias)
         self.parts = weight.parts
         biased = {name for name, _ in bias.parts} if bias is not None else set()
-        self.unbiased = tuple((size, name in biased) for name, size in weight.parts) if biased else ()
+        some = biased and len(biased) < len(weight.parts)
+        self.unbiased = tuple((size, name in biased) for name, size in weight.parts) if some else ()
         self.adapter_down = self.adapter_up = None
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        y = F.linear(x, self.weight, self._bias())
+        y = F.linear(x, self.weight, self._bias() if self.unbiased else self.bias)
         if self.adapter_down is None or self.adapter_up is None:
             return y
         return y + F.linear(F.linear(x, self.adapter_down), self.adapter_up)
 
     def _bias(self) -> Tensor | None:
         """The bias of every row, zeros where a part has none."""
-        if self.bias is None or len(self.bias) == self.out_features:
-            return self.bias
+        assert self.bias is not None
         rows = iter(self.bias.split([size for size, biased in self.unbiased if biased]))
         return torch.cat([next(rows) if biased else self.bias.new_zeros(size) for size, biased in self.unbiased])
 

@@ -47,6 +47,7 @@ class LanguageModel(nn.Module):
         self.slots = build_stack(design)
         self.norm = Norm(design.dim, design.norm)
         self._make_head()
+        self.reads_embeddings = any(slot.wrap.reads == "stream_and_embeddings" for slot in design.slots)
         self.activation_checkpointing = False
         self.tokenizer_files: dict[str, bytes] = {}  # by name, of the folder it came from; `plait.save` writes them
         self.max_positions = self.limit(design)
@@ -156,7 +157,7 @@ class LanguageModel(nn.Module):
             x = x + (table if self.meta is None else table * (place >= 0)[..., None])
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        if any(slot.wrap.reads == "stream_and_embeddings" for slot in self.design.slots):
+        if self.reads_embeddings:
             context.embeddings = x
         return x
 
@@ -173,9 +174,9 @@ class LanguageModel(nn.Module):
 
         `state` is one value per slot of the model; `plait.layers.context_for(hidden)` makes a fresh context.
         """
-        after = []
+        after, modules = [], list(self.slots)
         for i in self._indices(slots):
-            hidden, new = self._run_slot(i, hidden, context, state[i] if state else None, stats)
+            hidden, new = self._run_slot(i, modules[i], hidden, context, state[i] if state else None, stats)
             after.append(new)
         return hidden, tuple(after)
 
@@ -196,12 +197,12 @@ class LanguageModel(nn.Module):
     def _run_slot(
         self,
         i: int,
+        slot: nn.Module,
         x: Float[Tensor, "b t d"],
         context: Context,
         before: SlotState | None,
         stats: dict[str, Any] | None,
     ) -> tuple[Float[Tensor, "b t d"], SlotState]:
-        slot = self.slots[i]
         try:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, new, here = checkpoint(_run, slot, x, context.slot(), before, use_reentrant=False)

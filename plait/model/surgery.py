@@ -34,6 +34,7 @@ def swap(model: LanguageModel, changes: Mapping[str, Any], *, seed: int = 0) -> 
     pairs = zip(model.design.slots, design.slots, model.slots, strict=True)
     student.slots = nn.ModuleList(_Swap(design, model, i, seed).slot(*pair) for i, pair in enumerate(pairs))
     student.max_positions = LanguageModel.limit(design)
+    student.reads_embeddings = any(slot.wrap.reads == "stream_and_embeddings" for slot in design.slots)
     return student
 
 
