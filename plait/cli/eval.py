@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from plait.data import Tokenizer
     from plait.evaluate.perplexity import Perplexity
     from plait.model import LanguageModel
-    from plait.train.solver import Fared
+    from plait.train.solver import SolverRecord
 
 MEASURES = ("ppl",)
 
@@ -86,13 +86,13 @@ def command(
     if found.layers:
         from plait.train.solver import as_data
 
-        calls = {address: {"calls": fared.calls} for address, fared in found.layers.items()}
+        calls = {address: {"calls": record.calls} for address, record in found.layers.items()}
         data["solver"] = {address: calls[address] | told for address, told in as_data(found.layers).items()}
         screen.print(solver_table(found.layers))
     return Outcome(data, next=[shell("plait", "generate", run, made_by.sample_prompt if made_by else "The ", *again)])
 
 
-def solver_table(layers: "dict[str, Fared]") -> Any:
+def solver_table(layers: "dict[str, SolverRecord]") -> Any:
     """A row for each recurrent layer."""
     from rich.table import Table
 

@@ -33,12 +33,12 @@ class StateSpec:
         return sum(tensor.nbytes for tensor in self.tensors) + sum(branch.nbytes for branch in self.branches)
 
 
-def wide(dtype: str) -> str:
+def accumulator(dtype: str) -> str:
     """The dtype of what accumulates (recurrent states, decays, norms) in a model of `dtype`: at least float32."""
     return "float64" if dtype == "float64" else "float32"
 
 
 def recurrent_spec(batch: int, matrix: tuple[int, int, int], conv_width: int, channels: int, dtype: str) -> StateSpec:
     """A matrix (heads, v, k) and the convolution's last inputs."""
-    s = TensorSpec("s", (batch, *matrix), wide(dtype))
+    s = TensorSpec("s", (batch, *matrix), accumulator(dtype))
     return StateSpec("recurrent", (s, TensorSpec("conv", (batch, conv_width - 1, channels), dtype)))

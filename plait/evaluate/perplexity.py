@@ -16,7 +16,7 @@ from plait.model import CrossEntropy, LanguageModel
 from plait.state import ModelState
 from plait.train.guard import nonfinite_weights
 from plait.train.heldout import HeldOut, score
-from plait.train.solver import Fared, Stats, read, together
+from plait.train.solver import SolverRecord, Stats, read, together
 
 STEP = 512  # tokens read in one call while streaming
 
@@ -24,12 +24,12 @@ STEP = 512  # tokens read in one call while streaming
 @dataclass(frozen=True, slots=True)
 class Perplexity:
     """`nats`: sum of -log p over the `tokens` that were predicted; `bytes`: UTF-8 bytes of text they stand for;
-    `layers`: how the solver of each recurrent layer fared, by address."""
+    `layers`: how the solver of each recurrent layer record, by address."""
 
     nats: float
     tokens: int
     bytes: int
-    layers: dict[str, Fared] = field(default_factory=dict)
+    layers: dict[str, SolverRecord] = field(default_factory=dict)
 
     @property
     def nats_per_token(self) -> float:
@@ -142,7 +142,7 @@ class _Reader:
         self.state: ModelState = model.init_state()
         self.recent = torch.empty(1, 0, dtype=torch.long, device=model.device)  # what a fresh state reads again
         self.expected: Float[Tensor, "1 d"] | None = None  # the features that predict the next token
-        self.layers: dict[str, Fared] = {}
+        self.layers: dict[str, SolverRecord] = {}
 
     def read(self, ids: np.ndarray) -> tuple[float, int]:
         """Nats of these tokens, and how many were scored: all but the text's first."""

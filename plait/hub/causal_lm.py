@@ -17,7 +17,7 @@ from plait.hub.cache import PlaitCache
 from plait.hub.config import PlaitConfig
 from plait.hub.generation import Generation
 from plait.hub.inputs import check_cache_position, check_labels, document_starts, last_columns, refuse, whole_numbers
-from plait.model.build import cast, init_weights
+from plait.model.build import init_weights, to_dtype
 from plait.model.language_model import LanguageModel
 from plait.model.loss import IGNORE, CrossEntropy, loss_of
 
@@ -43,7 +43,7 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
         wide = (weight.name for weight in declared.weights(design) if weight.role in FLOAT32)
         self._keep_in_fp32_modules_strict = {name.rpartition(".")[2] for name in wide}
         self.model = init_weights(LanguageModel(design), torch.initial_seed())
-        cast(self.model, torch.get_default_dtype())
+        to_dtype(self.model, torch.get_default_dtype())
         self.gradient_checkpointing = False
         self.register_load_state_dict_pre_hook(_own_names)
         self.post_init()

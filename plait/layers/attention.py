@@ -60,7 +60,7 @@ class AttentionLayer(LayerModule):
 
     def with_first(self, v: Tensor, mix: Tensor, context: Context) -> Tensor:
         """l1 v + l2 v0, v0 the values of the model's first attention layer (arXiv 2410.17897); in that layer v0 is v."""
-        first = context.once("v0", lambda: v)
+        first = context.cached("v0", lambda: v)
         if first.shape != v.shape:
             raise ValueError(
                 f"value residual: values of {tuple(v.shape[2:])} (heads, head_dim) cannot be mixed with the first "

@@ -15,7 +15,7 @@ from plait.ops.packing import Packing
 class Context:
     """Built once per call. `lengths` are the tokens each row has seen before it.
 
-    `positions` restart at 0 at each document and go on where a state left off. `found` is where the layers of a slot leave
+    `positions` restart at 0 at each document and go on where a state left off. `reports` is where the layers of a slot leave
     numbers about this call, each under its `path` in the slot; nothing is left on modules. Which slot it is nobody inside
     knows, so that equal slots are one graph to torch.compile. `embeddings` (b, t, d), what the first slot reads, are there
     where another slot reads them too.
@@ -24,7 +24,7 @@ class Context:
     positions: Int[Tensor, "b t"]
     lengths: tuple[int, ...]
     packing: Packing | None = None
-    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     path: str = ""
     embeddings: Tensor | None = None
     _cache: dict[Any, Any] = field(default_factory=dict)
@@ -37,17 +37,17 @@ class Context:
     @property
     def starts(self) -> Int[Tensor, " b"]:
         """`lengths` on the device."""
-        return self.once("starts", lambda: torch.tensor(self.lengths, device=self.positions.device))
+        return self.cached("starts", lambda: torch.tensor(self.lengths, device=self.positions.device))
 
     @property
     def rows(self) -> Int[Tensor, "b t"]:
         """Each token's row of the state."""
         if self.packing is not None:
             return self.packing.documents[None]
-        places = self.once("rows", lambda: torch.arange(len(self.lengths), device=self.positions.device))
+        places = self.cached("rows", lambda: torch.arange(len(self.lengths), device=self.positions.device))
         return places[:, None].expand_as(self.positions)
 
-    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+    def cached(self, key: Any, compute: Callable[[], Any]) -> Any:
         """`compute()` for the first layer that asks for `key`, the same value for the others."""
         if key not in self._cache:
             self._cache[key] = compute()
@@ -58,18 +58,18 @@ class Context:
         known = dict(self._cache)
         return lambda: Context(self.positions, self.lengths, self.packing, {}, "", self.embeddings, dict(known))
 
-    def learn(self, slot: "Context") -> None:
+    def keep(self, slot: "Context") -> None:
         """What a slot has computed once is there for the slots after it."""
         self._cache.update(slot._cache)
 
     def inside(self, part: int) -> "Context":
         """The same call as a part of this layer sees it."""
         path = f"{self.path}.{part}"
-        return Context(self.positions, self.lengths, self.packing, self.found, path, _cache=self._cache)
+        return Context(self.positions, self.lengths, self.packing, self.reports, path, _cache=self._cache)
 
     def report(self, name: str, value: Any) -> None:
         """Leave a number about this call."""
-        self.found.setdefault(self.path, {})[name] = value
+        self.reports.setdefault(self.path, {})[name] = value
 
 
 def context_for(

@@ -9,7 +9,7 @@ from plait.design.layers import GELU, FeedForward, ReLU2, SwiGLU
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.layers.declared import LayerModule
-from plait.ops.graph import gradient, whole
+from plait.ops.graph import gradient, one_step
 from plait.state import Nothing
 
 
@@ -52,7 +52,7 @@ def relu2(hidden: Tensor) -> Tensor:
 ACTIVATIONS = {SwiGLU: swiglu, GELU: gelu, ReLU2: relu2}
 
 
-_swiglu = whole(_SwiGLU)
+_swiglu = one_step(_SwiGLU)
 
 
 class FeedForwardLayer(LayerModule):

@@ -60,7 +60,7 @@ class RecurrentCell(DeclaredModule):
     def forward(
         self, x: Float[Tensor, "b t d"], s: Float[Tensor, "n s h k"] | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "b t u"], Float[Tensor, "n s h k"] | None, Info]:
-        """h, the states after the last token where states were given, and how the solver fared."""
+        """h, the states after the last token where states were given, and how the solver record."""
         c = self.config
         h, final, info = shooting(
             self.bound(),

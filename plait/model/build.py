@@ -34,7 +34,7 @@ def empty_model(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating point type such as torch.float32, got {dtype}")
     with torch.inference_mode(False), torch.device(device):
-        return cast(LanguageModel(design), dtype)
+        return to_dtype(LanguageModel(design), dtype)
 
 
 def init_weights(model: LanguageModel, seed: int = 0) -> LanguageModel:
@@ -44,7 +44,7 @@ def init_weights(model: LanguageModel, seed: int = 0) -> LanguageModel:
     return model
 
 
-def cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+def to_dtype(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     """All parameters to `dtype`, decay parameters to at least float32."""
     wide = {weight.name for weight in declared.weights(model.design) if weight.role in FLOAT32}
     for name, parameter in model.named_parameters():

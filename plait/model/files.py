@@ -15,7 +15,7 @@ from plait.design.spec import BYTES
 from plait.design.spelling import suggest
 from plait.design.weights import FLOAT32
 from plait.files import user_path, write_atomic, write_text
-from plait.model.build import cast, empty_model
+from plait.model.build import empty_model, to_dtype
 from plait.model.language_model import LanguageModel
 from plait.model.weight_files import SHARD_BYTES, WeightFiles, weight_files, write_weights
 
@@ -134,7 +134,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     with torch.no_grad():
         _fill(model, files, torch.device(device))
     model.tokenizer_files = {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
-    return model if dtype is None else cast(model, dtype)
+    return model if dtype is None else to_dtype(model, dtype)
 
 
 def model_folder(folder: str | Path) -> Path:

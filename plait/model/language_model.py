@@ -211,10 +211,10 @@ class LanguageModel(nn.Module):
         except NotConverged as error:
             path, _, what = str(error).partition(": ")
             raise NotConverged(f"{paths(self.design.slots[i])[path]}: {what}") from None
-        context.learn(here)
+        context.keep(here)
         if stats is not None:
             addresses = paths(self.design.slots[i])
-            for path, numbers in here.found.items():
+            for path, numbers in here.reports.items():
                 stats.setdefault(addresses[path], {}).update(numbers)
         return x, new
 

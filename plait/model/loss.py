@@ -61,7 +61,7 @@ class CrossEntropy:
 
     def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
         target = self.targets.flatten()[rows].long()
-        logp = wide(y).log_softmax(-1)  # (n, v)
+        logp = at_least_float32(y).log_softmax(-1)  # (n, v)
         scored = (target >= 0).to(logp.dtype)[:, None]
         target = target.clamp_min(0)[:, None]
         sums = {"cross_entropy": -(logp.gather(1, target) * scored).sum()}
@@ -104,8 +104,8 @@ class KL:
     def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
         T = self.temperature
         with torch.no_grad():
-            theirs = wide(self.head(self.hidden.flatten(0, -2)[rows])).div(T).log_softmax(-1)
-        ours = wide(y).div(T).log_softmax(-1)
+            theirs = at_least_float32(self.head(self.hidden.flatten(0, -2)[rows])).div(T).log_softmax(-1)
+        ours = at_least_float32(y).div(T).log_softmax(-1)
         p = theirs.exp()
         rowwise = torch.linalg.vecdot(p, theirs.sub_(ours)) * T**2
         scored = None if self.scored is None else self.scored.flatten()[rows].to(ours.dtype)
@@ -134,7 +134,7 @@ class SquaredError:
             raise ValueError(f"targets have {self.targets.shape[-1]} numbers a position, the model gives {outputs}")
 
     def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-        difference = wide(y) - self.targets.flatten(0, -2)[rows]
+        difference = at_least_float32(y) - self.targets.flatten(0, -2)[rows]
         if self.scored is not None:
             difference = difference * self.scored.flatten()[rows, None]
         sums = {"squared_error": difference.square().mean(-1).sum()}
@@ -169,7 +169,7 @@ class Mixed:
         return sums, total
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

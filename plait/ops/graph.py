@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 LOOKS_INSIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
-def whole(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def one_step(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply`, which torch.compile takes into its graph as one step.
 
     Before torch 2.13 Dynamo would look inside, and loses the gradient of a Function that works in place (its input's

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.ops.graph import gradient, whole
+from plait.ops.graph import gradient, one_step
 
 
 def rms_norm(
@@ -87,4 +87,4 @@ class _L2Norm(torch.autograd.Function):
         return torch.addcmul(dy, y, along, value=-1).mul_(scale), None
 
 
-_rms_norm = whole(_RMSNorm)
+_rms_norm = one_step(_RMSNorm)

@@ -7,7 +7,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from plait.train.solver import Fared
+from plait.train.solver import SolverRecord
 
 LINES = 20  # about how many steps a plain log shows
 PACE = 4  # steps after which it is said how long all will take; the first is slower than the others
@@ -68,16 +68,16 @@ class Display:
             seconds, tokens = (median(values) for values in zip(*self._paces, strict=True))
             self.note(f"{tokens:,.0f} tokens/s: about {duration((self.steps - step) * seconds)} of training to go")
 
-    def solved(self, step: int, layers: Mapping[str, Fared]) -> None:
+    def solved(self, step: int, layers: Mapping[str, SolverRecord]) -> None:
         """How a step's recurrent layers were solved: a word when one falls back for the first time."""
         self._solved += bool(layers)
-        for address, fared in layers.items():
-            if not fared.fell_back:
+        for address, record in layers.items():
+            if not record.fell_back:
                 continue
             if address not in self._fell_back:
                 self.note(
-                    f"step {step}: {address} fell back to one token after the other, exact but slow: a gap of {fared.gap:.1e} "
-                    f"was left after {fared.passes} passes; a smaller `clip` in the layer's config or a lower lr keeps it quick"
+                    f"step {step}: {address} fell back to one token after the other, exact but slow: a gap of {record.gap:.1e} "
+                    f"was left after {record.passes} passes; a smaller `clip` in its config or a lower lr keeps it quick"
                 )
             self._fell_back[address] = self._fell_back.get(address, 0) + 1
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from plait.data import Batch, Shards
 from plait.data.loader import NO_TARGET
 from plait.model import LanguageModel, Objective, token_loss
-from plait.train.solver import Fared, Stats, read, together
+from plait.train.solver import SolverRecord, Stats, read, together
 from plait.train.step import autocast
 
 Ids = NDArray[np.int64]
@@ -26,12 +26,12 @@ Ids = NDArray[np.int64]
 @dataclass(frozen=True, slots=True)
 class HeldOut:
     """loss: nats per token; tokens: how many were predicted; bytes: of text that they stand for; layers: how the solver of
-    each recurrent layer fared, by address."""
+    each recurrent layer record, by address."""
 
     loss: float
     tokens: int
     bytes: int
-    layers: dict[str, Fared] = field(default_factory=dict)
+    layers: dict[str, SolverRecord] = field(default_factory=dict)
 
     @property
     def bits_per_byte(self) -> float:

@@ -13,7 +13,7 @@ Stats = dict[str, Any]  # what a call of the model leaves: `stats[address]["solv
 
 
 @dataclass(frozen=True, slots=True)
-class Fared:
+class SolverRecord:
     """One layer over `calls` calls: `passes` in all of them, the largest `gap`, and in how many it `fell_back` to one token
     after the other."""
 
@@ -26,19 +26,19 @@ class Fared:
     def mean_passes(self) -> float:
         return self.passes / self.calls
 
-    def __add__(self, other: Self) -> "Fared":
+    def __add__(self, other: Self) -> "SolverRecord":
         gap = max(self.gap, other.gap)
-        return Fared(self.calls + other.calls, self.passes + other.passes, gap, self.fell_back + other.fell_back)
+        return SolverRecord(self.calls + other.calls, self.passes + other.passes, gap, self.fell_back + other.fell_back)
 
 
-def read(stats: Stats) -> dict[str, Fared]:
+def read(stats: Stats) -> dict[str, SolverRecord]:
     """One call by layer. All layers are read at once, so that a device is waited for only once."""
     infos = _infos(stats)
     if not infos:
         return {}
     numbers = torch.stack([number.float() for info in infos.values() for number in info]).view(-1, 3).tolist()
     return {
-        address: Fared(1, int(passes), gap if math.isfinite(gap) else math.inf, int(fell_back))
+        address: SolverRecord(1, int(passes), gap if math.isfinite(gap) else math.inf, int(fell_back))
         for address, (passes, gap, fell_back) in zip(infos, numbers, strict=True)
     }
 
@@ -51,12 +51,12 @@ def worst(total: Stats, part: Stats) -> None:
         total[address]["solver"] = Info(passes, gap, before.fell_back | info.fell_back)
 
 
-def together(one: Mapping[str, Fared], other: Mapping[str, Fared]) -> dict[str, Fared]:
+def together(one: Mapping[str, SolverRecord], other: Mapping[str, SolverRecord]) -> dict[str, SolverRecord]:
     """The calls of both."""
-    return {**one, **{name: one[name] + fared if name in one else fared for name, fared in other.items()}}
+    return {**one, **{name: one[name] + record if name in one else record for name, record in other.items()}}
 
 
-def as_data(layers: Mapping[str, Fared]) -> dict[str, dict[str, Any]]:
+def as_data(layers: Mapping[str, SolverRecord]) -> dict[str, dict[str, Any]]:
     """For JSON, by layer: mean passes, worst gap (null where it is not finite), and in how many calls it fell back."""
     return {
         address: {

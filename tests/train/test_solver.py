@@ -14,7 +14,7 @@ from plait.model import NextToken
 from plait.ops.shooting import Info
 from plait.train import Interrupted, Unsolved, latest, train
 from plait.train.metrics import read_metrics
-from plait.train.solver import Fared, as_data, read, together, worst
+from plait.train.solver import SolverRecord, as_data, read, together, worst
 from plait.train.step import backward
 
 NEVER = {"tol": 1e-30, "max_passes": 1}  # what no solver reaches
@@ -38,7 +38,7 @@ def test_parts_of_a_batch_count_as_one_call_and_calls_add_up():
     worst(stats, {"G#0": info(3, 1e-8, False), "G#1": info(2, 0.1, False)})
     assert stats["A#0"] == {"other": 1}
     found = read(stats)
-    assert found == {"G#0": Fared(1, 3, pytest.approx(1e-7), 0), "G#1": Fared(1, 8, 0.5, 1)}
+    assert found == {"G#0": SolverRecord(1, 3, pytest.approx(1e-7), 0), "G#1": SolverRecord(1, 8, 0.5, 1)}
     both = together(found, read({"G#1": info(2, float("nan"), False), "G#2": info(1, 0.0, False)}))
     assert as_data(both) == {
         "G#0": {"passes": 3, "gap": 1e-7, "fell_back": 0},

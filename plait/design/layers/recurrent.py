@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal, Self
 
 from plait.design.layers.layer import Layer, head_sizes, wide_head_dim
-from plait.design.spec import StateSpec, TensorSpec, wide
+from plait.design.spec import StateSpec, TensorSpec, accumulator
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import (
     Constant,
@@ -132,7 +132,7 @@ class NonlinearRecurrence(Layer, frozen=True, kw_only=True):
 
     def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
         _, states, _ = self.sizes()
-        s = TensorSpec("s", (batch, states, *self.groups()), wide(dtype), self.start())
+        s = TensorSpec("s", (batch, states, *self.groups()), accumulator(dtype), self.start())
         channels = self.wrap.width(dim) if self.wrap else dim
         return StateSpec("recurrent", (s, TensorSpec("conv", (batch, (self.conv_width or 1) - 1, channels), dtype)))
 

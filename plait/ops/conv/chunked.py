@@ -6,7 +6,7 @@ Written with its own gradient: autograd would keep a shifted copy of the input p
 import torch
 from torch import Tensor
 
-from plait.ops.graph import gradient, whole
+from plait.ops.graph import gradient, one_step
 from plait.ops.packing import Packing
 
 
@@ -52,4 +52,4 @@ def _earlier(x: Tensor, back: int, offsets: Tensor | None) -> Tensor:
     return earlier if offsets is None else earlier * (offsets[:, back:] >= back)
 
 
-_shifted_sum = whole(_ShiftedSum)
+_shifted_sum = one_step(_ShiftedSum)

@@ -17,7 +17,7 @@ from torch.linalg import vecdot
 from torch.nn.functional import hardshrink
 
 from plait.ops.decay import chunk_decay, from_pairs, from_sums
-from plait.ops.graph import gradient, whole
+from plait.ops.graph import gradient, one_step
 from plait.ops.packing import Packing, chunks
 
 SIZE = 64  # tokens in a chunk: products of 64 x 64 fill a core's vector units, and the triangular solve stays small
@@ -167,4 +167,4 @@ def _output_gradients(
     return dq, dk, dlogP, dG
 
 
-_chunked = whole(_Chunked)
+_chunked = one_step(_Chunked)

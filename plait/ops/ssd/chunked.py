@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from plait.ops.decay import chunk_decay, from_pairs, from_sums
-from plait.ops.graph import gradient, whole
+from plait.ops.graph import gradient, one_step
 from plait.ops.packing import Packing, chunks
 
 SIZE = 64
@@ -121,4 +121,4 @@ def _per_head(qk: Float[Tensor, "n g c c"], P: Float[Tensor, "n h c c"]) -> Floa
     return (qk[:, :, None] * P.unflatten(1, (qk.shape[1], -1))).flatten(1, 2)
 
 
-_chunked = whole(_Chunked)
+_chunked = one_step(_Chunked)
