@@ -57,7 +57,9 @@ class Sublayer(nn.Module):
             assert context.embeddings is not None  # the model leaves them where a slot reads them
             u = torch.cat([x, context.embeddings], -1)
         y, state = self.mixer(u if self.norm is None else self.norm(u), context, state)
-        return x + added(y, self.after, self.factor), state
+        if self.after is not None or self.factor != 1:
+            y = added(y, self.after, self.factor)
+        return x + y, state
 
 
 def full(factor: float | None) -> float:

@@ -86,11 +86,11 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.embed.parameters()).device
+        return self.embed.weight.device  # type: ignore[union-attr,return-value]  # a table or a projection
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.embed.parameters()).dtype
+        return self.embed.weight.dtype  # type: ignore[union-attr,return-value]
 
     def forward(
         self,
