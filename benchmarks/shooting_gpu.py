@@ -50,7 +50,7 @@ def op_inputs(cell: cells.Cell, b: int, t: int, d: int) -> tuple[Tensor, Bound]:
 def error(cell: cells.Cell, b: int, t: int, d: int) -> dict[str, float]:
     """Largest difference from the float64 loop over its largest value, on some of the units: outputs and gradients."""
     x, bound = op_inputs(cell, b, t, d)
-    y, final, info = shooting(bound, x)
+    y, final, info = shooting(bound, x, state=bound.cell.start_like(x, b, torch.float32))
     dy, dfinal = torch.randn_like(y), torch.randn_like(final)
     got = torch.autograd.grad([y, final], [x, *bound.tensors()], [dy, dfinal])
     some = [w[..., :UNITS].double().detach().requires_grad_() for w in (x, *bound.tensors())]

@@ -62,17 +62,17 @@ class RecurrentCell(DeclaredModule):
     ) -> tuple[Float[Tensor, "b t u"], Float[Tensor, "n s h k"] | None, Info]:
         """h, the states after the last token where states were given, and how the solver record."""
         c = self.config
-        h, final, info = shooting(
+        h, s, info = shooting(
             self.bound(),
             self.project(x),
-            s,
+            state=s,
             packing=packing,
             tol=c.tol,
             max_passes=c.max_passes,
             strict=c.strict,
             solver=c.solver,
         )
-        return h.flatten(2), None if s is None else final, info
+        return h.flatten(2), s, info
 
     def project(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t g h k"]:
         """What each unit reads."""

@@ -45,16 +45,16 @@ def one_token_late(op):
 
 
 def unreset_cells(op):
-    def run(cell, x, h0=None, *, packing=None, **rest):
-        h, final, info = op(cell, x, None if h0 is None else h0[:1] if packing else h0, **rest)
-        return h, final.expand(len(packing.lengths), -1, -1, -1) if packing else final, info
+    def run(cell, x, *, packing=None, state=None, **rest):
+        h, final, info = op(cell, x, state=state[:1] if packing and state is not None else state, **rest)
+        return h, final if final is None else final.expand_as(state), info
 
     return run
 
 
 def one_pass(op):
     """A solver that trusts its first guess."""
-    return lambda cell, x, h0=None, **rest: op(cell, x, h0, **rest | {"tol": 1e3})
+    return lambda cell, x, **rest: op(cell, x, **rest | {"tol": 1e3})
 
 
 MISTAKES = {

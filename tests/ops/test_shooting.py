@@ -38,7 +38,7 @@ def problem(cell, mix="diagonal", batch=2, tokens=70, scale=0.5, dtype=torch.flo
 
 def everything(cell, x, h0, **options):
     """Outputs, last states and the gradients of a fixed sum of both at everything."""
-    h, final, info = shooting(cell, x, h0, **options)
+    h, final, info = shooting(cell, x, state=h0, **options)
     torch.manual_seed(1)
     loss = (h * torch.randn_like(h)).sum() + (final * torch.randn_like(final)).sum()
     return [h, final, *torch.autograd.grad(loss, [x, h0, *cell.tensors()])], info
@@ -87,12 +87,12 @@ def test_after_k_passes_the_first_k_chunks_are_exact():
 
 def test_what_does_not_contract_falls_back_and_says_so():
     bound, x, h0 = problem(RNN(), "large heads", scale=6.0, tokens=200, dtype=torch.float32)
-    h, _, info = shooting(bound, x, h0)
+    h, _, info = shooting(bound, x, state=h0)
     assert info.fell_back
     states, _ = reference.run(bound, x, h0, None)
     torch.testing.assert_close(h[:, :20], states[:, :20, 0], rtol=0, atol=1e-4)  # chaos parts any two roundings later
     with pytest.raises(NotConverged, match=r"RNN: a gap of .* passes, above tol 2e-06"):
-        shooting(bound, x, h0, strict=True)
+        shooting(bound, x, state=h0, strict=True)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
@@ -137,7 +137,7 @@ def test_every_solver_gives_the_same(solver):
 def test_it_runs_in_inference_mode(mix):
     with torch.inference_mode():
         bound, x, h0 = problem(GRU(), mix)
-        assert int(shooting(bound, x, h0)[2].passes) > 2  # a Jacobian was needed
+        assert int(shooting(bound, x, state=h0)[2].passes) > 2  # a Jacobian was needed
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Checked(GRU):
 
 def test_a_cell_may_check_itself():
     bound, x, h0 = problem(Checked())
-    torch.testing.assert_close(shooting(bound, x, h0)[0], reference.run(bound, x, h0, None)[0][:, :, 0])
+    torch.testing.assert_close(shooting(bound, x, state=h0)[0], reference.run(bound, x, h0, None)[0][:, :, 0])
 
 
 @pytest.mark.parametrize("cell", [GRU(), LSTM(coupled=True), Checked(slope=2.0)])
@@ -167,7 +167,7 @@ def test_a_cell_that_comes_from_another_process_is_known(cell, monkeypatch):
 def test_it_compiles_as_one_graph(cell, length):
     bound, x, h0 = problem(cell, "small heads", batch=1, tokens=length)
     torch.compiler.reset()
-    compiled = torch.compile(lambda x, h0: shooting(bound, x, h0)[:2], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x, h0: shooting(bound, x, state=h0)[:2], fullgraph=True, backend="aot_eager")
     h, final = compiled(x, h0)  # which was never run without the compiler
     want, _ = everything(bound, x, h0)
     torch.testing.assert_close(h, want[0])
@@ -175,13 +175,13 @@ def test_it_compiles_as_one_graph(cell, length):
 
 
 def _sums(bound, x, h0):
-    h, final, _ = shooting(bound, x, h0)
+    h, final, _ = shooting(bound, x, state=h0)
     return torch.autograd.grad(h.sum() + final.sum(), x)
 
 
 def test_bfloat16_is_computed_in_float32():
     bound, x, h0 = problem(GRU(), dtype=torch.float32)
-    h, final, info = shooting(bound, x.bfloat16(), h0)
+    h, final, info = shooting(bound, x.bfloat16(), state=h0)
     assert h.dtype == torch.bfloat16
     assert final.dtype == torch.float32
     states, _ = reference.run(bound, x.bfloat16().float(), h0, None)
@@ -201,17 +201,17 @@ def test_bfloat16_is_computed_in_float32():
         ({"max_passes": 1.5}, "max_passes must be a whole number, 1 or above, got 1.5"),
         ({"tol": float("nan")}, "tol must be above 0, got nan"),
         (
-            {"h0": lambda h0: h0[:, 0]},
-            r"GRU: h0 must be \(2, 1, 3, 5\), a number per unit for each of h; got \(2, 3, 5\)",
+            {"state": lambda h0: h0[:, 0]},
+            r"GRU: state must be \(2, 1, 3, 5\), a number per unit for each of h; got \(2, 3, 5\)",
         ),
     ],
 )
 def test_wrong_calls_say_what_would_be_right(change, message):
     bound, x, h0 = problem(GRU())
-    x, h0 = change.get("x", lambda x: x)(x), change.get("h0", lambda h0: h0)(h0)
-    change = {name: value for name, value in change.items() if name not in ("x", "h0")}
+    x, state = change.get("x", lambda x: x)(x), change.get("state", lambda h0: h0)(h0)
+    change = {name: value for name, value in change.items() if name not in ("x", "state")}
     with pytest.raises(ValueError, match=message):
-        shooting(bound, x, h0, **change)
+        shooting(bound, x, state=state, **change)
 
 
 def test_a_cell_without_its_weights_is_refused():

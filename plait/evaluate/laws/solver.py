@@ -35,12 +35,13 @@ def _tokens(cell: RecurrentCell) -> Tensor:
 
 def _holds(what: str, cell: Bound, x: Tensor, max_passes: int | None) -> float:
     law, tol = "solver", tolerance(cell, x.dtype)
-    h, final, info = shooting(cell, x, max_passes=max_passes)
+    start = cell.cell.start_like(x, len(x), torch.promote_types(x.dtype, torch.float32))
+    h, final, info = shooting(cell, x, state=start, max_passes=max_passes)
     what += "" if max_passes is None else f", at most {max_passes} pass"
     if not info.fell_back and not info.gap <= tol:
         raise LawBroken(law, f"{what}: a gap of {float(info.gap):.1e} was left without a word")
     with forced("reference"):
-        want = shooting(cell, x)
+        want = shooting(cell, x, state=start)
     values = {"h": h, "final": final}
     try:
         strict = shooting(cell, x, max_passes=max_passes, strict=True)

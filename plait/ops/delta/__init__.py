@@ -4,8 +4,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.ops.delta import chunked, reference, step
+from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
+from plait.ops.kernels import Kernel, always, many_tokens, one_token, wide
 from plait.ops.packing import Packing
 
 KERNELS = (
@@ -24,13 +25,15 @@ def gated_delta(
     beta: Float[Tensor, "b t h"],
     *,
     state: Float[Tensor, "n h v k"] | None = None,
+    rows: Rows | None = None,
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v k"] | None]:
     """Outputs and, where a state was given, the state after the last token.
 
     g is the log decay, log a <= 0. `g` key heads serve h value heads in order (h a multiple). Computed in float32, or
-    float64 for float64 inputs. n is the batch, or the number of documents with `packing`.
+    float64 for float64 inputs. n is the batch, or the number of documents with `packing`. With `rows`, `state` is a
+    pool's (`plait.ops.frame`).
     """
-    with full_precision(q.device):
-        o, state = choose(KERNELS, v).run(wide(q), wide(k), wide(v), wide(g), wide(beta), state=state, packing=packing)
-    return cast(o, v.dtype), state
+    inputs = wide(q), wide(k), wide(v), wide(g), wide(beta)
+    o, state = recur(KERNELS, v, inputs, state=state, rows=rows, packing=packing)
+    return o, state

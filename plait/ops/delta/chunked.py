@@ -24,7 +24,15 @@ SIZE = 64  # tokens in a chunk: products of 64 x 64 fill a core's vector units, 
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor | None, packing: Packing | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    packing: Packing | None,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `gated_delta`."""
     b, t, h, dv = v.shape

@@ -7,7 +7,15 @@ from plait.ops.packing import Packing, each_document
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor | None, packing: Packing | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    packing: Packing | None,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `gated_delta`."""
     if packing is not None:

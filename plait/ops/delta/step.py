@@ -11,7 +11,15 @@ from plait.ops.packing import Packing
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor | None, packing: Packing | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    packing: Packing | None,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `gated_delta` with t = 1, so packed or not there is one sequence per row."""
     b, _, h, dv = v.shape
@@ -27,5 +35,6 @@ def run(
     o = torch.addcmul(Sq, e, vecdot(k, q)[..., None])
     if state is None:
         return o.view(b, 1, h, dv), None
-    S = (S * a.view(b, h, 1, 1)).reshape(len(both), -1, dk).addcmul_(e.view(len(both), -1, 1), k)
-    return o.view(b, 1, h, dv), S.view(b, h, dv, dk)
+    a = a.view(b, h, 1, 1)
+    S = (S.mul_(a) if own else S * a).reshape(len(both), -1, dk).addcmul_(e.view(len(both), -1, 1), k)
+    return o.view(b, 1, h, dv), state if own else S.view(b, h, dv, dk)

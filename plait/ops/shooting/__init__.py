@@ -1,5 +1,6 @@
 """Nonlinear recurrences h_t = f(h_{t-1}, x_t) in parallel over time, by multiple shooting (docs/shooting.md)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.design.spelling import suggest
+from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Call, Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
+from plait.ops.kernels import Call, Kernel, always, cast, many_tokens, one_token, wide
 from plait.ops.numbers import whole_number
 from plait.ops.packing import Packing
 from plait.ops.shooting import library, reference
@@ -56,19 +58,21 @@ class Options(NamedTuple):
 def shooting(
     cell: Bound,
     x: Float[Tensor, "b t g h k"],
-    h0: Float[Tensor, "n s h k"] | None = None,
     *,
+    state: Float[Tensor, "n s h k"] | None = None,
+    rows: Rows | None = None,
     packing: Packing | None = None,
     tol: float | None = None,
     max_passes: int | None = None,
     strict: bool = False,
     solver: str = "shooting",
-) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "n s h k"], Info]:
-    """Outputs in x's dtype, the last states (at least float32), and how it was solved.
+) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "n s h k"] | None, Info]:
+    """Outputs in x's dtype, where a state was given the states after the last token, and how it was solved.
 
-    x: the projected inputs, g per unit, h heads of k units. h0: the states before the first token (the cell's own start if
-    left out), one row per batch row, or per packed document. Computed in float32, float64 for float64. The result is within
-    about `tol` (`tolerance`) of the loop over tokens; where `max_passes` do not get there, the loop itself is run.
+    x: the projected inputs, g per unit, h heads of k units. state: the states before the first token (the cell's own start if
+    left out), one row per batch row, or per packed document; with `rows`, a pool's (`plait.ops.frame`). Computed in float32,
+    float64 for float64. The result is within about `tol` (`tolerance`) of the loop over tokens; where `max_passes` do not get
+    there, the loop itself is run.
     strict: raise NotConverged instead (waits for the device).
     solver: "shooting", or for comparison "deer", "quasi_deer", "elk", "quasi_elk" (Newton over all tokens), "sequential".
     """
@@ -77,24 +81,18 @@ def shooting(
         max_passes = whole_number("max_passes", max_passes, 1)
     if tol is not None and not tol > 0:
         raise ValueError(f"tol must be above 0, got {tol}")
-    rows = x.shape[0] if packing is None else len(packing.lengths)
-    if h0 is not None and h0.shape != (rows, len(cell.cell.states), *x.shape[3:]):
-        raise ValueError(
-            f"{type(cell.cell).__name__}: h0 must be {(rows, len(cell.cell.states), *x.shape[3:])}, a number per unit for each "
-            f"of {', '.join(cell.cell.states)}; got {tuple(h0.shape)}"
-        )
-    with full_precision(x.device):
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        first = cell.cell.start_like(x, rows, dtype) if h0 is None else cast(h0, dtype)
-        options = Options(solver, tolerance(cell, x.dtype) if tol is None else tol, max_passes)
-        h, final, info = choose(KERNELS, x, (cell, x, solver)).run(cell, x, first, packing, options)
+    if state is not None:
+        _check_state(cell, x, state, rows, packing)
+    options = Options(solver, tolerance(cell, x.dtype) if tol is None else tol, max_passes)
+    subject = cell, x, solver
+    h, state, info = recur(KERNELS, x, (cell, x, options), state=state, rows=rows, packing=packing, subject=subject)
     if strict and bool(info[2] > 0):
         raise NotConverged(
             f"{type(cell.cell).__name__}: a gap of {float(info[1]):.1e} is left after {int(info[0])} passes, "
             f"above tol {options.tol:.0e}; the cell is not contracting here (allow fall-back with strict=False, or bound its "
             "recurrent weights with `clip`)"
         )
-    return h, final, Info(info[0].int(), info[1], info[2] > 0)
+    return h, state, Info(info[0].int(), info[1], info[2] > 0)
 
 
 def _check(cell: Bound, x: Tensor, solver: str) -> None:
@@ -108,18 +106,44 @@ def _check(cell: Bound, x: Tensor, solver: str) -> None:
         )
 
 
+def _check_state(cell: Bound, x: Tensor, state: Tensor, rows: Rows | None, packing: Packing | None) -> None:
+    count = len(state) if rows is not None else x.shape[0] if packing is None else len(packing.lengths)
+    if state.shape != (count, len(cell.cell.states), *x.shape[3:]):
+        raise ValueError(
+            f"{type(cell.cell).__name__}: state must be {(count, len(cell.cell.states), *x.shape[3:])}, a number per unit for "
+            f"each of {', '.join(cell.cell.states)}; got {tuple(state.shape)}"
+        )
+
+
 def _exact(like: Tensor) -> Tensor:
     return torch.tensor([1.0, 0.0, 0.0], dtype=torch.float32, device=like.device)
 
 
+def _form(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+    """A form that may be called without a state, of one that starts from the states `h0` of every sequence."""
+
+    def form(
+        cell: Bound, x: Tensor, options: Options, *, state: Tensor | None, packing: Packing | None, own: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if state is None:
+            h0 = cell.cell.start_like(x, x.shape[0] if packing is None else len(packing.lengths), dtype)
+        else:
+            h0 = cast(state, dtype)
+        h, final, info = run(cell, x, h0, packing, options)
+        return h, None if state is None else final, info
+
+    return form
+
+
 def _step(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
     s = cell.to(h0.dtype).step(wide(x[:, 0]), h0)
-    return s[:, 0].to(x.dtype)[:, None], s, _exact(x)
+    return s[:, 0][:, None], s, _exact(x)
 
 
 def _reference(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
     states, final = reference.run(cell.to(h0.dtype), wide(x), h0, packing)
-    return states[:, :, 0].to(x.dtype), final, _exact(x)
+    return states[:, :, 0], final, _exact(x)
 
 
 def _solver(kernel: str):
@@ -163,9 +187,9 @@ def _matrices(call: Call) -> str | None:
 
 
 KERNELS = (
-    Kernel("step", _step, one_token),
-    Kernel("triton", _solver("triton"), _diagonal),
-    Kernel("matrices", _solver("matrices"), _matrices),
-    Kernel("chunked", _solver("chunked"), many_tokens),
-    Kernel("reference", _reference, always),
+    Kernel("step", _form(_step), one_token),
+    Kernel("triton", _form(_solver("triton")), _diagonal),
+    Kernel("matrices", _form(_solver("matrices")), _matrices),
+    Kernel("chunked", _form(_solver("chunked")), many_tokens),
+    Kernel("reference", _form(_reference), always),
 )

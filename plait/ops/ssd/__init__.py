@@ -3,8 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, always, cast, choose, full_precision, many_tokens, one_token, wide
+from plait.ops.kernels import Kernel, always, many_tokens, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.ssd import chunked, reference, step
 
@@ -23,14 +24,15 @@ def ssd(
     g: Float[Tensor, "b t h"],
     *,
     state: Float[Tensor, "n h v k"] | None = None,
+    rows: Rows | None = None,
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v k"] | None]:
     """Outputs and, where a state was given, the state after the last token.
 
     In Mamba-2's letters q is C, k is B, v is dt x and g = dt A, the log decay, one per head. `g` groups of q and k serve
     h heads in order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the documents
-    packed.
+    packed. With `rows`, `state` is a pool's (`plait.ops.frame`).
     """
-    with full_precision(q.device):
-        o, state = choose(KERNELS, v).run(wide(q), wide(k), wide(v), wide(g), state=state, packing=packing)
-    return cast(o, v.dtype), state
+    inputs = wide(q), wide(k), wide(v), wide(g)
+    o, state = recur(KERNELS, v, inputs, state=state, rows=rows, packing=packing)
+    return o, state

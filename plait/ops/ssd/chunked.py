@@ -22,7 +22,7 @@ SIZE = 64
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None, packing: Packing | None
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None, packing: Packing | None, own: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `ssd`."""
     b, t, h, dv = v.shape

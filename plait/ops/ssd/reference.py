@@ -7,7 +7,7 @@ from plait.ops.packing import Packing, each_document
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None, packing: Packing | None
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None, packing: Packing | None, own: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `ssd`."""
     if packing is not None:

@@ -1,0 +1,170 @@
+"""A recurrence on the rows of a pool is the recurrence on their values, and touches nothing else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from plait.ops.conv import causal_conv
+from plait.ops.delta import gated_delta
+from plait.ops.kernels import forced
+from plait.ops.shooting import LSTM, SLSTM, shooting
+from plait.ops.ssd import ssd
+from tests.ops.conftest import packing
+
+B, POOL, H, G, K, V, D = 3, 7, 4, 2, 6, 5, 8
+
+
+def conv(t, dtype):
+    x, weight, bias = torch.randn(B, t, D, dtype=dtype), torch.randn(D, 4), torch.randn(D)
+    return lambda **state: causal_conv(x, weight, bias, **state), (3, D)
+
+
+def linear(op):
+    def make(t, dtype):
+        q, k = (F.normalize(torch.randn(B, t, G, K, dtype=dtype), dim=-1) for _ in range(2))
+        gates = [-torch.rand(B, t, H), *([torch.rand(B, t, H)] if op is gated_delta else [])]
+        v = torch.randn(B, t, H, V, dtype=dtype)
+        return lambda **state: op(q, k, v, *gates, **state), (H, V, K)
+
+    return make
+
+
+def nonlinear(cell):
+    def make(t, dtype):
+        g = len(cell.inputs)
+        x, bound = torch.randn(B, t, g, 2, 4, dtype=dtype), cell.bind(torch.randn(g, 2, 4, 4) / 4)
+        return lambda **state: shooting(bound, x, **state)[:2], (len(cell.states), 2, 4)
+
+    return make
+
+
+OPS = {
+    "conv": conv,
+    "ssd": linear(ssd),
+    "delta": linear(gated_delta),
+    "lstm": nonlinear(LSTM()),
+    "slstm": nonlinear(SLSTM()),
+}
+ROWS = {
+    "a slice": slice(2, 5),
+    "all": slice(None, B),
+    "every second": slice(1, 7, 2),
+    "any order": torch.tensor([5, 0, 3]),
+}
+
+
+def problem(name, tokens, dtype=torch.float32):
+    """The op as a function of its state, and a pool."""
+    torch.manual_seed(tokens)
+    op, shape = OPS[name](tokens, dtype)
+    return op, torch.randn(POOL, *shape)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+@pytest.mark.parametrize("name", OPS)
+@torch.no_grad()
+def test_rows_of_a_pool_are_values(name, tokens, rows):
+    op, pool = problem(name, tokens)
+    before = pool.clone()
+    y, new = op(state=before[rows])
+    got, same = op(state=pool, rows=rows)
+    assert same is pool
+    assert torch.equal(got, y)
+    want = before.clone()
+    want[rows] = new
+    assert torch.equal(pool, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+@pytest.mark.parametrize("name", OPS)
+@torch.no_grad()
+def test_a_value_is_never_written_to(name, tokens):
+    op, pool = problem(name, tokens)
+    state = pool[:B]
+    before = pool.clone()
+    _, new = op(state=state)
+    assert torch.equal(pool, before)
+    assert new is not state
+
+
+@pytest.mark.parametrize("name", OPS)
+@torch.no_grad()
+def test_a_pool_in_another_layout(name):
+    op, pool = problem(name, 1)
+    turned = pool.mT.contiguous().mT
+    _, want = op(state=pool, rows=slice(0, B))
+    assert torch.equal(op(state=turned, rows=slice(0, B))[1], want)
+
+
+@pytest.mark.parametrize("rows", [slice(0, B), torch.tensor([5, 0, 3])], ids=["slice", "tensor"])
+@torch.no_grad()
+def test_a_pool_in_another_dtype_than_what_is_computed_in(rows):
+    op, tail = problem("conv", 1, torch.bfloat16)
+    want = op(state=tail[rows])[1]
+    op(state=tail, rows=rows)
+    assert torch.equal(tail[rows], want)
+
+
+class Allocations(TorchDispatchMode):
+    """The size of every tensor that an op made."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        new = [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.sizes += [x.numel() for x in new if x.untyped_storage().data_ptr() not in known]
+        return made
+
+
+@pytest.mark.parametrize("name", ["ssd", "delta"])
+@torch.no_grad()
+def test_a_single_token_needs_no_second_state(name):
+    """By a slice none is made, by numbers the one that is gathered."""
+    op, pool = problem(name, 1)
+    for rows, copies in ((slice(0, B), 0), (torch.tensor([5, 0, 3]), 1)):
+        allocations = Allocations()
+        allocations.sizes = []
+        with allocations:
+            op(state=pool, rows=rows)
+        assert sum(size >= pool[:B].numel() for size in allocations.sizes) == copies
+
+
+@pytest.mark.parametrize("rows", [slice(0, B), torch.tensor([5, 0, 3])], ids=["slice", "tensor"])
+@pytest.mark.parametrize("name", OPS)
+@torch.no_grad()
+def test_it_compiles_as_one_graph(name, rows):
+    op, pool = problem(name, 1)
+    other = pool.clone()
+    y, _ = op(state=pool, rows=rows)
+    torch.compiler.reset()
+    got, same = torch.compile(lambda state: op(state=state, rows=rows), fullgraph=True, backend="aot_eager")(other)
+    assert same is other
+    torch.testing.assert_close(got, y)
+    torch.testing.assert_close(other, pool)
+
+
+def test_wrong_calls_say_what_would_be_right():
+    op, pool = problem("ssd", 1)
+    with pytest.raises(ValueError, match=r"keeps no gradients; call under torch.no_grad\(\)"):
+        op(state=pool, rows=slice(0, B))
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="rows are those of a pool's state, .* got no state"):
+            op(rows=slice(0, B))
+        with pytest.raises(ValueError, match="got packed documents"):
+            op(state=pool, rows=slice(0, B), packing=packing((1, 1, 1)))
+        with pytest.raises(ValueError, match="rows must name one row of the pool for each of the call's 3, got 2"):
+            op(state=pool, rows=slice(0, 2))
+
+
+@pytest.mark.parametrize("name", OPS)
+@torch.no_grad()
+def test_every_form_takes_rows(name):
+    op, pool = problem(name, 9)
+    want, wanted = op(state=pool.clone(), rows=slice(0, B))
+    with forced("reference"):
+        got, same = op(state=pool, rows=slice(0, B))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(same, wanted)
