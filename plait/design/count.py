@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from plait.design import declared
 from plait.design.model import ModelConfig
 from plait.design.places import Node, Place
-from plait.design.spec import StateSpec
+from plait.design.spec import Memories, Memory, StateSpec
 from plait.design.weights import total
 
 
@@ -22,18 +22,18 @@ class SlotCount:
 
 def state_spec(design: ModelConfig, batch: int = 1, length: int = 0, dtype: str = "float32") -> StateSpec:
     """The state of the whole model: one branch per slot. Meta tokens, which stand before every text, are in it."""
-    length = length + design.front.meta if length else 0
-    return StateSpec("model", branches=tuple(_state(design, slot, batch, length, dtype) for slot in design.slots))
+    return memory(design, dtype).sized(batch, length + design.front.meta if length else 0)
 
 
-def _state(design: ModelConfig, node: Node, batch: int, length: int, dtype: str) -> StateSpec:
+def memory(design: ModelConfig, dtype: str = "float32") -> Memories:
+    """What every slot remembers."""
+    return Memories(tuple(_memory(design, slot, dtype) for slot in design.slots))
+
+
+def _memory(design: ModelConfig, node: Node, dtype: str) -> Memory | Memories:
     if isinstance(node, Place):
-        return node.layer.state(design.dim, batch, length, dtype)
-    chains = (
-        StateSpec("chain", branches=tuple(_state(design, part, batch, length, dtype) for part in branch))
-        for branch in node.branches
-    )
-    return StateSpec("parallel", branches=tuple(chains))
+        return node.layer.state(design.dim, dtype)
+    return Memories(tuple(Memories(tuple(_memory(design, part, dtype) for part in branch)) for branch in node.branches))
 
 
 def slot_counts(design: ModelConfig, context: int, dtype: str = "float32") -> list[SlotCount]:
@@ -45,7 +45,7 @@ def slot_counts(design: ModelConfig, context: int, dtype: str = "float32") -> li
             describe(slot),
             total(own),
             _flops(design, slot, context),
-            _state(design, slot, 1, context, dtype).nbytes,
+            _memory(design, slot, dtype).sized(1, context).nbytes,
         )
         for slot, own in zip(design.slots, learned, strict=True)
     ]

@@ -1,14 +1,59 @@
-"""What a layer must remember, told without allocating it: names, shapes, dtypes, bytes."""
+"""What a layer must remember, declared without allocating it: names, shapes, dtypes, how it is kept, bytes."""
 
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
+class Leaf:
+    """One thing that a layer remembers of every row.
+
+    keep: "one" value, moved on by every token (a recurrent matrix); the `int` last tokens, a value each (a window, the tail of
+    a convolution); or "all" tokens, a value each (keys). shape: of one value. dtype: a torch dtype's name. start: its first values
+    along the first axis, empty: zeros. ring: in a pool the last n tokens lie in a ring of n + 1 places, token p at place
+    p mod (n + 1), rather than in order: writing one then moves no other.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    keep: int | Literal["one", "all"] = "one"
+    start: tuple[float, ...] = ()
+    ring: bool = False
+
+    def sized(self, batch: int, length: int) -> "TensorSpec":
+        """The tensor of `batch` rows of `length` tokens."""
+        tokens = {"one": (), "all": (length,)}.get(self.keep, (self.keep,))  # type: ignore[call-overload]  # an int is no key
+        return TensorSpec(self.name, (batch, *tokens, *self.shape), self.dtype, self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a layer remembers: the kind of value (a class of `plait.state` holds its leaves by name) and its leaves."""
+
+    kind: str = "none"
+    leaves: tuple[Leaf, ...] = ()
+
+    def sized(self, batch: int, length: int) -> "StateSpec":
+        return StateSpec(self.kind, tuple(leaf.sized(batch, length) for leaf in self.leaves))
+
+
+@dataclass(frozen=True, slots=True)
+class Memories:
+    """Those of a chain, a parallel slot, or a whole design."""
+
+    parts: tuple["Memory | Memories", ...]
+
+    def sized(self, batch: int, length: int) -> "StateSpec":
+        return StateSpec("branches", branches=tuple(part.sized(batch, length) for part in self.parts))
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a state. `dtype` is a torch dtype's name; `start` holds its first values along axis 1, empty: zeros."""
+    """One tensor of a state, its rows first. `start` holds its first values along axis 1, empty: zeros."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,7 +83,9 @@ def accumulator(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def recurrent_spec(batch: int, matrix: tuple[int, int, int], conv_width: int, channels: int, dtype: str) -> StateSpec:
-    """A matrix (heads, v, k) and the convolution's last inputs."""
-    s = TensorSpec("s", (batch, *matrix), accumulator(dtype))
-    return StateSpec("recurrent", (s, TensorSpec("conv", (batch, conv_width - 1, channels), dtype)))
+def recurrent(
+    shape: tuple[int, int, int], conv_width: int, channels: int, dtype: str, start: tuple[float, ...] = ()
+) -> Memory:
+    """A recurrent state (heads, v, k) or (states, heads, k), and the last inputs of a convolution over `channels`."""
+    tail = Leaf("conv", (channels,), dtype, keep=conv_width - 1)
+    return Memory("recurrent", (Leaf("s", shape, accumulator(dtype), start=start), tail))

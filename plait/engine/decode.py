@@ -5,16 +5,19 @@ from contextlib import contextmanager
 
 import torch
 
-from plait.engine.prefill import advance, prefill
-from plait.engine.sampling import Sampler, Sampling, check_finite
+from plait.engine.prefill import prefill
+from plait.engine.sampling import Sampling, check_finite, not_finite
+from plait.engine.step import Step
 from plait.model.language_model import LanguageModel
 from plait.ops.numbers import whole_number
+from plait.state import PoolRows
 
-ROOM = 4096  # keys a row is given room for at the start; more tokens grow the buffer
+ROOM = 4096  # tokens a row is given room for at the start; more grow the pool
+PAGE = 256  # tokens in a page on a GPU; elsewhere a row has one page, which attention reads without looking for it
 
 
 class Decoding:
-    """Prompts being continued. `step` gives every live row its next token, `leave` ends rows.
+    """Prompts being continued on a pool. `step` gives every live row its next token, `leave` ends rows.
 
     `vocab` limits the choice to the first ids, where the model has more than the tokenizer.
     """
@@ -30,39 +33,67 @@ class Decoding:
     ):
         max_tokens = check(model, prompts, max_tokens)
         prompts = [list(map(int, prompt)) for prompt in prompts]
-        self.model = model
-        self.vocab = vocab or model.design.vocab
-        self.rows = list(range(len(prompts)))
-        self.sampler = Sampler(sampling, prompts, self.vocab, model.device)
+        on_gpu = model.device.type == "cuda"
         with torch.inference_mode():
-            self._hidden, self.state = prefill(model, prompts, min(max_tokens, ROOM))
-            check_finite(self._hidden)
-        self._tokens: torch.Tensor | None = None
+            hidden, state = prefill(model, prompts, 0)
+            check_finite(hidden)
+            longest = max(map(len, prompts)) + min(max_tokens, ROOM)
+            self.pool = model.init_pool(len(prompts), longest, page=PAGE if on_gpu else None)
+            self._places = dict(enumerate(self.pool.join(state)))  # where each prompt's row is
+            seed = int(torch.randint(2**62, (), device="cpu")) if sampling.seed is None else sampling.seed
+            seeds = [seed + row for row in range(len(prompts))]
+            self._step = Step(model, self.pool, [sampling] * len(prompts), seeds, vocab=vocab)
+            for row, prompt in enumerate(prompts):
+                self._step.sampler.hold(row, prompt)
+            self._first: torch.Tensor | None = self._step.choose(hidden, self._at())
+
+    @property
+    def rows(self) -> list[int]:
+        """The prompts that are still being continued, by their places."""
+        return list(self._places)
+
+    def _at(self) -> PoolRows:
+        return self.pool.at(list(self._places.values()))
 
     @torch.inference_mode()
     def step(self) -> list[int]:
         """The next token of each live row, in the order of `rows`."""
-        if self._tokens is not None:
-            hidden, self.state = advance(self.model, self._tokens[:, None], self.state)
-            self._hidden = hidden[:, -1]
-        logits = self.model.head(self._hidden)
-        self._tokens = self.sampler.choose(logits if self.vocab == logits.shape[-1] else logits[:, : self.vocab])
-        return self._tokens.tolist()
+        tokens, self._first = self._first, None
+        if tokens is None:
+            self._make_room()
+            tokens = self._step(self._at())
+        chosen = tokens.tolist()
+        if min(chosen) < 0:
+            raise not_finite()
+        return chosen
+
+    def _make_room(self) -> None:
+        longest = max(self.pool.lengths) + 1
+        if longest > self.pool.tokens:
+            self.pool.grow(2 * longest)
 
     @torch.inference_mode()
     def leave(self, done: Collection[int]) -> None:
-        """Take rows, named by their prompts' places, out of the batch; memory shrinks with them."""
-        if not done:
+        """Take rows, named by their prompts' places, out of the batch; their room is free again."""
+        gone = [row for row in self._places if row in done]
+        if not gone:
             return
-        keep = [place for place, row in enumerate(self.rows) if row not in done]
-        if len(keep) == len(self.rows):
-            return
-        self.rows = [self.rows[place] for place in keep]
-        if keep:
-            self.sampler.keep(keep)
-            self.state = self.state.select(keep)
-            if self._tokens is not None:
-                self._tokens = self._tokens[torch.tensor(keep, device=self._tokens.device)]
+        assert self._first is None  # nobody leaves before the first token
+        self.pool.leave([self._places.pop(row) for row in gone])
+        if self.pool.device.type != "cuda":
+            self._close_up()
+
+    def _close_up(self) -> None:
+        """Live rows side by side from the first place on, where they can be read without being gathered."""
+        for row in sorted(self._places, key=self._places.__getitem__, reverse=True):
+            place = self._places[row]
+            if place < len(self._places):
+                return
+            state = self.pool.take([place])
+            self.pool.leave([place])
+            (self._places[row],) = self.pool.join(state)
+            self._step.move(place, self._places[row])
+        self._places = dict(sorted(self._places.items()))
 
 
 def generate_tokens(

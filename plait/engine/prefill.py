@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from plait.model.language_model import LanguageModel
-from plait.state import KV, Branches, ModelState, Nothing, SlotState
+from plait.state import ModelState
 
 CHUNK = 2048  # tokens in one call
 
@@ -28,7 +27,7 @@ def prefill(
         last, state = _read_one(model, rows[0], state) if len(rows) == 1 else _read_packed(model, rows, state)
         hidden.append(last)
         states.append(state)
-    return torch.cat(hidden), join(states)
+    return torch.cat(hidden), ModelState.join(states)
 
 
 def _groups(lengths: Sequence[int]) -> list[list[int]]:
@@ -71,28 +70,3 @@ def advance(
     hidden, after = model.features(tokens, state, cu_seqlens=cu_seqlens)
     assert after is not None
     return hidden, after
-
-
-def join(states: Sequence[ModelState]) -> ModelState:
-    """One state with the rows of all, in order; it shares memory with none of them unless there is only one."""
-    if len(states) == 1:
-        return states[0]
-    lengths = tuple(length for state in states for length in state.lengths)
-    slots = tuple(_join(parts, lengths) for parts in zip(*(state.slots for state in states), strict=True))
-    return ModelState(slots, lengths, states[0].design)
-
-
-def _join(parts: Sequence[SlotState], lengths: tuple[int, ...]) -> SlotState:
-    first = parts[0]
-    if isinstance(first, Nothing):
-        return first
-    if isinstance(first, Branches):
-        return Branches(tuple(_join(inner, lengths) for inner in zip(*(part.parts for part in parts), strict=True)))  # type: ignore[union-attr]  # slots of one design are of one kind
-    tensors = {name: _rows([part.tensors()[name] for part in parts]) for name in first.tensors()}
-    return KV.of(tensors["k"], tensors["v"], lengths) if isinstance(first, KV) else type(first)(**tensors)
-
-
-def _rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenated over rows; key buffers of unequal capacity get zeros behind."""
-    longest = max(x.shape[1] for x in tensors)
-    return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in tensors])

@@ -11,8 +11,9 @@ from plait.layers.declared import LayerModule
 from plait.layers.norm import Norm
 from plait.layers.rope import turn
 from plait.ops.attention import attention
+from plait.ops.attention.paged import paged_attention, write_pages
 from plait.ops.kernels import cast
-from plait.state import KV, Window
+from plait.state import KV, Pages, State, Window
 
 
 class AttentionLayer(LayerModule):
@@ -35,8 +36,8 @@ class AttentionLayer(LayerModule):
             self.value_mix = None
 
     def forward(
-        self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | None
-    ) -> tuple[Float[Tensor, "b t d"], KV | Window | None]:
+        self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | Pages | None
+    ) -> tuple[Float[Tensor, "b t d"], KV | Window | Pages | None]:
         c = self.config
         qk, v, *gate = self.qkv_proj(x).split_with_sizes(self.widths, -1)
         qk, v = qk.unflatten(-1, (c.heads + c.kv_heads, -1)), v.unflatten(-1, (c.kv_heads, -1))  # (b, t, h, k)
@@ -51,10 +52,14 @@ class AttentionLayer(LayerModule):
             q = q * (c.scale * c.head_dim**0.5)  # the op's own scale is 1 / sqrt(k)
         if state is None:
             o = attention(q, k, v, window=c.window, softcap=c.softcap, packing=context.packing)
+        elif context.rows is not None:
+            o = self.pooled(q, k, v, context, state)
         elif isinstance(state, Window):
             o, state = self.windowed(q, k, v, context, state)
+        elif isinstance(state, KV):
+            o, state = self.appended(q, k, v, context, state)
         else:
-            o, state = self.cached(q, k, v, context, state)
+            raise TypeError(f"attention has no use for a state of kind {state.kind!r}")
         o = o.flatten(2)
         return self.o_proj(o * torch.sigmoid(gate[0]) if gate else o), state
 
@@ -69,17 +74,22 @@ class AttentionLayer(LayerModule):
         here, there = cast(mix, v.dtype).unbind()
         return here * v + there * first
 
-    def cached(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: KV) -> tuple[Tensor, KV]:
+    def appended(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: KV) -> tuple[Tensor, KV]:
         """Attend to all keys since the start; in the buffer, key j stands at position j."""
-        if not context.ragged:
-            state, k, v = state.extend(k, v, None, None)
+        packing, softcap = context.packing, self.config.softcap
+        if torch.compiler.is_compiling() and packing is None:
+            state, (keys, values) = state.lined_up((k, v), context.starts)
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
+            before = context.starts - (keys.shape[1] - k.shape[1])
+            return attention(q, keys, values, q_start=context.starts, k_start=before, softcap=softcap), state
+        if not context.ragged and context.lengths is not None:
+            state, (k, v) = state.extend((k, v), None, None)
             return attention(
-                q, cast(k, q.dtype), cast(v, q.dtype), q_start=context.lengths[0], softcap=self.config.softcap
+                q, cast(k, q.dtype), cast(v, q.dtype), q_start=context.lengths[0], softcap=softcap
             ), state
-        state, keys, values = state.extend(k, v, context.rows, context.positions)
-        packing = context.packing
+        state, (keys, values) = state.extend((k, v), context.row_of, context.positions)
         rows = q if packing is None else packing.to_rows(q)
-        o = attention(rows, keys.to(q.dtype), values.to(q.dtype), q_start=context.starts, softcap=self.config.softcap)
+        o = attention(rows, keys.to(q.dtype), values.to(q.dtype), q_start=context.starts, softcap=softcap)
         return (o if packing is None else packing.from_rows(o)), state
 
     def windowed(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: Window) -> tuple[Tensor, Window]:
@@ -88,7 +98,7 @@ class AttentionLayer(LayerModule):
         if packing is not None:
             q, k, v = (packing.to_rows(x) for x in (q, k, v))
         keys, values = (torch.cat([old.to(new.dtype), new], 1) for old, new in ((state.k, k), (state.v, v)))
-        start = context.starts if context.ragged else context.lengths[0]
+        start = context.starts if context.ragged or context.lengths is None else context.lengths[0]
         window, softcap = self.config.window, self.config.softcap
         o = attention(q, keys, values, q_start=start, k_start=start - tail, window=window, softcap=softcap)
         if packing is None:
@@ -96,3 +106,35 @@ class AttentionLayer(LayerModule):
         else:
             o, kept = packing.from_rows(o), [packing.last(x, tail) for x in (keys, values)]
         return o, Window(*(x.to(state.k.dtype) for x in kept))
+
+    def pooled(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> Tensor:
+        """Write the new tokens into a pool and attend to what it holds of their rows."""
+        keys, values = state.tensors().values()
+        softcap, rows, table, ends = self.config.softcap, context.rows, context.table, context.ends
+        if not isinstance(state, Window):
+            if table is None:  # a row's one page is its own
+                keys, values = keys[rows], values[rows]
+            write_pages(keys, values, k, v, table, ends)
+            return paged_attention(q, keys, values, table, ends, softcap=softcap)
+        if isinstance(rows, slice):
+            keys, values, rows = keys[rows], values[rows], None
+        if q.shape[1] > 1:
+            return self.round_the_ring(q, k, v, context, (keys, values), rows)
+        # a ring is a page: in which order keys lie in it, attention does not ask
+        places, table = keys.shape[1], None if rows is None else rows[:, None]
+        write_pages(keys, values, k, v, table, context.starts % places + 1)
+        return paged_attention(q, keys, values, table, ends.clamp_max(places), softcap=softcap)
+
+    def round_the_ring(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, ring: tuple[Tensor, Tensor], rows: Tensor | None
+    ) -> Tensor:
+        """Several tokens at once: later ones would write over what earlier ones must see, so the old keys are taken out first."""
+        size, starts = ring[0].shape[1], context.starts
+        row = (torch.arange(len(q), device=q.device) if rows is None else rows)[:, None]
+        old = (starts[:, None] + torch.arange(1 - size, 0, device=q.device)) % size
+        keys, values = (torch.cat([x[row, old].to(q.dtype), new], 1) for x, new in zip(ring, (k, v), strict=True))
+        last = context.positions[:, -size:] % size
+        for x, new in zip(ring, (k, v), strict=True):
+            x[row, last] = new[:, -size:].to(x.dtype)
+        window, softcap = self.config.window, self.config.softcap
+        return attention(q, keys, values, q_start=starts, k_start=starts - (size - 1), window=window, softcap=softcap)

@@ -9,21 +9,27 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from plait.ops.packing import Packing
+from plait.state import PoolRows
 
 
 @dataclass(eq=False)
 class Context:
-    """Built once per call. `lengths` are the tokens each row has seen before it.
+    """Built once per call, of device tensors and of facts that a compiler may rely on.
 
-    `positions` restart at 0 at each document and go on where a state left off. `reports` is where the layers of a slot leave
+    `positions` restart at 0 at each document and go on where a state left off; `starts` are the tokens each row has seen before
+    the call. `lengths` are the same on the host, where a call that is not compiled may know them: a shortcut, no layer needs it.
+    In a pool, `rows` are the rows of its tensors that the call reads and writes, and `table` their pages. `reports` is where the layers of a slot leave
     numbers about this call, each under its `path` in the slot; nothing is left on modules. Which slot it is nobody inside
     knows, so that equal slots are one graph to torch.compile. `embeddings` (b, t, d), what the first slot reads, are there
     where another slot reads them too.
     """
 
     positions: Int[Tensor, "b t"]
-    lengths: tuple[int, ...]
+    starts: Int[Tensor, " b"]
+    lengths: tuple[int, ...] | None = None
     packing: Packing | None = None
+    rows: Int[Tensor, " b"] | slice | None = None
+    table: Int[Tensor, "b n"] | None = None
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     path: str = ""
     embeddings: Tensor | None = None
@@ -32,19 +38,19 @@ class Context:
     @property
     def ragged(self) -> bool:
         """Whether rows stand at different positions, so that keys must be placed row by row."""
-        return self.packing is not None or any(n != self.lengths[0] for n in self.lengths)
+        return self.packing is not None or self.lengths is None or any(n != self.lengths[0] for n in self.lengths)
 
     @property
-    def starts(self) -> Int[Tensor, " b"]:
-        """`lengths` on the device."""
-        return self.cached("starts", lambda: torch.tensor(self.lengths, device=self.positions.device))
+    def ends(self) -> Int[Tensor, " b"]:
+        """What each row will have seen after the call; not of packed documents."""
+        return self.cached("ends", lambda: self.starts + self.positions.shape[1])
 
     @property
-    def rows(self) -> Int[Tensor, "b t"]:
+    def row_of(self) -> Int[Tensor, "b t"]:
         """Each token's row of the state."""
         if self.packing is not None:
             return self.packing.documents[None]
-        places = self.cached("rows", lambda: torch.arange(len(self.lengths), device=self.positions.device))
+        places = self.cached("row_of", lambda: torch.arange(len(self.starts), device=self.positions.device))
         return places[:, None].expand_as(self.positions)
 
     def cached(self, key: Any, compute: Callable[[], Any]) -> Any:
@@ -56,7 +62,7 @@ class Context:
     def slot(self) -> Callable[[], "Context"]:
         """Makes the same call as the next slot sees it, each time anew: a slot that is recomputed must see what it saw."""
         known = dict(self._cache)
-        return lambda: Context(self.positions, self.lengths, self.packing, {}, "", self.embeddings, dict(known))
+        return lambda: self._with({}, "", self.embeddings, dict(known))
 
     def keep(self, slot: "Context") -> None:
         """What a slot has computed once is there for the slots after it."""
@@ -64,8 +70,12 @@ class Context:
 
     def inside(self, part: int) -> "Context":
         """The same call as a part of this layer sees it."""
-        path = f"{self.path}.{part}"
-        return Context(self.positions, self.lengths, self.packing, self.reports, path, _cache=self._cache)
+        return self._with(self.reports, f"{self.path}.{part}", None, self._cache)
+
+    def _with(self, reports: dict[str, dict[str, Any]], path: str, embeddings: Tensor | None, cache: dict) -> "Context":
+        return Context(
+            self.positions, self.starts, self.lengths, self.packing, self.rows, self.table, reports, path, embeddings, cache
+        )
 
     def report(self, name: str, value: Any) -> None:
         """Leave a number about this call."""
@@ -74,19 +84,32 @@ class Context:
 
 def context_for(
     inputs: Shaped[Tensor, "b t ..."],
+    starts: Int[Tensor, " b"] | None = None,
     lengths: tuple[int, ...] | None = None,
     documents: tuple[int, ...] | None = None,
 ) -> Context:
-    """The context of a call: `lengths` seen before per state row, `documents` the packed lengths (batch 1)."""
+    """The context of a call on values: `documents` are the packed lengths (batch 1); `starts` the tokens each row has seen
+    before, none where that is not given, and `lengths` the same where the host knows."""
     (b, t), device = inputs.shape[:2], inputs.device
     packing = Packing(documents, device) if documents is not None else None
-    before = lengths or (0,) * (b if documents is None else len(documents))
+    rows = b if documents is None else len(documents)
+    if starts is None:
+        starts, lengths = torch.zeros(rows, dtype=torch.int64, device=device), (0,) * rows
     if packing is not None:
         positions = packing.offsets
-        if any(before):
-            positions = positions + torch.tensor(before, device=device)[packing.documents]
-    elif len(set(before)) == 1:
-        positions = torch.arange(before[0], before[0] + t, device=device).expand(b, t)
+        if lengths is None or any(lengths):
+            positions = positions + starts[packing.documents]
+    elif lengths is not None and len(set(lengths)) == 1:
+        positions = torch.arange(lengths[0], lengths[0] + t, device=device).expand(b, t)
     else:
-        positions = torch.tensor(before, device=device)[:, None] + torch.arange(t, device=device)
-    return Context(positions, before, packing)
+        positions = starts[:, None] + torch.arange(t, device=device)
+    return Context(positions, starts, lengths, packing)
+
+
+def pooled_context(inputs: Shaped[Tensor, "b t ..."], at: PoolRows) -> Context:
+    """The context of a call on rows of a pool: of device tensors alone."""
+    pool = at.pool
+    starts = pool.starts[at.index].clone()  # what a view shows moves on with the call
+    positions = starts[:, None] + torch.arange(inputs.shape[1], device=inputs.device)
+    table = None if at.straight else pool.table[at.index]
+    return Context(positions, starts, rows=at.index, table=table)

@@ -43,13 +43,13 @@ class GatedDeltaNetLayer(LayerModule):
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         qkv, z, b, a = self.in_proj(x).split_with_sizes(self.widths, -1)
-        qkv, conv = causal_conv(qkv, self.conv1d_weight, state=state and state.conv, packing=context.packing)
+        qkv, conv = causal_conv(qkv, self.conv1d_weight, state=state and state.conv, rows=context.rows, packing=context.packing)
         qk, v = F.silu(qkv).split_with_sizes(self.conv_widths, -1)
         q, k = l2norm(qk.unflatten(-1, (2, -1, self.config.head_dim))).unbind(2)  # (b, t, g, k)
         v = v.unflatten(-1, (-1, self.config.value_head_dim))  # (b, t, h, v)
         A_log = self.A_log
         g = -A_log.exp() * F.softplus(cast(a, A_log.dtype) + self.dt_bias)
         beta = torch.sigmoid(cast(b, A_log.dtype))
-        o, s = gated_delta(q, k, v, g, beta, state=state and state.s, packing=context.packing)
+        o, s = gated_delta(q, k, v, g, beta, state=state and state.s, rows=context.rows, packing=context.packing)
         o = self.norm(o) * F.silu(z.unflatten(-1, (-1, self.config.value_head_dim)))
         return self.out_proj(o.flatten(2)), recurrent(s, conv)

@@ -176,7 +176,9 @@ class RecurrentLayer(LayerModule):
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         u, conv = x, state and state.conv
         if self.conv1d_weight is not None:
-            u, conv = causal_conv(x, self.conv1d_weight, self.conv1d_bias, state=conv, packing=context.packing)
+            u, conv = causal_conv(
+                x, self.conv1d_weight, self.conv1d_bias, state=conv, rows=context.rows, packing=context.packing
+            )
             u = F.silu(u)
         solve = self._strictly if self.cell.config.strict else self._solve
         h, s, info = solve(u, context, state)
@@ -186,7 +188,7 @@ class RecurrentLayer(LayerModule):
         return self.out_proj(h), recurrent(s, conv)
 
     def _solve(self, u: Tensor, context: Context, state: Recurrent | None) -> tuple[Tensor, Tensor | None, Info]:
-        return self.cell(u, state and state.s, context.packing)
+        return self.cell(u, state and state.s, context.packing, context.rows)
 
     def _strictly(self, u: Tensor, context: Context, state: Recurrent | None) -> tuple[Tensor, Tensor | None, Info]:
         try:  # in a method of its own: where a graph breaks inside a try, torch.compile gives up the whole function

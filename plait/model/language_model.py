@@ -14,9 +14,9 @@ from plait.design.ends import Tokens
 from plait.design.layers import Attention
 from plait.design.model import ModelConfig, nearest_place
 from plait.design.places import Node, ParallelPlace, layers, paths
-from plait.design.spec import StateSpec
+from plait.design.spec import Leaf, Memories, StateSpec, TensorSpec
 from plait.design.summary import summary
-from plait.layers import Context, build_stack, context_for
+from plait.layers import Context, build_stack, context_for, pooled_context
 from plait.layers.declared import Projection, empty
 from plait.layers.norm import Norm
 from plait.model.front import with_meta
@@ -25,7 +25,7 @@ from plait.model.padding import Padding, packed_lengths
 from plait.model.tracing import refuse_tracing
 from plait.ops.numbers import whole_number
 from plait.ops.shooting import NotConverged
-from plait.state import KV, Branches, ModelState, Nothing, Recurrent, SlotState, Window
+from plait.state import ModelState, Pool, PoolRows, SlotState, remember
 
 
 class LanguageModel(nn.Module):
@@ -95,13 +95,13 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Shaped[Tensor, "b t ..."],
-        state: ModelState | None = None,
+        state: ModelState | PoolRows | None = None,
         *,
         cu_seqlens: Int[Tensor, " n+1"] | None = None,
         attention_mask: Tensor | None = None,
         stats: dict[str, Any] | None = None,
-    ) -> tuple[Float[Tensor, "b t v"], ModelState | None]:
-        """Logits (b, t, vocab), and the state after these tokens where one was given.
+    ) -> tuple[Float[Tensor, "b t v"], ModelState | PoolRows | None]:
+        """Logits (b, t, vocab), and the state after these tokens where one was given. Rows of a pool are moved on in place.
 
         tokens: ids (b, t), or vectors (b, t, features) where the design's front takes those.
         cu_seqlens: batch 1, documents packed end to end, n + 1 offsets from 0; a state then has one row per document.
@@ -114,15 +114,17 @@ class LanguageModel(nn.Module):
     def features(
         self,
         tokens: Shaped[Tensor, "b t ..."],
-        state: ModelState | None = None,
+        state: ModelState | PoolRows | None = None,
         *,
         cu_seqlens: Int[Tensor, " n+1"] | None = None,
         attention_mask: Tensor | None = None,
         stats: dict[str, Any] | None = None,
-    ) -> tuple[Float[Tensor, "b t d"], ModelState | None]:
+    ) -> tuple[Float[Tensor, "b t d"], ModelState | PoolRows | None]:
         """What `head` reads: the normed output of the last slot, zero at padding. Arguments as in `forward`."""
         refuse_tracing(self.design, tokens)
         tokens = self._checked_inputs(tokens)
+        if isinstance(state, PoolRows):
+            return self._on_pool(tokens, state, cu_seqlens, attention_mask, stats)
         padding = None
         documents = None
         if attention_mask is not None:
@@ -135,15 +137,56 @@ class LanguageModel(nn.Module):
             documents = packed_lengths(tokens, cu_seqlens)
         rows = tokens.shape[0] if documents is None else len(documents)
         self._check_state(state, rows)
-        seen = state.lengths if state else (0,) * rows
-        stretch = with_meta(self._embed(tokens), self.meta, seen, documents)
-        context = context_for(stretch.x, seen, stretch.documents)
+        seen = None if state is None or torch.compiler.is_compiling() else state.lengths
+        begins = state is None or state.fresh or (seen is not None and 0 in seen)
+        stretch = with_meta(self._embed(tokens), self.meta if begins else None, seen or (0,) * rows, documents)
+        context = context_for(stretch.x, None if state is None else state.seen, seen, stretch.documents)
         after = self._after(context, stretch.documents)
         hidden, slots = self.run(self._placed(stretch.x, context), context, state.slots if state else None, stats=stats)
         hidden = self.norm(stretch.only_text(hidden))
         if padding is not None:
             hidden = padding.restore(hidden)
-        return hidden, None if state is None else ModelState(slots, after, state.design)
+        if state is None:
+            return hidden, None
+        if stretch.documents is None:
+            return hidden, state.then(slots, stretch.x.shape[1], after)
+        return hidden, state.then(slots, torch.tensor(stretch.documents, device=self.device), after)
+
+    @torch.no_grad()
+    def _on_pool(
+        self,
+        tokens: Tensor,
+        at: PoolRows,
+        cu_seqlens: Tensor | None,
+        attention_mask: Tensor | None,
+        stats: dict[str, Any] | None,
+    ) -> tuple[Float[Tensor, "b t d"], PoolRows]:
+        """`features` on rows of a pool: what the host has to do around `step`."""
+        if cu_seqlens is not None or attention_mask is not None:
+            raise ValueError("a call on rows of a pool takes whole rows: no cu_seqlens, no attention_mask")
+        pool, count = at.pool, tokens.shape[1]
+        if pool.design != self.design.hash or pool.device != self.device:
+            raise ValueError(f"this pool is another model's: make one with model.init_pool, on {self.device}")
+        if at.batch != len(tokens):
+            raise ValueError(f"the call has {len(tokens)} rows, but {at.batch} rows of the pool")
+        self._check_length(max(at.lengths) + count)
+        pool.reserve(at.rows, count)
+        hidden = self.step(tokens, at, stats)
+        pool.advance(at.rows, count)
+        return hidden, at
+
+    def step(
+        self, tokens: Int[Tensor, "b t"], at: PoolRows, stats: dict[str, Any] | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Features of more tokens in rows of a pool, which are moved on: a function of device tensors alone. The pool must have
+        room reserved; rows begin with what `init_state` and a call on a value have given them."""
+        context = pooled_context(tokens, at)
+        hidden, _ = self.run(self._placed(self._embed(tokens), context), context, at.pool.slots, stats=stats)
+        if isinstance(at.index, slice):
+            at.pool.starts[at.index] += tokens.shape[1]
+        else:
+            at.pool.starts.index_copy_(0, at.index, context.ends)
+        return self.norm(hidden)
 
     def _embed(self, inputs: Shaped[Tensor, "b t ..."]) -> Float[Tensor, "b t d"]:
         x = self.embed(inputs.to(self.dtype) if inputs.is_floating_point() else inputs)
@@ -227,11 +270,28 @@ class LanguageModel(nn.Module):
     def init_state(self, batch: int = 1, length: int = 0) -> ModelState:
         """The state before the first token, with room for the keys of `length` tokens (it grows by itself)."""
         batch, length = whole_number("init_state: batch", batch, 1), whole_number("init_state: length", length, 0)
-        spec = self.state_spec(batch, length)
-        lengths = (0,) * batch
+        lengths, room = (0,) * batch, length + self.design.front.meta if length else 0
+
+        def make(leaf: Leaf) -> Tensor:
+            return _start(leaf.sized(batch, room), self.device)
+
         with torch.inference_mode(False):  # or only calls in inference mode could append to the keys
-            slots = tuple(_start(part, lengths, self.device) for part in spec.branches)
-        return ModelState(slots, lengths, self.design.hash)
+            slots = tuple(remember(part, lengths, make) for part in self._memory().parts)
+            return ModelState.of(slots, lengths, self.design.hash, self.device)
+
+    def init_pool(self, rows: int, length: int, *, page: int | None = None, pages: int | None = None) -> Pool:
+        """Room for `rows` sequences of up to `length` tokens, written in place: what serving runs on (`plait.state.Pool`).
+        Keys lie in `pages` pages of `page` tokens; without these a row has one page, and there is one for each row."""
+        rows, length = whole_number("init_pool: rows", rows, 1), whole_number("init_pool: length", length, 1)
+        page = None if page is None else whole_number("init_pool: page", page, 1)
+        pages = None if pages is None else whole_number("init_pool: pages", pages, 1)
+        tokens = length + self.design.front.meta
+        return Pool(
+            self._memory(), self.design.hash, self.device, rows=rows, tokens=tokens, page=page, pages=pages
+        )
+
+    def _memory(self) -> Memories:
+        return count.memory(self.design, str(self.dtype).removeprefix("torch."))
 
     def state_spec(self, batch: int = 1, length: int = 0) -> StateSpec:
         """Shapes, dtypes and bytes of the state of `batch` sequences of `length` tokens; allocates nothing."""
@@ -299,16 +359,22 @@ class LanguageModel(nn.Module):
         if not torch.compiler.is_compiling() and state.device not in (None, self.device) and self.device.type != "meta":
             raise ValueError(f"the state is on {state.device}, the model on {self.device}: give state.to(model.device)")
 
-    def _after(self, context: Context, documents: tuple[int, ...] | None) -> tuple[int, ...]:
-        """What each row will have seen, meta tokens included. Raises ValueError where that is more than positions go."""
+    def _after(self, context: Context, documents: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """What each row will have seen, meta tokens included; None where only the device knows what it has seen. Raises ValueError
+        where that is more than positions go."""
+        if context.lengths is None:
+            return None
         counts = documents or (context.positions.shape[1],) * len(context.lengths)
         after = tuple(n + c for n, c in zip(context.lengths, counts, strict=True))
-        longest = max(after) - self.design.front.meta
+        self._check_length(max(after))
+        return after
+
+    def _check_length(self, seen: int) -> None:
+        longest = seen - self.design.front.meta
         if self.max_positions is not None and longest > self.max_positions:
             raise ValueError(
                 f"a sequence of {longest} tokens is longer than this model's positions go (max_positions {self.max_positions})"
             )
-        return after
 
     def __repr__(self) -> str:
         return summary(self.design)
@@ -333,14 +399,8 @@ def _run(
     return x, after, here
 
 
-_VALUES = {"window": Window, "recurrent": Recurrent, "none": Nothing}
-
-
-def _start(spec: StateSpec, lengths: tuple[int, ...], device: torch.device) -> SlotState:
-    if spec.branches:
-        return Branches(tuple(_start(part, lengths, device) for part in spec.branches))
-    tensors = [torch.zeros(t.shape, dtype=getattr(torch, t.dtype), device=device) for t in spec.tensors]
-    for tensor, t in zip(tensors, spec.tensors, strict=True):
-        for i, value in enumerate(t.start):
-            tensor[:, i] = value
-    return KV.of(tensors[0], tensors[1], lengths) if spec.kind == "kv" else _VALUES[spec.kind](*tensors)
+def _start(spec: TensorSpec, device: torch.device) -> Tensor:
+    tensor = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+    for i, value in enumerate(spec.start):
+        tensor[:, i] = value
+    return tensor

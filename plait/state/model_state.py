@@ -1,8 +1,8 @@
 """What a whole model remembers: one typed value per slot, and how many tokens each row has seen."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
 from typing import Any, Self
@@ -11,38 +11,61 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor
 
+from plait.design.spec import Leaf, Memories, Memory
 from plait.files import write_atomic
-from plait.state.kv import KV
-from plait.state.values import Branches, Nothing, Recurrent, SlotState, Window
+from plait.state.values import Branches, State
 
 
 @dataclass(frozen=True, eq=False)
 class ModelState:
-    """An immutable value: a model given a state returns a new one, and the old one may be used again."""
+    """An immutable value: a model given a state returns a new one, and the old one may be used again.
 
-    slots: tuple[SlotState, ...]
-    lengths: tuple[int, ...]
+    `seen` holds `lengths` on the device, for calls that may not depend on a number; `fresh`: no row has seen anything.
+    """
+
+    slots: tuple[State, ...]
+    seen: Int[Tensor, " b"]
     design: str
+    fresh: bool = False
+    _lengths: list[tuple[int, ...]] = field(default_factory=list)  # once the host knows them
+
+    @classmethod
+    def of(cls, slots: tuple[State, ...], lengths: tuple[int, ...], design: str, device: torch.device) -> Self:
+        """For rows that have seen `lengths` tokens."""
+        return cls(slots, torch.tensor(lengths, device=device), design, not any(lengths), [lengths])
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that each row has seen."""
+        if not self._lengths:
+            self._lengths.append(tuple(self.seen.tolist()))
+        return self._lengths[0]
+
+    def then(self, slots: tuple[State, ...], counts: Tensor | int, lengths: tuple[int, ...] | None) -> Self:
+        """After `counts` more tokens in each row, which makes `lengths` of them where the host counts too."""
+        return type(self)(slots, self.seen + counts, self.design, False, [] if lengths is None else [lengths])
 
     @property
     def batch(self) -> int:
-        return len(self.lengths)
+        return len(self.seen)
 
     @property
-    def device(self) -> torch.device | None:
-        """Where its tensors are; None where no layer keeps any."""
-        return next((x.device for slot in self.slots for x in slot.tensors().values()), None)
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.seen.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, room reserved for further keys included."""
+        """Bytes of what the layers remember, room reserved for further keys included."""
         return sum(x.nbytes for x in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, such as "3.s"."""
-        return {f"{i}.{name}": x for i, slot in enumerate(self.slots) for name, x in slot.tensors().items()}
+        return Branches(self.slots).tensors()
 
     def fork(self) -> Self:
         """A copy that shares no memory: both may go on independently."""
@@ -54,7 +77,8 @@ class ModelState:
 
     def to(self, device: str | torch.device) -> Self:
         """A copy on another device."""
-        return replace(self, slots=tuple(slot.map(lambda x: x.to(device, copy=True)) for slot in self.slots))
+        slots = tuple(slot.map(lambda x: x.to(device, copy=True)) for slot in self.slots)
+        return replace(self, slots=slots, seen=self.seen.to(device))
 
     def select(self, rows: Sequence[int] | Tensor | np.ndarray) -> Self:
         """A copy of some rows, in the order given; a row may be taken more than once. Rows are whole numbers, in any kind of
@@ -65,19 +89,26 @@ class ModelState:
         def pick(x: Tensor) -> Tensor:
             return x[torch.tensor(picked, dtype=torch.int64, device=x.device)]
 
-        return replace(self, slots=tuple(slot.map(pick, lengths) for slot in self.slots), lengths=lengths)
+        return self.of(tuple(slot.map(pick, lengths) for slot in self.slots), lengths, self.design, self.device)
+
+    @classmethod
+    def join(cls, states: Sequence[Self]) -> Self:
+        """One state with the rows of all, in order. It shares memory with none of them unless there is only one."""
+        if len(states) == 1:
+            return states[0]
+        lengths = tuple(length for state in states for length in state.lengths)
+        slots = tuple(_join(parts, lengths) for parts in zip(*(state.slots for state in states), strict=True))
+        return cls.of(slots, lengths, states[0].design, states[0].device)
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, atomically, with the hash of the design that it belongs to."""
-        for slot in self.slots:
-            slot.map(lambda x: x)  # raises where a handle is stale
+        tensors = {name: x.detach().contiguous() for name, x in self.detach().tensors().items()}  # raises where keys are stale
         metadata = {
             "format": "plait-state",
             "design": self.design,
             "lengths": json.dumps(self.lengths),
             "slots": json.dumps([_kinds(slot) for slot in self.slots]),
         }
-        tensors = {name: x.detach().contiguous() for name, x in self.tensors().items()}
         write_atomic(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
     @classmethod
@@ -96,7 +127,14 @@ class ModelState:
         lengths = tuple(json.loads(metadata["lengths"]))
         kinds = json.loads(metadata["slots"])
         slots = tuple(_restore(kind, f"{i}.", tensors, lengths) for i, kind in enumerate(kinds))
-        return cls(slots, lengths, metadata["design"])
+        return cls.of(slots, lengths, metadata["design"], torch.device(device))
+
+
+def remember(memory: Memory | Memories, lengths: tuple[int, ...], make: Callable[[Leaf], Tensor]) -> State:
+    """A value for what a layer has declared, every leaf `make`n."""
+    if isinstance(memory, Memories):
+        return Branches(tuple(remember(part, lengths, make) for part in memory.parts))
+    return State.kinds[memory.kind].of({leaf.name: make(leaf) for leaf in memory.leaves}, lengths)
 
 
 def _row_numbers(rows: Any, batch: int) -> list[int]:
@@ -131,15 +169,27 @@ def _row_number(row: Any, batch: int) -> int:
     return number % batch
 
 
-def _kinds(slot: SlotState) -> Any:
+def _kinds(slot: State) -> Any:
     return [_kinds(part) for part in slot.parts] if isinstance(slot, Branches) else slot.kind
 
 
-def _restore(kind: Any, prefix: str, tensors: dict[str, Tensor], lengths: tuple[int, ...]) -> SlotState:
+def _restore(kind: Any, prefix: str, tensors: dict[str, Tensor], lengths: tuple[int, ...]) -> State:
     if isinstance(kind, list):
         return Branches(tuple(_restore(part, f"{prefix}{i}.", tensors, lengths) for i, part in enumerate(kind)))
-    names = {"kv": ("k", "v"), "window": ("k", "v"), "recurrent": ("s", "conv"), "none": ()}[kind]
-    values = [tensors[prefix + name] for name in names]
-    if kind == "kv":
-        return KV.of(values[0], values[1], lengths)
-    return {"window": Window, "recurrent": Recurrent, "none": Nothing}[kind](*values)
+    mine = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    return State.kinds[kind].of(mine, lengths)
+
+
+def _join(parts: Sequence[State], lengths: tuple[int, ...]) -> State:
+    first = parts[0]
+    if isinstance(first, Branches):
+        inside = zip(*(part.parts for part in parts if isinstance(part, Branches)), strict=True)
+        return Branches(tuple(_join(inner, lengths) for inner in inside))
+    each = [part.map(lambda x: x).tensors() for part in parts]  # raises where keys are stale
+    return type(first).of({name: _rows([tensors[name] for tensors in each]) for name in first.tensors()}, lengths)
+
+
+def _rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenated over rows; buffers of unequal capacity get zeros behind."""
+    longest = max(x.shape[1] for x in tensors)
+    return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in tensors])

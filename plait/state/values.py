@@ -1,32 +1,51 @@
-"""Typed state values. All but KV are plain tensors that no call ever writes to again."""
+"""Typed state values. All but what is appended to (`plait.state.kv`) are plain tensors that no call ever writes to again.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+A kind of value is a class here or beside it, named as in the `Memory` that layers declare, with a field for each leaf. All else -
+starting, copying, joining, files, pools - works by that declaration alone.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import ClassVar, Self
 
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.state.kv import KV
+
+class State:
+    """What a layer remembers: one tensor for each leaf that it has declared."""
+
+    kind: ClassVar[str] = ""
+    kinds: ClassVar[dict[str, type["State"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if cls.kind:
+            State.kinds[cls.kind] = cls
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], lengths: tuple[int, ...]) -> Self:
+        """From tensors by leaf, for rows that have seen `lengths` tokens."""
+        return cls(**tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # all are dataclasses
+
+    def map(self, change: Callable[[Tensor], Tensor], lengths: tuple[int, ...] | None = None) -> Self:
+        """The same with every tensor `change`d; `lengths`: of its rows, where others are left."""
+        return type(self)(*(change(x) for x in self.tensors().values()))
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
+class Window(State):
     """The keys and values that a sliding window still sees, the newest last; entries before position 0 are zero."""
 
     kind: ClassVar[str] = "window"
     k: Float[Tensor, "b w-1 h k"]
     v: Float[Tensor, "b w-1 h k"]
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"k": self.k, "v": self.v}
-
-    def map(self, change: Callable[[Tensor], Tensor], lengths: tuple[int, ...] | None = None) -> Self:
-        return type(self)(change(self.k), change(self.v))
-
 
 @dataclass(frozen=True, eq=False)
-class Recurrent:
+class Recurrent(State):
     """What a recurrence remembers, at least float32, and the last inputs of the short convolution (w = 1: there is none).
 
     A matrix (v, k) per head; of a nonlinear recurrence the states of each unit: (b, states, h, k).
@@ -36,12 +55,6 @@ class Recurrent:
     s: Float[Tensor, "b h v k"]
     conv: Float[Tensor, "b w-1 d"]
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"s": self.s, "conv": self.conv}
-
-    def map(self, change: Callable[[Tensor], Tensor], lengths: tuple[int, ...] | None = None) -> Self:
-        return type(self)(change(self.s), change(self.conv))
-
 
 def recurrent(s: Tensor | None, conv: Tensor | None) -> Recurrent | None:
     """What the ops of a layer leave behind: a state where they were given one."""
@@ -49,24 +62,18 @@ def recurrent(s: Tensor | None, conv: Tensor | None) -> Recurrent | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Nothing:
+class Nothing(State):
     """The state of a layer that has none."""
 
     kind: ClassVar[str] = "none"
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def map(self, change: Callable[[Tensor], Tensor], lengths: tuple[int, ...] | None = None) -> Self:
-        return self
-
 
 @dataclass(frozen=True, eq=False)
-class Branches:
+class Branches(State):
     """One state per branch of a parallel slot, and per layer of a branch."""
 
     kind: ClassVar[str] = "branches"
-    parts: tuple["SlotState", ...]
+    parts: tuple[State, ...]
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": x for i, part in enumerate(self.parts) for name, x in part.tensors().items()}
@@ -75,4 +82,4 @@ class Branches:
         return type(self)(tuple(part.map(change, lengths) for part in self.parts))
 
 
-SlotState = KV | Window | Recurrent | Nothing | Branches
+SlotState = State

@@ -3,7 +3,7 @@
 from typing import Self
 
 from plait.design.layers.layer import Layer, head_sizes
-from plait.design.spec import StateSpec, TensorSpec
+from plait.design.spec import Leaf, Memory
 from plait.design.spelling import suggest
 from plait.design.struct import DERIVED, Struct, positive
 from plait.design.weights import Bias, Constant, Weight, Weights, norm, projection
@@ -88,8 +88,7 @@ class Attention(Layer, frozen=True, kw_only=True, tag="attention"):
     def mixing(self, dim: int, context: int) -> int:
         return 4 * self.heads * self.head_dim * min(context, self.window or context)
 
-    def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
-        keep = self.window - 1 if self.window else length
-        shape = (batch, keep, self.kv_heads, self.head_dim)
-        kind = "window" if self.window else "kv"
-        return StateSpec(kind, (TensorSpec("k", shape, dtype), TensorSpec("v", shape, dtype)))
+    def state(self, dim: int, dtype: str) -> Memory:
+        kind, keep = ("window", self.window - 1) if self.window else ("kv", "all")
+        shape, ring = (self.kv_heads, self.head_dim), self.window is not None
+        return Memory(kind, tuple(Leaf(name, shape, dtype, keep, ring=ring) for name in ("k", "v")))

@@ -3,7 +3,7 @@
 from typing import Self
 
 from plait.design.layers.layer import Layer, head_sizes, wide_head_dim
-from plait.design.spec import StateSpec, recurrent_spec
+from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import Constant, Uniform, Weight, Weights, norm, projection, short_conv
 
@@ -51,7 +51,7 @@ class GatedDeltaNet(Layer, frozen=True, kw_only=True, tag="gated_deltanet"):
     def mixing(self, dim: int, context: int) -> int:
         return 3 * 2 * self.value_heads * self.value_head_dim * self.head_dim  # read S k, write, read S q
 
-    def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
+    def state(self, dim: int, dtype: str) -> Memory:
         rows = self.rows()
         channels, matrix = rows["q"] + rows["k"] + rows["v"], (self.value_heads, self.value_head_dim, self.head_dim)
-        return recurrent_spec(batch, matrix, self.conv_width, channels, dtype)
+        return recurrent(matrix, self.conv_width, channels, dtype)

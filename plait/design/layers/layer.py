@@ -2,7 +2,7 @@
 
 from typing import Any, Self
 
-from plait.design.spec import StateSpec
+from plait.design.spec import Memory
 from plait.design.struct import Struct, convert, positive
 from plait.design.weights import Constant, Normal, Weight, Weights, total
 from plait.design.wrap import Wrap
@@ -43,9 +43,9 @@ class Layer(Struct, frozen=True, kw_only=True):
         """Forward FLOPs for one token that sees `context` tokens, beside those of the weights' matrices."""
         return 0
 
-    def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
-        """What `batch` sequences of `length` tokens leave behind in a model of `dtype`."""
-        return StateSpec("none")
+    def state(self, dim: int, dtype: str) -> Memory:
+        """What the layer remembers of every row in a model of `dtype`."""
+        return Memory()
 
     def parameters(self, dim: int, reads: int | None = None) -> int:
         """Numbers learned by the resolved layer, one use's adapters included."""

@@ -4,7 +4,7 @@ import math
 from typing import Self
 
 from plait.design.layers.layer import Layer
-from plait.design.spec import StateSpec, recurrent_spec
+from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import Constant, Uniform, Weight, Weights, norm, projection, short_conv
 
@@ -53,7 +53,7 @@ class Mamba2(Layer, frozen=True, kw_only=True, tag="mamba2"):
     def mixing(self, dim: int, context: int) -> int:
         return 2 * 2 * self.heads * self.head_dim * self.state_dim  # write v k^T, read S q
 
-    def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
+    def state(self, dim: int, dtype: str) -> Memory:
         rows = self.rows()
         channels = rows["x"] + rows["B"] + rows["C"]
-        return recurrent_spec(batch, (self.heads, self.head_dim, self.state_dim), self.conv_width, channels, dtype)
+        return recurrent((self.heads, self.head_dim, self.state_dim), self.conv_width, channels, dtype)

@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal, Self
 
 from plait.design.layers.layer import Layer, head_sizes, wide_head_dim
-from plait.design.spec import StateSpec, TensorSpec, accumulator
+from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import (
     Constant,
@@ -130,11 +130,10 @@ class NonlinearRecurrence(Layer, frozen=True, kw_only=True):
             *projection("out_proj", dim, self.units, writes=True),
         )
 
-    def state(self, dim: int, batch: int, length: int, dtype: str) -> StateSpec:
+    def state(self, dim: int, dtype: str) -> Memory:
         _, states, _ = self.sizes()
-        s = TensorSpec("s", (batch, states, *self.groups()), accumulator(dtype), self.start())
         channels = self.wrap.width(dim) if self.wrap else dim
-        return StateSpec("recurrent", (s, TensorSpec("conv", (batch, (self.conv_width or 1) - 1, channels), dtype)))
+        return recurrent((states, *self.groups()), self.conv_width or 1, channels, dtype, self.start())
 
 
 class RNN(NonlinearRecurrence, frozen=True, kw_only=True, tag="rnn"):

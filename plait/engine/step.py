@@ -1,0 +1,106 @@
+"""From tokens to tokens: one step of rows of a pool, a function of device tensors, and on a GPU a graph that is replayed.
+
+A graph is captured for a number of rows, the bucket; a step of fewer rows fills up with the pool's last row, which is nobody's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from plait.engine.sampling import Sampler, Sampling
+from plait.model.language_model import LanguageModel
+from plait.state import Pool, PoolRows
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries make their handles
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A step as one launch: fill `index`, replay, read `tokens`."""
+
+    graph: "torch.cuda.CUDAGraph"
+    index: Int[Tensor, " bucket"]
+    tokens: Int[Tensor, " bucket"]
+
+
+class Step:
+    """`step(pool.at(rows))` gives these rows' next tokens (b,), having read the last ones. `samplings` and `seeds` are by row."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        pool: Pool,
+        samplings: Sequence[Sampling],
+        seeds: Sequence[int],
+        *,
+        vocab: int | None = None,
+    ):
+        self.model, self.pool = model, pool
+        self.vocab = vocab or model.design.vocab
+        spare = pool.rows + 1 - len(samplings)  # the last row is nobody's
+        self.sampler = Sampler([*samplings, *[Sampling()] * spare], [*seeds, *[0] * spare], self.vocab, pool.device)
+        self.tokens = torch.zeros(pool.rows + 1, dtype=torch.int64, device=pool.device)
+        self.captured: dict[int, Captured] = {}
+        self._tensors = pool.tensors
+
+    def __call__(self, at: PoolRows) -> Int[Tensor, " b"]:
+        self.pool.reserve(at.rows, 1)
+        tokens = self._replay(at) if self.pool.device.type == "cuda" else self.run(at)
+        self.pool.advance(at.rows, 1)
+        return tokens
+
+    def run(self, at: PoolRows) -> Int[Tensor, " b"]:
+        """The step itself: asks the device nothing."""
+        return self.choose(self.model.step(self.tokens[at.index][:, None], at)[:, -1], at)
+
+    def choose(self, hidden: Float[Tensor, "b d"], at: PoolRows) -> Int[Tensor, " b"]:
+        """Next tokens from what the head reads."""
+        logits = self.model.head(hidden)
+        logits = logits if self.vocab == logits.shape[-1] else logits[:, : self.vocab]
+        tokens = self.sampler.choose(logits, at.index, self.pool.starts[at.index])
+        self.tokens[at.index] = tokens.clamp_min(0)
+        return tokens
+
+    def move(self, row: int, to: int) -> None:
+        """A row has another place now."""
+        self.tokens[to] = self.tokens[row]
+        self.sampler.move(row, to)
+
+    def warm_up(self, buckets: Sequence[int] = BUCKETS) -> None:
+        """Capture these buckets now, and not when the first step needs one."""
+        for bucket in buckets:
+            if bucket <= self.pool.rows:
+                self._graph(bucket)
+
+    def _replay(self, at: PoolRows) -> Int[Tensor, " b"]:
+        captured = self._graph(next(size for size in (*BUCKETS, at.batch) if size >= at.batch))
+        captured.index.fill_(self.pool.rows)
+        captured.index[: at.batch] = self.pool.on_device(at.rows)
+        captured.graph.replay()
+        return captured.tokens[: at.batch].clone()
+
+    def _graph(self, bucket: int) -> Captured:
+        if self._tensors is not self.pool.tensors:  # the pool has grown into others
+            self.captured, self._tensors = {}, self.pool.tensors
+        if bucket not in self.captured:
+            self.captured[bucket] = self._capture(bucket)
+        return self.captured[bucket]
+
+    def _capture(self, bucket: int) -> Captured:
+        index = torch.full((bucket,), self.pool.rows, device=self.pool.device)
+        at = PoolRows(self.pool, (self.pool.rows,) * bucket, index)
+        stream = torch.cuda.Stream(self.pool.device)
+        stream.wait_stream(torch.cuda.current_stream(self.pool.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self.run(at)
+        torch.cuda.current_stream(self.pool.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            tokens = self.run(at)
+            self.pool.starts[self.pool.rows :] = 0  # nobody's row stays short
+        return Captured(graph, index, tokens)

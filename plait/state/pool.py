@@ -1,0 +1,422 @@
+"""States of many sequences in tensors of fixed shapes, allocated once and written in place: what serving runs on.
+
+A row is the place of one sequence. What a layer keeps of all tokens lies in pages of `page` tokens, and a table says which pages
+are a row's, in order; everything else has one place per row. Lengths and the table are on the device, so that a step is a
+function of device tensors alone; the host keeps the same numbers for itself and never asks.
+
+`snapshot` copies what cannot be cut and shares the pages, which are copied before anybody writes into a shared one.
+"""
+
+import heapq
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from plait.design.spec import Leaf, Memories, Memory
+from plait.state.model_state import ModelState, remember
+from plait.state.values import Branches, State
+
+
+class PoolFull(RuntimeError):
+    """There is no row, or no page, for what was asked. The pool is as it was before."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pages(State):
+    """What is kept of all tokens, (pages, page, ...) each, by leaf."""
+
+    leaves: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.leaves
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What a row remembered after `length` tokens. Its pages stay in the pool for as long as it lives."""
+
+    length: int
+    design: str
+    values: dict[str, Tensor]
+    pages: tuple[int, ...]
+    pool: "weakref.ref[Pool]"
+
+
+@dataclass(frozen=True, eq=False)
+class PoolRows:
+    """Some rows of a pool, given to a model where a state is: `model(tokens, pool.at([0, 3]))`. Row i of the call is the i-th."""
+
+    pool: "Pool"
+    rows: tuple[int, ...]
+    index: slice | Int[Tensor, " b"]
+
+    @property
+    def batch(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self.pool.lengths[row] for row in self.rows)
+
+    @property
+    def straight(self) -> bool:
+        """Whether the rows are neighbours, and the one page of each has its number: then nobody need look into the table."""
+        alone = isinstance(self.index, slice) and self.pool.width == 1
+        return alone and all(self.pool.tables[row] in ([], [row]) for row in self.rows)
+
+
+class Pool:
+    """Room for `rows` sequences of up to `tokens` tokens each, in `pages` pages of `page` tokens (a page per row: None).
+
+    lengths: tokens in each row, on the host. starts (rows + 1,), table (rows + 1, pages of a row): the same on the device.
+    The last row and the last page are nobody's: where steps of a fixed size put what they must not keep.
+    """
+
+    def __init__(
+        self,
+        memory: Memories,
+        design: str,
+        device: torch.device,
+        *,
+        rows: int,
+        tokens: int,
+        page: int | None = None,
+        pages: int | None = None,
+    ):
+        self.memory, self.design, self.device = memory, design, device
+        self.rows, self.tokens, self.page = rows, tokens, page or tokens
+        self.width = -(-tokens // self.page)  # pages of a row
+        self.pages = pages or rows * self.width
+        self.leaves = dict(_leaves(memory))
+        with torch.inference_mode(False):
+            self.starts = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self._allocate()
+        self.keeps_all = any(leaf.keep == "all" for leaf in self.leaves.values())
+        self.moves_on = any(leaf.keep != "all" for leaf in self.leaves.values())
+        self.lengths = [0] * rows
+        self.tables: list[list[int]] = [[] for _ in range(rows)]
+        self.users = [0] * self.pages  # of each page
+        self._free_rows, self._free_pages = list(range(rows)), set(range(self.pages))
+        self._snapshots: list[list[weakref.ref[Snapshot]]] = [[] for _ in range(rows)]
+
+    def _allocate(self) -> None:
+        with torch.inference_mode(False):
+            self.slots: tuple[State, ...] = tuple(_room(part, self._make) for part in self.memory.parts)
+            self.table = torch.full((self.rows + 1, self.width), self.pages, dtype=torch.int32, device=self.device)
+        self.tensors = Branches(self.slots).tensors()
+
+    def _make(self, leaf: Leaf) -> Tensor:
+        dtype = getattr(torch, leaf.dtype)
+        if leaf.keep == "all":
+            return torch.zeros(self.pages + 1, self.page, *leaf.shape, dtype=dtype, device=self.device)
+        kept = () if leaf.keep == "one" else (leaf.keep + leaf.ring,)
+        tensor = torch.zeros(self.rows + 1, *kept, *leaf.shape, dtype=dtype, device=self.device)
+        for i, value in enumerate(leaf.start):
+            tensor[:, i] = value
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.tensors.values(), self.starts, self.table))
+
+    @property
+    def free_rows(self) -> int:
+        return len(self._free_rows)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free_pages)
+
+    def at(self, rows: Sequence[int]) -> PoolRows:
+        """These rows as a call takes them. Raises ValueError for a row that holds no sequence, or one given twice."""
+        rows = tuple(rows)
+        for row in rows:
+            self._check_row(row)
+        if len(set(rows)) < len(rows):
+            raise ValueError(f"rows {list(rows)}: a row can be given once in a call")
+        if rows and rows == tuple(range(rows[0], rows[0] + len(rows))):
+            return PoolRows(self, rows, slice(rows[0], rows[0] + len(rows)))
+        return PoolRows(self, rows, self.on_device(rows))
+
+    def on_device(self, numbers: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Numbers of the host as a tensor, without waiting for the device."""
+        if self.device.type != "cuda":
+            return torch.tensor(numbers, dtype=dtype, device=self.device)
+        return torch.tensor(numbers, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+
+    def join(self, state: ModelState | Snapshot) -> list[int]:
+        """Take in every row of a state, or what a snapshot holds (whose pages are then shared); gives the rows' places.
+        Raises PoolFull, and ValueError for a state of another design."""
+        self._check_design(state.design)
+        lengths = [state.length] if isinstance(state, Snapshot) else state.lengths
+        if len(lengths) > len(self._free_rows):
+            self._full(f"{len(lengths)} rows", rows=self.rows + len(lengths) - len(self._free_rows))
+        if isinstance(state, Snapshot):
+            row = heapq.heappop(self._free_rows)
+            self._put_back(row, state)
+            return [row]
+        self._check_room(lengths, sum(self._pages_for(n) for n in lengths))
+        rows = [heapq.heappop(self._free_rows) for _ in lengths]
+        for row, length in zip(rows, lengths, strict=True):
+            self.tables[row] = [self._take_page(row) for _ in range(self._pages_for(length))]
+            self.lengths[row] = length
+        self._tell(rows)
+        for name, x in state.tensors().items():
+            self._write(name, rows, x.detach(), lengths)
+        return rows
+
+    def leave(self, rows: Sequence[int]) -> None:
+        """Rows that are done; their places and pages are free again."""
+        for row in rows:
+            self._check_row(row)
+            self._drop_pages(row)
+            self.lengths[row] = 0
+            self._snapshots[row] = []
+            heapq.heappush(self._free_rows, row)
+        self._tell(rows)
+
+    def reserve(self, rows: Sequence[int], count: int) -> None:
+        """Room for `count` more tokens in each of these rows: pages, and copies of shared ones that would be written to.
+        Raises PoolFull before anything has changed."""
+        if not self.keeps_all:
+            return
+        missing = [self._pages_for(self.lengths[row] + count) - len(self.tables[row]) for row in rows]
+        shared = [row for row in rows if self._shares_last(row)]
+        if not shared and not any(extra > 0 for extra in missing):
+            return
+        self._check_room([self.lengths[row] + count for row in rows], sum(max(0, n) for n in missing) + len(shared))
+        for row in shared:
+            self._own_last(row)
+        for row, extra in zip(rows, missing, strict=True):
+            self.tables[row] += [self._take_page(row) for _ in range(extra)]
+        self._tell_tables()
+
+    def advance(self, rows: Sequence[int], count: int) -> None:
+        """What the host knows of `count` tokens that a call has added; the device has counted by itself."""
+        for row in rows:
+            self.lengths[row] += count
+
+    def snapshot(self, row: int) -> Snapshot:
+        """What the row remembers now, to go back to or to start others from."""
+        self._check_row(row)
+        values = {name: x[row].clone() for name, x in self.tensors.items() if self.leaves[name].keep != "all"}
+        taken = Snapshot(self.lengths[row], self.design, values, tuple(self.tables[row]), weakref.ref(self))
+        for page in taken.pages:
+            self.users[page] += 1
+        weakref.finalize(taken, _released, weakref.ref(self), taken.pages)
+        self._snapshots[row].append(weakref.ref(taken))
+        return taken
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """The row goes on from what the snapshot holds, as if it had never gone further."""
+        self._check_row(row)
+        self._check_design(snapshot.design)
+        before = [ref for ref in self._snapshots[row] if (s := ref()) is not None and s.length <= snapshot.length]
+        known = any(ref() is snapshot for ref in before)
+        self._drop_pages(row)
+        self._put_back(row, snapshot)
+        self._snapshots[row] = before if known else [weakref.ref(snapshot)]
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all but the row's first `length` tokens. Where a layer keeps more than keys, only to where a living snapshot of
+        the row was taken; else ValueError names the nearest one."""
+        self._check_row(row)
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(f"row {row} has {self.lengths[row]} tokens and cannot be cut to {length}")
+        if length == self.lengths[row]:
+            return
+        living = [taken for ref in self._snapshots[row] if (taken := ref()) is not None]
+        if self.moves_on:
+            match = next((taken for taken in living if taken.length == length), None)
+            if match is None:
+                raise ValueError(self._no_way_back(row, length, [taken.length for taken in living]))
+            self.restore(row, match)
+            return
+        for page in self.tables[row][self._pages_for(length) :]:
+            self._drop_page(page)
+        del self.tables[row][self._pages_for(length) :]
+        self.lengths[row] = length
+        self._snapshots[row] = [weakref.ref(taken) for taken in living if taken.length <= length]
+        self._tell([row])
+
+    def take(self, rows: Sequence[int]) -> ModelState:
+        """A copy of rows as a value."""
+        for row in rows:
+            self._check_row(row)
+        lengths = tuple(self.lengths[row] for row in rows)
+        names = iter(self.leaves)  # in the order in which `remember` asks for them
+        made = tuple(remember(part, lengths, lambda leaf: self._read(next(names), rows)) for part in self.memory.parts)
+        return ModelState.of(made, lengths, self.design, self.device)
+
+    def grow(self, tokens: int) -> None:
+        """Room for sequences of up to `tokens` tokens: longer pages where a row has one, else more of them. Everything lies in
+        new tensors then, and for a moment in both."""
+        if tokens <= self.tokens:
+            return
+        old, page, pages = self.tensors, self.page, self.pages
+        self.tokens = tokens
+        if self.width == 1:
+            self.page = tokens
+        else:
+            self.width = -(-tokens // self.page)
+            self.pages = max(self.pages, self.rows * self.width)
+            self.users += [0] * (self.pages - pages)
+            self._free_pages |= set(range(pages, self.pages))
+        self._allocate()
+        for name, x in old.items():
+            if self.leaves[name].keep == "all":
+                self.tensors[name][:pages, :page] = x[:pages]
+            else:
+                self.tensors[name].copy_(x)
+        self._tell_tables()
+
+    def _write(self, name: str, rows: list[int], x: Tensor, lengths: Sequence[int]) -> None:
+        leaf, room = self.leaves[name], self.tensors[name]
+        if leaf.keep == "one" or (leaf.keep != "all" and not leaf.ring):
+            room[torch.tensor(rows, device=self.device)] = x.to(room.dtype)
+            return
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            kept = length if leaf.keep == "all" else min(length, leaf.keep)  # type: ignore[type-var]  # an int
+            new = x[i, :kept] if leaf.keep == "all" else x[i, x.shape[1] - kept :]
+            flat, places = self._places(name, row, length - kept, length)
+            flat[places] = new.to(room.dtype)
+
+    def _read(self, name: str, rows: Sequence[int]) -> Tensor:
+        """What the leaf holds of these rows, as a value has it."""
+        leaf, room = self.leaves[name], self.tensors[name]
+        if leaf.keep == "one" or (leaf.keep != "all" and not leaf.ring):
+            return room[torch.tensor(rows, device=self.device)]
+        lengths = [self.lengths[row] for row in rows]
+        size = max(lengths) if leaf.keep == "all" else leaf.keep
+        out = room.new_zeros(len(rows), size, *leaf.shape)
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            kept = min(length, size)  # type: ignore[type-var]  # an int
+            flat, places = self._places(name, row, length - kept, length)
+            out[i, slice(0, kept) if leaf.keep == "all" else slice(size - kept, size)] = flat[places]
+        return out
+
+    def _places(self, name: str, row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Where the tokens `first` to `end` of a row lie in a leaf, its first two axes taken as one."""
+        leaf, room = self.leaves[name], self.tensors[name]
+        at = torch.arange(first, end)
+        if leaf.keep == "all":
+            pages = torch.tensor(self.tables[row] or [self.pages])
+            places = pages[at // self.page] * self.page + at % self.page
+        else:
+            places = row * room.shape[1] + at % room.shape[1]
+        return room.flatten(0, 1), places.to(self.device)
+
+    def _put_back(self, row: int, snapshot: Snapshot) -> None:
+        for name, x in snapshot.values.items():
+            self.tensors[name][row] = x
+        for page in snapshot.pages:
+            self.users[page] += 1
+        self.tables[row], self.lengths[row] = list(snapshot.pages), snapshot.length
+        self._tell([row])
+
+    def _pages_for(self, length: int) -> int:
+        return -(-length // self.page) if self.keeps_all else 0
+
+    def _take_page(self, row: int) -> int:
+        page = row if self.width == 1 and row in self._free_pages else min(self._free_pages)
+        self._free_pages.remove(page)
+        self.users[page] = 1
+        return page
+
+    def _drop_page(self, page: int) -> None:
+        self.users[page] -= 1
+        if not self.users[page]:
+            self._free_pages.add(page)
+
+    def _drop_pages(self, row: int) -> None:
+        for page in self.tables[row]:
+            self._drop_page(page)
+        self.tables[row] = []
+
+    def _shares_last(self, row: int) -> bool:
+        """Whether the next token falls into a page that others see too."""
+        inside = self.lengths[row] // self.page
+        return inside < len(self.tables[row]) and self.users[self.tables[row][inside]] > 1
+
+    def _own_last(self, row: int) -> None:
+        inside = self.lengths[row] // self.page
+        shared, own = self.tables[row][inside], self._take_page(row)
+        for name, x in self.tensors.items():
+            if self.leaves[name].keep == "all":
+                x[own] = x[shared]
+        self._drop_page(shared)
+        self.tables[row][inside] = own
+
+    def _tell(self, rows: Sequence[int]) -> None:
+        """The device, what has changed on the host."""
+        rows = list(rows)
+        self.starts[self.on_device(rows)] = self.on_device([self.lengths[row] for row in rows])
+        self._tell_tables()
+
+    def _tell_tables(self) -> None:
+        if self.keeps_all:
+            full = [[*table, *[self.pages] * (self.width - len(table))] for table in (*self.tables, [])]
+            self.table.copy_(self.on_device(full, torch.int32))
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < self.rows or row in self._free_rows:
+            taken = sorted(set(range(self.rows)) - set(self._free_rows))
+            raise ValueError(f"row {row} of the pool holds no sequence; those that do: {taken}")
+
+    def _check_design(self, design: str) -> None:
+        if design != self.design:
+            raise ValueError(f"this is the state of another design ({design}) than the pool's ({self.design})")
+
+    def _check_room(self, lengths: Sequence[int], pages: int) -> None:
+        if self.keeps_all and max(lengths) > self.width * self.page:
+            self._full(f"a sequence of {max(lengths)} tokens", tokens=max(lengths))
+        if pages > len(self._free_pages):
+            self._full(f"{pages} more pages", pages=self.pages + pages - len(self._free_pages))
+
+    def _full(self, what: str, *, rows: int = 0, tokens: int = 0, pages: int = 0) -> None:
+        rows, tokens = rows or self.rows, tokens or self.tokens
+        pages = max(pages or self.pages, rows * -(-tokens // self.page) if rows > self.rows or tokens > self.tokens else 0)
+        spec = self.memory.sized(rows, 0).nbytes + self.memory.sized(1, pages * self.page).nbytes
+        raise PoolFull(
+            f"no room for {what}: the pool has {self.rows} rows ({self.free_rows} free) of up to {self.tokens} tokens and "
+            f"{self.pages} pages of {self.page} ({self.free_pages} free); rows={rows}, tokens={tokens}, pages={pages} would do "
+            f"(about {spec:,} bytes)"
+        )
+
+    def _no_way_back(self, row: int, length: int, known: list[int]) -> str:
+        movers = sorted({name.rsplit(".", 1)[0] for name, leaf in self.leaves.items() if leaf.keep != "all"})
+        nearest = min(known, key=lambda n: abs(n - length), default=None)
+        where = f"the nearest was taken at {nearest}" if nearest is not None else "it has none"
+        return (
+            f"row {row} cannot be cut to {length} tokens: what slot {movers[0].split('.')[0]} remembers can only be restored, and no "
+            f"living snapshot of the row was taken there ({where}); take one with pool.snapshot({row}) before going further"
+        )
+
+
+def _released(pool: "weakref.ref[Pool]", pages: tuple[int, ...]) -> None:
+    """A snapshot is gone."""
+    here = pool()
+    if here is not None:
+        for page in pages:
+            here._drop_page(page)
+
+
+def _leaves(memory: Memory | Memories, prefix: str = "") -> list[tuple[str, Leaf]]:
+    """Every leaf by name, as the tensors of states are called."""
+    if isinstance(memory, Memory):
+        return [(prefix + leaf.name, leaf) for leaf in memory.leaves]
+    return [pair for i, part in enumerate(memory.parts) for pair in _leaves(part, f"{prefix}{i}.")]
+
+
+def _room(memory: Memory | Memories, make: Any) -> State:
+    """Like `remember`, for a pool: what is kept of all tokens lies in pages."""
+    if isinstance(memory, Memories):
+        return Branches(tuple(_room(part, make) for part in memory.parts))
+    tensors = {leaf.name: make(leaf) for leaf in memory.leaves}
+    paged = any(leaf.keep == "all" for leaf in memory.leaves)
+    return Pages(tensors) if paged else State.kinds[memory.kind].of(tensors, ())
