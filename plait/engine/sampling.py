@@ -53,6 +53,9 @@ def _in_range(name: str, value: float, fine: bool, expected: str) -> None:
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
+ALL = 2**62  # top-k of a row that has none
+
+
 class Narrowing(NamedTuple):
     """What any row of a batch asks for: which steps there are depends on this alone. `top_k`: the largest, 0 for none."""
 
@@ -66,7 +69,7 @@ class Narrowing(NamedTuple):
     def of(cls, samplings: Sequence[Sampling]) -> "Narrowing":
         return cls(
             any(s.temperature > 0 for s in samplings),
-            max((s.top_k or 0 for s in samplings), default=0),
+            max((min(s.top_k or 0, ALL) for s in samplings), default=0),
             any(s.top_p is not None and s.top_p < 1 for s in samplings),
             any(s.min_p for s in samplings),
             any(s.repetition_penalty != 1 for s in samplings),
@@ -90,7 +93,7 @@ class Options(NamedTuple):
 
         return cls(
             numbers([s.temperature for s in samplings]),
-            torch.tensor([s.top_k or 2**62 for s in samplings], device=device),
+            torch.tensor([min(s.top_k or ALL, ALL) for s in samplings], device=device),
             numbers([1.0 if s.top_p is None else s.top_p for s in samplings]),
             numbers([s.min_p or 0.0 for s in samplings]),
             numbers([s.repetition_penalty for s in samplings]),
@@ -153,7 +156,7 @@ def narrow(logits: Float[Tensor, "b v"], options: Options, narrowing: Narrowing)
         largest = logits.topk(min(narrowing.top_k, logits.shape[-1])).values
         place = options.top_k.clamp_max(largest.shape[-1])[:, None] - 1
         least = largest.gather(1, place)
-        logits = logits.masked_fill((logits < least) & (options.top_k < 2**62)[:, None], -torch.inf)
+        logits = logits.masked_fill((logits < least) & (options.top_k < ALL)[:, None], -torch.inf)
     if narrowing.top_p:
         least = nucleus(logits, options.top_p[:, None])
         logits = logits.masked_fill((logits < least) & (options.top_p < 1)[:, None], -torch.inf)

@@ -16,6 +16,7 @@ from plait.layers.declared import DeclaredModule, HeadProjection, LayerModule
 from plait.layers.norm import Norm
 from plait.layers.start import start
 from plait.ops.conv import causal_conv
+from plait.ops.frame import Rows
 from plait.ops.packing import Packing
 from plait.ops.shooting import Bound, Cell, Info, NotConverged, cells, shooting
 from plait.state import Recurrent, recurrent
@@ -58,7 +59,11 @@ class RecurrentCell(DeclaredModule):
             start(self, declared, seed)
 
     def forward(
-        self, x: Float[Tensor, "b t d"], s: Float[Tensor, "n s h k"] | None = None, packing: Packing | None = None
+        self,
+        x: Float[Tensor, "b t d"],
+        s: Float[Tensor, "n s h k"] | None = None,
+        packing: Packing | None = None,
+        rows: Rows | None = None,
     ) -> tuple[Float[Tensor, "b t u"], Float[Tensor, "n s h k"] | None, Info]:
         """h, the states after the last token where states were given, and how the solver record."""
         c = self.config
@@ -67,6 +72,7 @@ class RecurrentCell(DeclaredModule):
             self.project(x),
             state=s,
             packing=packing,
+            rows=rows,
             tol=c.tol,
             max_passes=c.max_passes,
             strict=c.strict,

@@ -8,7 +8,7 @@ import torch
 
 import plait
 from plait.data import ByteTokenizer, train_bpe
-from plait.engine import Decoding, Sampling, generate_tokens, prefill, stream
+from plait.engine import Decoding, Sampling, decode, generate_tokens, prefill, stream
 
 PATTERNS = ["AF", "MF", "DF AF", "[M|A]F", "WF"]
 TOKENIZER = ByteTokenizer()
@@ -127,17 +127,30 @@ def test_long_prompts_are_read_in_bounded_calls(pattern, monkeypatch):
 
 def test_a_recurrent_stack_decodes_in_constant_memory():
     decoding = Decoding(tiny("DF MF [M|D]F WF"), [[1, 2, 3]], max_tokens=200)
-    sizes = {decoding.step() and decoding.state.nbytes for _ in range(100)}
+    before = decoding.pool.tensors
+    sizes = {decoding.step() and decoding.pool.nbytes for _ in range(100)}
     assert len(sizes) == 1
+    assert all(x.data_ptr() == y.data_ptr() for x, y in zip(before.values(), decoding.pool.tensors.values(), strict=True))
 
 
-def test_memory_shrinks_with_the_batch():
+def test_rows_that_leave_free_their_room_and_the_others_close_up():
     decoding = Decoding(tiny("DF AF"), [[1], [2, 3], [4]], max_tokens=8)
     decoding.step()
-    before = decoding.state.nbytes
     decoding.leave({0, 2})
     assert decoding.rows == [1]
-    assert decoding.state.nbytes == before // 3
+    assert decoding.pool.free_rows == decoding.pool.free_pages == 2
+    assert decoding.pool.lengths == [2, 0, 0]
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_a_pool_grows_with_long_texts(page, monkeypatch):
+    model, prompts = tiny("DF AF WF"), [[1, 2, 3], [4]]
+    want = generate_tokens(model, prompts, max_tokens=40)
+    monkeypatch.setattr(decode, "ROOM", 3)
+    if page is not None:
+        init_pool = model.init_pool
+        monkeypatch.setattr(model, "init_pool", lambda rows, length, **_: init_pool(rows, length, page=page))
+    assert generate_tokens(model, prompts, max_tokens=40) == want
 
 
 def test_the_model_is_left_as_it_was():

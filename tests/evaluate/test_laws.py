@@ -15,7 +15,7 @@ from plait.layers import gated_deltanet, mamba2, recurrent
 from plait.layers.merges import GatedMerge
 from plait.layers.norm import Norm
 from plait.ops import graph
-from plait.state import KVBuffer, ModelState
+from plait.state import Buffer, ModelState
 
 
 def unreset(op):
@@ -114,7 +114,7 @@ def test_products_of_a_gradient_that_autocast_narrows(name, monkeypatch):
 
 
 def test_a_stale_handle_that_does_not_raise(monkeypatch):
-    monkeypatch.setattr(KVBuffer, "holds", lambda *args: True)
+    monkeypatch.setattr(Buffer, "holds", lambda *args: True)
     with pytest.raises(LawBroken, match="without an error"):
         LAWS["rollback"](DESIGNS["AF"], "cpu", torch.float64)
 

@@ -68,7 +68,7 @@ class TestNorm:
 class TestRoPE:
     def turned(self, x, rope, before=0):
         tokens = torch.zeros(x.shape[:2], dtype=torch.long)
-        return turn(x, rope, context_for(tokens, (before,) * len(x)))
+        return turn(x, rope, context_for(tokens, torch.full((len(x),), before), (before,) * len(x)))
 
     def test_only_distance_matters(self):
         q, k = randn(1, 1, 2, 16), randn(1, 1, 2, 16)

@@ -30,7 +30,7 @@ class Handles(RuleBasedStateMachine):
     @rule(target=handles, room=st.integers(0, 5))
     def start(self, room):
         zeros = torch.zeros(ROWS, room, HEADS, K)
-        handle = KV.of(zeros, -zeros, (0,) * ROWS)
+        handle = KV.of({"k": zeros, "v": -zeros}, (0,) * ROWS)
         self.holds(handle.buffer, [[], []])
         return handle, [[], []]
 
@@ -52,12 +52,12 @@ class Handles(RuleBasedStateMachine):
         if counts[0] == counts[1] and len(truth[0]) == len(truth[1]):
             k, rows, at = k.view(ROWS, -1, HEADS, K), None, None
         k.requires_grad_(grad)
-        grad = grad or handle.buffer.k.requires_grad
+        grad = grad or handle.buffer.tensors["k"].requires_grad
         if self.stale(handle, truth):
             with pytest.raises(StaleState):
-                handle.extend(k, -k, rows, at)
+                handle.extend((k, -k), rows, at)
             return which
-        after, keys, values = handle.extend(k, -k, rows, at)
+        after, (keys, values) = handle.extend((k, -k), rows, at)
         seen = [old + more for old, more in zip(truth, new, strict=True)]
         self.check(after, keys, values, seen)
         if grad:  # a buffer of its own
@@ -84,7 +84,7 @@ class Handles(RuleBasedStateMachine):
                 handle.map(torch.clone)
             return which
         copy = handle.map(torch.clone)
-        self.check(copy, copy.buffer.k[:, : max(copy.lengths)], copy.buffer.v[:, : max(copy.lengths)], truth)
+        self.check(copy, *(x[:, : max(copy.lengths)] for x in copy.buffer.tensors.values()), truth)
         self.holds(copy.buffer, truth)
         return copy, truth
 
@@ -104,35 +104,35 @@ TestHandles = Handles.TestCase
 
 def written(length: int, room: int = 0) -> KV:
     k = torch.arange(float(length)).view(1, -1, 1, 1)
-    return KV.of(torch.zeros(1, room, 1, 1), torch.zeros(1, room, 1, 1), (0,)).extend(k, k, None, None)[0]
+    return KV.of({"k": torch.zeros(1, room, 1, 1), "v": torch.zeros(1, room, 1, 1)}, (0,)).extend((k, k), None, None)[0]
 
 
 def test_growing_copies_seldom():
     handle, capacities = written(1), set()
     for _ in range(1000):
-        handle, _, _ = handle.extend(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), None, None)
-        capacities.add(handle.buffer.k.shape[1])
+        handle, _ = handle.extend((torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)), None, None)
+        capacities.add(handle.buffer.capacity)
     assert len(capacities) <= 6
 
 
 def test_reserved_room_is_used():
     handle = written(3, room=10)
-    assert handle.buffer.k.shape[1] == 10
+    assert handle.buffer.capacity == 10
 
 
 def test_the_error_says_what_to_do():
     first = written(2)
     x = torch.ones(1, 1, 1, 1)
-    draft, _, _ = first.extend(x, x, None, None)
-    first.extend(x, x, None, None)
+    draft, _ = first.extend((x, x), None, None)
+    first.extend((x, x), None, None)
     with pytest.raises(StaleState, match=r"tokens per row: \[3\].*fork\(\)"):
-        draft.extend(x, x, None, None)
+        draft.extend((x, x), None, None)
 
 
 def test_gradients_reach_earlier_keys():
     x = torch.ones(1, 2, 1, 1, requires_grad=True)
-    handle = KV.of(torch.zeros(1, 0, 1, 1), torch.zeros(1, 0, 1, 1), (0,))
-    after, _, _ = handle.extend(x, 2 * x, None, None)
-    _, keys, values = after.extend(3 * x, x, None, None)
+    handle = KV.of({"k": torch.zeros(1, 0, 1, 1), "v": torch.zeros(1, 0, 1, 1)}, (0,))
+    after, _ = handle.extend((x, 2 * x), None, None)
+    _, (keys, values) = after.extend((3 * x, x), None, None)
     (keys.sum() + values.sum()).backward()
     assert x.grad.flatten().tolist() == [7.0, 7.0]

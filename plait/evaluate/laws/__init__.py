@@ -12,6 +12,7 @@ from plait.evaluate.laws.designs import DESIGNS as DESIGNS
 from plait.evaluate.laws.designs import small as small
 from plait.evaluate.laws.models import compiled, counts, files, surgery
 from plait.evaluate.laws.models import packages as packages
+from plait.evaluate.laws.pool import pool
 from plait.evaluate.laws.solver import solver
 from plait.evaluate.laws.states import fork, rollback, spec
 
@@ -31,6 +32,7 @@ LAWS: dict[str, Law] = {
     "counts": counts,
     "compiled": compiled,
     "solver": solver,
+    "pool": pool,
     "surgery": surgery,
 }
 

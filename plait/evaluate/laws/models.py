@@ -21,6 +21,7 @@ from plait.design import GELU, Attention, count, declared
 from plait.design.model import ModelConfig
 from plait.design.places import layers
 from plait.design.weights import FLOAT32
+from plait.evaluate.laws import graphs
 from plait.evaluate.laws.compare import (
     AUTOCAST,
     LawBroken,
@@ -177,6 +178,7 @@ def compiled(design: ModelConfig, device: str, dtype: torch.dtype, backend: str 
             want = _decode(model, state.fork(), tokens)
             worst = max(worst, agree(law, "decoding", _decode(whole, state.fork(), tokens), want))
         under_autocast(law, model, whole, tokens)
+        worst = max(worst, graphs.decoding(law, model, tokens, backend))
     except TorchDynamoException as error:
         raise LawBroken(law, " ".join(str(error).split())[:300]) from error
     finally:
