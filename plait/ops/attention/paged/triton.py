@@ -69,6 +69,8 @@ def attend(
     for _ in tl.range(low, tl.minimum(low + each, first + tiles), num_stages=STAGES):
         at = tile + tl.arange(0, BN)
         inside = at < start + T
+        if WINDOW > 0:  # what lies before it may be another row's by now
+            inside = inside & (at > start - WINDOW)
         if table is None or PAGE % BN == 0:  # a tile lies on one page
             page, offset, s = row.to(tl.int64), tile, tl.arange(0, BN)
             if table is not None:
