@@ -14,9 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
+from plait.ops import launch as room
 from plait.ops.shooting import GRU, LSTM
 from plait.ops.shooting import triton as triton_room
-from plait.ops.shooting.triton import launch as room
 from plait.ops.shooting.triton.matrices import MATRICES
 
 NUMBERS = torch.zeros(64, dtype=torch.bfloat16)

@@ -1,15 +1,14 @@
 """The solvers as torch operators, so that a compiled graph holds each call as one step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from plait.ops.graph import gradient
 from plait.ops.kernels import cast
+from plait.ops.operator import operator
 from plait.ops.packing import Packing
 from plait.ops.shooting import chunked, newton, torch_rnn
 from plait.ops.shooting.cells import KNOWN, Bound
@@ -28,24 +27,7 @@ def _documents(lengths: Sequence[int] | None, x: Tensor) -> Packing | None:
     return None if lengths is None else _packing(tuple(lengths), x.device)
 
 
-def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.custom_op`, whose first call would load torch's compiler, and Triton with it."""
-
-    def define(run: Callable[..., Any]) -> Any:
-        torch.library.define(f"plait::{name}", torch.library.infer_schema(run, mutates_args=()))
-        place = list(signature(run).parameters).index("x")
-
-        def on_its_device(*args: Any) -> Any:  # where Triton launches is the current device, whatever the tensors say
-            with torch.cuda.device_of(args[place]):
-                return run(*args)
-
-        torch.library.impl(f"plait::{name}", "CompositeExplicitAutograd")(on_its_device)
-        return getattr(torch.ops.plait, name)
-
-    return define
-
-
-@_operator("shooting")
+@operator("shooting")
 def solve(
     x: Tensor,
     h0: Tensor,
@@ -110,7 +92,7 @@ def _(x, h0, tensors, cell, bias, lengths, kernel, solver, tol, max_passes):
     )
 
 
-@_operator("shooting_backward")
+@operator("shooting_backward")
 def pull(
     grad: Tensor | None,
     grad_final: Tensor | None,

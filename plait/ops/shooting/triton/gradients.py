@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plait.ops.launch import kernel, launch
 from plait.ops.shooting.triton.joints import hand_back
-from plait.ops.shooting.triton.launch import kernel, launch
 from plait.ops.shooting.triton.plan import chunk_tables
 from plait.ops.shooting.triton.states import Work
 from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, wide, write

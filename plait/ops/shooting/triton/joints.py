@@ -5,7 +5,7 @@
 
 import triton.language as tl
 
-from plait.ops.shooting.triton.launch import kernel
+from plait.ops.launch import kernel
 from plait.ops.shooting.triton.tiles import bottom, chain, distance, newton, place, read, shifted, write
 
 

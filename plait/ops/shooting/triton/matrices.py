@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plait.ops.launch import kernel, launch
 from plait.ops.shooting import cells
 from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.chunked import Back, Engine
 from plait.ops.shooting.triton.cells import DEVICE, gru_gates, gru_new, variant
-from plait.ops.shooting.triton.launch import kernel, launch
 
 BLOCK = 512
 ROWS = 1024

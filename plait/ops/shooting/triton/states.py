@@ -10,10 +10,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from plait.ops.launch import kernel, launch
 from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.triton.cells import DEVICE, constants
 from plait.ops.shooting.triton.joints import close
-from plait.ops.shooting.triton.launch import kernel, launch
 from plait.ops.shooting.triton.plan import Layout, Plan, Spans, chunk_tables, row_table
 from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, times, wide, write
 

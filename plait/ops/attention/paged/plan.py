@@ -1,0 +1,48 @@
+"""How one call of paged attention is cut into programs. Nothing here follows lengths or the batch, so that a row's bits do
+not depend on who else is there, and one captured graph serves all lengths."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+WAVES = 2  # programs per multiprocessor that a single row's keys are cut into
+TILE = 16 * 1024  # bytes of keys that a program has in flight per stage
+
+_force: dict[str, int] = {}
+
+
+class Plan(NamedTuple):
+    """BM: queries of a program, heads and tokens together. BN: keys of a step. splits: parts of a row's keys."""
+
+    BM: int
+    BN: int
+    splits: int
+    num_warps: int = 4
+    STAGES: int = 3
+
+
+@contextmanager
+def forced_plan(**sizes: int) -> Iterator[None]:
+    """Run every call inside with these sizes."""
+    global _force
+    before, _force = _force, sizes
+    try:
+        yield
+    finally:
+        _force = before
+
+
+def plan(queries: int, groups: int, head: int, itemsize: int, keys: int, sms: int) -> Plan:
+    """queries: of a group of heads. groups: heads of keys. head: the larger size of a key and a value. keys: how many may be
+    visible at most, whatever the lengths."""
+    BM = min(64, max(16, power(queries)))
+    BN = max(16, min(128, TILE // (power(head) * itemsize)))
+    chosen = Plan(BM, BN, 1)._replace(**_force)
+    programs = groups * -(-queries // chosen.BM)
+    splits = min(-(-keys // chosen.BN), -(-WAVES * sms // programs))
+    return chosen if "splits" in _force else chosen._replace(splits=max(1, splits))
+
+
+def power(n: int) -> int:
+    """The next power of 2."""
+    return 1 << (n - 1).bit_length()
