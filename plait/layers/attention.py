@@ -84,9 +84,7 @@ class AttentionLayer(LayerModule):
             return attention(q, keys, values, q_start=context.starts, k_start=before, softcap=softcap), state
         if not context.ragged and context.lengths is not None:
             state, (k, v) = state.extend((k, v), None, None)
-            return attention(
-                q, cast(k, q.dtype), cast(v, q.dtype), q_start=context.lengths[0], softcap=softcap
-            ), state
+            return attention(q, cast(k, q.dtype), cast(v, q.dtype), q_start=context.lengths[0], softcap=softcap), state
         state, (keys, values) = state.extend((k, v), context.row_of, context.positions)
         rows = q if packing is None else packing.to_rows(q)
         o = attention(rows, keys.to(q.dtype), values.to(q.dtype), q_start=context.starts, softcap=softcap)

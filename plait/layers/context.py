@@ -74,7 +74,16 @@ class Context:
 
     def _with(self, reports: dict[str, dict[str, Any]], path: str, embeddings: Tensor | None, cache: dict) -> "Context":
         return Context(
-            self.positions, self.starts, self.lengths, self.packing, self.rows, self.table, reports, path, embeddings, cache
+            self.positions,
+            self.starts,
+            self.lengths,
+            self.packing,
+            self.rows,
+            self.table,
+            reports,
+            path,
+            embeddings,
+            cache,
         )
 
     def report(self, name: str, value: Any) -> None:

@@ -43,7 +43,9 @@ class GatedDeltaNetLayer(LayerModule):
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         qkv, z, b, a = self.in_proj(x).split_with_sizes(self.widths, -1)
-        qkv, conv = causal_conv(qkv, self.conv1d_weight, state=state and state.conv, rows=context.rows, packing=context.packing)
+        qkv, conv = causal_conv(
+            qkv, self.conv1d_weight, state=state and state.conv, rows=context.rows, packing=context.packing
+        )
         qk, v = F.silu(qkv).split_with_sizes(self.conv_widths, -1)
         q, k = l2norm(qk.unflatten(-1, (2, -1, self.config.head_dim))).unbind(2)  # (b, t, g, k)
         v = v.unflatten(-1, (-1, self.config.value_head_dim))  # (b, t, h, v)

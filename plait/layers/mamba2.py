@@ -46,14 +46,27 @@ class Mamba2Layer(LayerModule):
         c = self.config
         z, xBC, dt = self.in_proj(u).split_with_sizes(self.widths, -1)
         xBC, conv = causal_conv(
-            xBC, self.conv1d_weight, self.conv1d_bias, state=state and state.conv, rows=context.rows, packing=context.packing
+            xBC,
+            self.conv1d_weight,
+            self.conv1d_bias,
+            state=state and state.conv,
+            rows=context.rows,
+            packing=context.packing,
         )
         x, B, C = F.silu(xBC).split_with_sizes(self.conv_widths, -1)
         x = x.unflatten(-1, (-1, c.head_dim))  # (b, t, h, p)
         B, C = (y.unflatten(-1, (c.groups, -1)) for y in (B, C))  # (b, t, g, n)
         dt = F.softplus(cast(dt, self.dt_bias.dtype) + self.dt_bias)  # (b, t, h)
         g = -self.A_log.exp() * dt
-        y, s = ssd(C, B, x * cast(dt[..., None], x.dtype), g, state=state and state.s, rows=context.rows, packing=context.packing)
+        y, s = ssd(
+            C,
+            B,
+            x * cast(dt[..., None], x.dtype),
+            g,
+            state=state and state.s,
+            rows=context.rows,
+            packing=context.packing,
+        )
         y = torch.addcmul(y, x, cast(self.D[:, None], x.dtype)).flatten(2)
         out = self.out_proj(norm_per_group(y * F.silu(z), self.norm, c.groups))
         return out, recurrent(s, conv)

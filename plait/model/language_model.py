@@ -286,9 +286,7 @@ class LanguageModel(nn.Module):
         page = None if page is None else whole_number("init_pool: page", page, 1)
         pages = None if pages is None else whole_number("init_pool: pages", pages, 1)
         tokens = length + self.design.front.meta
-        return Pool(
-            self._memory(), self.design.hash, self.device, rows=rows, tokens=tokens, page=page, pages=pages
-        )
+        return Pool(self._memory(), self.design.hash, self.device, rows=rows, tokens=tokens, page=page, pages=pages)
 
     def _memory(self) -> Memories:
         return count.memory(self.design, str(self.dtype).removeprefix("torch."))

@@ -147,7 +147,9 @@ class Appended(State):
                 grown.append(room.index_put((rows, at), x.to(room.dtype)))  # type: ignore[arg-type]  # as above
         return self.of(dict(zip(self.buffer.tensors, grown, strict=True)), after), tuple(grown)
 
-    def lined_up(self, new: Sequence[Float[Tensor, "b t *k"]], starts: Int[Tensor, " b"]) -> tuple[Self, tuple[Tensor, ...]]:
+    def lined_up(
+        self, new: Sequence[Float[Tensor, "b t *k"]], starts: Int[Tensor, " b"]
+    ) -> tuple[Self, tuple[Tensor, ...]]:
         """`extend` as a compiled call does it, for rows that have seen `starts` tokens: all that is kept, the newest last.
         What lies before a row's first token is not to be looked at."""
         kept = self.buffer.tensors

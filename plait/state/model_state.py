@@ -102,7 +102,9 @@ class ModelState:
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, atomically, with the hash of the design that it belongs to."""
-        tensors = {name: x.detach().contiguous() for name, x in self.detach().tensors().items()}  # raises where keys are stale
+        tensors = {
+            name: x.detach().contiguous() for name, x in self.detach().tensors().items()
+        }  # raises where keys are stale
         metadata = {
             "format": "plait-state",
             "design": self.design,

@@ -380,7 +380,9 @@ class Pool:
 
     def _full(self, what: str, *, rows: int = 0, tokens: int = 0, pages: int = 0) -> None:
         rows, tokens = rows or self.rows, tokens or self.tokens
-        pages = max(pages or self.pages, rows * -(-tokens // self.page) if rows > self.rows or tokens > self.tokens else 0)
+        pages = max(
+            pages or self.pages, rows * -(-tokens // self.page) if rows > self.rows or tokens > self.tokens else 0
+        )
         spec = self.memory.sized(rows, 0).nbytes + self.memory.sized(1, pages * self.page).nbytes
         raise PoolFull(
             f"no room for {what}: the pool has {self.rows} rows ({self.free_rows} free) of up to {self.tokens} tokens and "

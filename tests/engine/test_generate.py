@@ -130,7 +130,9 @@ def test_a_recurrent_stack_decodes_in_constant_memory():
     before = decoding.pool.tensors
     sizes = {decoding.step() and decoding.pool.nbytes for _ in range(100)}
     assert len(sizes) == 1
-    assert all(x.data_ptr() == y.data_ptr() for x, y in zip(before.values(), decoding.pool.tensors.values(), strict=True))
+    assert all(
+        x.data_ptr() == y.data_ptr() for x, y in zip(before.values(), decoding.pool.tensors.values(), strict=True)
+    )
 
 
 def test_rows_that_leave_free_their_room_and_the_others_close_up():
