@@ -20,7 +20,7 @@ import plait
 from plait.engine import Sampling
 from plait.engine.step import Step
 from plait.evaluate.machine import machine
-from plait.state import ModelState
+from plait.state import ModelState, PoolRows
 
 VOCAB, DIM = 32_000, 1024
 PATTERNS = ("(AF)24", "((DF)3 AF)6", "((MF)3 AF)6", "((GF)3 AF)6")
@@ -62,15 +62,21 @@ def stepping(model: plait.LanguageModel, state: ModelState, context: int, sampli
     return Step(model, pool, [sampling] * len(rows), range(len(rows))), pool.at(rows)
 
 
+def not_replayed(step: Step, at: PoolRows) -> torch.Tensor:
+    step.pool.reserve(at.rows, 1)
+    tokens = step.run(at)
+    step.pool.advance(at.rows, 1)
+    return tokens
+
+
 def check(model: plait.LanguageModel, state: ModelState, context: int, sampling: Sampling) -> None:
     """Replayed steps are steps: the same tokens, and no question to the device."""
     (replayed, at), (run, beside) = (stepping(model, state, context, sampling) for _ in range(2))
-    replayed(at), run.run(beside)  # captured; kernels compiled
+    replayed(at), not_replayed(run, beside)  # captured; kernels compiled
     for _ in range(CHECKED):
-        run.pool.reserve(beside.rows, 1)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            want, got = run.run(beside), replayed(at)
+            want, got = not_replayed(run, beside), replayed(at)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         if not torch.equal(want, got):
@@ -97,8 +103,7 @@ def measure(model: plait.LanguageModel, rows: int, context: int, speed: float) -
     eager = []
     for _ in range(10):
         begun = time.perf_counter()
-        step.pool.reserve(at.rows, 1)
-        step.run(at)
+        not_replayed(step, at)
         torch.cuda.synchronize()
         eager.append(1e3 * (time.perf_counter() - begun))
     return {

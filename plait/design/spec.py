@@ -12,9 +12,9 @@ class Leaf:
     """One thing that a layer remembers of every row.
 
     keep: "one" value, moved on by every token (a recurrent matrix); the `int` last tokens, a value each (a window, the tail of
-    a convolution); or "all" tokens, a value each (keys). shape: of one value. dtype: a torch dtype's name. start: its first values
-    along the first axis, empty: zeros. ring: in a pool the last n tokens lie in a ring of n + 1 places, token p at place
-    p mod (n + 1), rather than in order: writing one then moves no other.
+    a convolution); or "all" tokens, a value each (keys). shape: of one value. dtype: a torch dtype's name. start: its first
+    values along the first axis, empty: zeros. ring: in a pool the last n tokens lie in a ring of n + 1 places, token p at
+    place p mod (n + 1), rather than in order: writing one then moves no other.
     """
 
     name: str

@@ -195,8 +195,8 @@ def key(seed: int) -> int:
 
 
 def uniform(keys: Int[Tensor, " b"], positions: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """Numbers from [0, 1) in float64, the `positions`-th of each key's: SplitMix64 (Steele, Lea and Flood 2014, figure 17), whose
-    numbers can be counted to. Whole numbers of torch wrap around as it wants."""
+    """Numbers from [0, 1) in float64, the `positions`-th of each key's: SplitMix64 (Steele, Lea and Flood 2014, figure 17),
+    whose numbers can be counted to. Whole numbers of torch wrap around as it wants."""
     z = keys + (positions + 1) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)

@@ -28,7 +28,7 @@ class Captured:
 
 
 class Step:
-    """`step(pool.at(rows))` gives these rows' next tokens (b,), having read the last ones. `samplings` and `seeds` are by row."""
+    """`step(pool.at(rows))` gives these rows' next tokens (b,), having read the last ones. `samplings`, `seeds`: by row."""
 
     def __init__(
         self,

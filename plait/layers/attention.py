@@ -126,7 +126,7 @@ class AttentionLayer(LayerModule):
     def round_the_ring(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context, ring: tuple[Tensor, Tensor], rows: Tensor | None
     ) -> Tensor:
-        """Several tokens at once: later ones would write over what earlier ones must see, so the old keys are taken out first."""
+        """Several tokens at once: later ones would write over what earlier ones must see, so old keys are taken out first."""
         size, starts = ring[0].shape[1], context.starts
         row = (torch.arange(len(q), device=q.device) if rows is None else rows)[:, None]
         old = (starts[:, None] + torch.arange(1 - size, 0, device=q.device)) % size

@@ -16,12 +16,13 @@ from plait.state import PoolRows
 class Context:
     """Built once per call, of device tensors and of facts that a compiler may rely on.
 
-    `positions` restart at 0 at each document and go on where a state left off; `starts` are the tokens each row has seen before
-    the call. `lengths` are the same on the host, where a call that is not compiled may know them: a shortcut, no layer needs it.
-    In a pool, `rows` are the rows of its tensors that the call reads and writes, and `table` their pages. `reports` is where the layers of a slot leave
-    numbers about this call, each under its `path` in the slot; nothing is left on modules. Which slot it is nobody inside
-    knows, so that equal slots are one graph to torch.compile. `embeddings` (b, t, d), what the first slot reads, are there
-    where another slot reads them too.
+    `positions` restart at 0 at each document and go on where a state left off; `starts` are the tokens each row has seen
+    before the call. `lengths` are the same on the host, where a call that is not compiled may know them: a shortcut, no layer
+    needs it. In a pool, `rows` are the rows of its tensors that the call reads and writes, `table` their pages.
+
+    `reports` is where the layers of a slot leave numbers about this call, each under its `path` in the slot; nothing is left on
+    modules. Which slot it is nobody inside knows, so that equal slots are one graph to torch.compile. `embeddings` (b, t, d),
+    what the first slot reads, are there where another slot reads them too.
     """
 
     positions: Int[Tensor, "b t"]

@@ -1,7 +1,7 @@
 """The language model: embedding, residual stack, head. One call form for training, prefill, decoding and packing."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -26,6 +26,8 @@ from plait.model.tracing import refuse_tracing
 from plait.ops.numbers import whole_number
 from plait.ops.shooting import NotConverged
 from plait.state import ModelState, Pool, PoolRows, SlotState, remember
+
+S = TypeVar("S", ModelState, PoolRows)
 
 
 class LanguageModel(nn.Module):
@@ -95,12 +97,12 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Shaped[Tensor, "b t ..."],
-        state: ModelState | PoolRows | None = None,
+        state: S | None = None,
         *,
         cu_seqlens: Int[Tensor, " n+1"] | None = None,
         attention_mask: Tensor | None = None,
         stats: dict[str, Any] | None = None,
-    ) -> tuple[Float[Tensor, "b t v"], ModelState | PoolRows | None]:
+    ) -> tuple[Float[Tensor, "b t v"], S | None]:
         """Logits (b, t, vocab), and the state after these tokens where one was given. Rows of a pool are moved on in place.
 
         tokens: ids (b, t), or vectors (b, t, features) where the design's front takes those.
@@ -114,17 +116,17 @@ class LanguageModel(nn.Module):
     def features(
         self,
         tokens: Shaped[Tensor, "b t ..."],
-        state: ModelState | PoolRows | None = None,
+        state: S | None = None,
         *,
         cu_seqlens: Int[Tensor, " n+1"] | None = None,
         attention_mask: Tensor | None = None,
         stats: dict[str, Any] | None = None,
-    ) -> tuple[Float[Tensor, "b t d"], ModelState | PoolRows | None]:
+    ) -> tuple[Float[Tensor, "b t d"], S | None]:
         """What `head` reads: the normed output of the last slot, zero at padding. Arguments as in `forward`."""
         refuse_tracing(self.design, tokens)
         tokens = self._checked_inputs(tokens)
         if isinstance(state, PoolRows):
-            return self._on_pool(tokens, state, cu_seqlens, attention_mask, stats)
+            return self._on_pool(tokens, state, cu_seqlens, attention_mask, stats), state
         padding = None
         documents = None
         if attention_mask is not None:
@@ -160,20 +162,25 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
         stats: dict[str, Any] | None,
-    ) -> tuple[Float[Tensor, "b t d"], PoolRows]:
+    ) -> Float[Tensor, "b t d"]:
         """`features` on rows of a pool: what the host has to do around `step`."""
         if cu_seqlens is not None or attention_mask is not None:
             raise ValueError("a call on rows of a pool takes whole rows: no cu_seqlens, no attention_mask")
         pool, count = at.pool, tokens.shape[1]
         if pool.design != self.design.hash or pool.device != self.device:
             raise ValueError(f"this pool is another model's: make one with model.init_pool, on {self.device}")
+        if self.meta is not None and 0 in at.lengths:
+            raise ValueError(
+                "a row that has not read the model's meta tokens cannot begin in a pool: give its first tokens to a call on a "
+                "value, and the state to pool.join"
+            )
         if at.batch != len(tokens):
             raise ValueError(f"the call has {len(tokens)} rows, but {at.batch} rows of the pool")
         self._check_length(max(at.lengths) + count)
         pool.reserve(at.rows, count)
         hidden = self.step(tokens, at, stats)
         pool.advance(at.rows, count)
-        return hidden, at
+        return hidden
 
     def step(
         self, tokens: Int[Tensor, "b t"], at: PoolRows, stats: dict[str, Any] | None = None
@@ -358,8 +365,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"the state is on {state.device}, the model on {self.device}: give state.to(model.device)")
 
     def _after(self, context: Context, documents: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        """What each row will have seen, meta tokens included; None where only the device knows what it has seen. Raises ValueError
-        where that is more than positions go."""
+        """What each row will have seen, meta tokens included; None where only the device knows. Raises ValueError where that
+        is more than positions go."""
         if context.lengths is None:
             return None
         counts = documents or (context.positions.shape[1],) * len(context.lengths)

@@ -6,6 +6,11 @@ from plait.state.kv import Buffer as Buffer
 from plait.state.kv import StaleState as StaleState
 from plait.state.model_state import ModelState as ModelState
 from plait.state.model_state import remember as remember
+from plait.state.pool import Pages as Pages
+from plait.state.pool import Pool as Pool
+from plait.state.pool import PoolFull as PoolFull
+from plait.state.pool import PoolRows as PoolRows
+from plait.state.pool import Snapshot as Snapshot
 from plait.state.values import Branches as Branches
 from plait.state.values import Nothing as Nothing
 from plait.state.values import Recurrent as Recurrent
@@ -13,8 +18,3 @@ from plait.state.values import SlotState as SlotState
 from plait.state.values import State as State
 from plait.state.values import Window as Window
 from plait.state.values import recurrent as recurrent
-from plait.state.pool import Pages as Pages
-from plait.state.pool import Pool as Pool
-from plait.state.pool import PoolFull as PoolFull
-from plait.state.pool import PoolRows as PoolRows
-from plait.state.pool import Snapshot as Snapshot

@@ -3,8 +3,8 @@
 An older handle may be used again, which is how a draft is rolled back: the buffer then continues from there, and
 handles to what was overwritten raise `StaleState` instead of reading somebody else's keys.
 
-A compiled call knows no lengths but those on the device, so it appends by a copy: its handles are lined up at their newest token,
-and can never be stale. The next call that is not compiled lines them up at the first token again.
+A compiled call knows no lengths but those on the device, so it appends by a copy: its handles are lined up at their newest
+token, and can never be stale. The next call that is not compiled lines them up at the first token again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from plait.state.values import State
 
-SIZED = 2  # empty places that a compiled call begins with: torch.compile takes sizes 0 and 1 for special, each a graph of its own
+SIZED = 2  # empty places that a compiled call begins with: sizes 0 and 1 are special to torch.compile, each a graph of its own
 
 
 class StaleState(RuntimeError):
@@ -26,7 +26,7 @@ class StaleState(RuntimeError):
 
 @dataclass(eq=False)
 class Buffer:
-    """Storage by name, each (b, capacity, ...), shared by handles, and the line of writes that its present content comes from."""
+    """Storage by name, each (b, capacity, ...), shared by handles, and the line of writes that its content comes from."""
 
     tensors: dict[str, Tensor]
     line: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # (epoch, length of each row it reached)

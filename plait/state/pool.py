@@ -1,8 +1,8 @@
 """States of many sequences in tensors of fixed shapes, allocated once and written in place: what serving runs on.
 
-A row is the place of one sequence. What a layer keeps of all tokens lies in pages of `page` tokens, and a table says which pages
-are a row's, in order; everything else has one place per row. Lengths and the table are on the device, so that a step is a
-function of device tensors alone; the host keeps the same numbers for itself and never asks.
+A row is the place of one sequence. What a layer keeps of all tokens lies in pages of `page` tokens, and a table says which
+pages are a row's, in order; everything else has one place per row. Lengths and the table are on the device, so that a step is
+a function of device tensors alone; the host keeps the same numbers for itself and never asks.
 
 `snapshot` copies what cannot be cut and shares the pages, which are copied before anybody writes into a shared one.
 """
@@ -49,7 +49,7 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class PoolRows:
-    """Some rows of a pool, given to a model where a state is: `model(tokens, pool.at([0, 3]))`. Row i of the call is the i-th."""
+    """Rows of a pool, given to a model where a state is: `model(tokens, pool.at([0, 3]))`. Row i of the call is the i-th."""
 
     pool: "Pool"
     rows: tuple[int, ...]
@@ -223,8 +223,8 @@ class Pool:
         self._snapshots[row] = before if known else [weakref.ref(snapshot)]
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget all but the row's first `length` tokens. Where a layer keeps more than keys, only to where a living snapshot of
-        the row was taken; else ValueError names the nearest one."""
+        """Forget all but the row's first `length` tokens. Where a layer keeps more than keys, only to where a living snapshot
+        of the row was taken; else ValueError names the nearest one."""
         self._check_row(row)
         if not 0 <= length <= self.lengths[row]:
             raise ValueError(f"row {row} has {self.lengths[row]} tokens and cannot be cut to {length}")
@@ -395,8 +395,8 @@ class Pool:
         nearest = min(known, key=lambda n: abs(n - length), default=None)
         where = f"the nearest was taken at {nearest}" if nearest is not None else "it has none"
         return (
-            f"row {row} cannot be cut to {length} tokens: what slot {movers[0].split('.')[0]} remembers can only be restored, and no "
-            f"living snapshot of the row was taken there ({where}); take one with pool.snapshot({row}) before going further"
+            f"row {row} cannot be cut to {length} tokens: what slot {movers[0].split('.')[0]} remembers can only be restored, "
+            f"and no living snapshot of the row was taken there ({where}); take one with pool.snapshot({row}) in time"
         )
 
 

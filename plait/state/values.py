@@ -1,7 +1,7 @@
 """Typed state values. All but what is appended to (`plait.state.kv`) are plain tensors that no call ever writes to again.
 
-A kind of value is a class here or beside it, named as in the `Memory` that layers declare, with a field for each leaf. All else -
-starting, copying, joining, files, pools - works by that declaration alone.
+A kind of value is a class here or beside it, named as in the `Memory` that layers declare, with a field for each leaf. All
+else - starting, copying, joining, files, pools - works by that declaration alone.
 """
 
 from collections.abc import Callable, Mapping

@@ -116,7 +116,9 @@ def _check_state(cell: Bound, x: Tensor, state: Tensor, rows: Rows | None, packi
 
 
 def _exact(like: Tensor) -> Tensor:
-    return torch.tensor([1.0, 0.0, 0.0], dtype=torch.float32, device=like.device)
+    return torch.eye(1, 3, dtype=torch.float32, device=like.device)[
+        0
+    ]  # a list would be copied, which no graph may capture
 
 
 def _form(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
