@@ -4,7 +4,7 @@ A row is the place of one sequence. What a layer keeps of all tokens lies in pag
 pages are a row's, in order; everything else has one place per row. Lengths and the table are on the device, so that a step is
 a function of device tensors alone; the host keeps the same numbers for itself and never asks.
 
-`snapshot` copies what cannot be cut and shares the pages, which are copied before anybody writes into a shared one.
+`snapshot` copies what cannot be cut and shares the pages; one is copied before somebody writes where another sees a token.
 """
 
 import heapq
@@ -100,7 +100,11 @@ class Pool:
         self.moves_on = any(leaf.keep != "all" for leaf in self.leaves.values())
         self.lengths = [0] * rows
         self.tables: list[list[int]] = [[] for _ in range(rows)]
-        self.users = [0] * self.pages  # of each page
+        self.users: list[set[int]] = [
+            set() for _ in range(self.pages)
+        ]  # of each page: rows, and snapshots by negative numbers
+        self._kept: dict[int, int] = {}  # the length of each living snapshot
+        self._taken = 0
         self._free_rows, self._free_pages = list(range(rows)), set(range(self.pages))
         self._snapshots: list[list[weakref.ref[Snapshot]]] = [[] for _ in range(rows)]
 
@@ -186,12 +190,12 @@ class Pool:
         if not self.keeps_all:
             return
         missing = [self._pages_for(self.lengths[row] + count) - len(self.tables[row]) for row in rows]
-        shared = [row for row in rows if self._shares_last(row)]
+        shared = [row for row in rows if self._would_overwrite(row)]
         if not shared and not any(extra > 0 for extra in missing):
             return
         self._check_room([self.lengths[row] + count for row in rows], sum(max(0, n) for n in missing) + len(shared))
         for row in shared:
-            self._own_last(row)
+            self._copy_last(row)
         for row, extra in zip(rows, missing, strict=True):
             self.tables[row] += [self._take_page(row) for _ in range(extra)]
         self._tell_tables()
@@ -205,10 +209,13 @@ class Pool:
         """What the row remembers now, to go back to or to start others from."""
         self._check_row(row)
         values = {name: x[row].clone() for name, x in self.tensors.items() if self.leaves[name].keep != "all"}
-        taken = Snapshot(self.lengths[row], self.design, values, tuple(self.tables[row]), weakref.ref(self))
-        for page in taken.pages:
-            self.users[page] += 1
-        weakref.finalize(taken, _released, weakref.ref(self), taken.pages)
+        length, self._taken = self.lengths[row], self._taken + 1
+        pages = tuple(self.tables[row][: self._pages_for(length)])
+        taken = Snapshot(length, self.design, values, pages, weakref.ref(self))
+        for page in pages:
+            self.users[page].add(-self._taken)
+        self._kept[-self._taken] = length
+        weakref.finalize(taken, _released, weakref.ref(self), -self._taken, pages)
         self._snapshots[row].append(weakref.ref(taken))
         return taken
 
@@ -238,7 +245,7 @@ class Pool:
             self.restore(row, match)
             return
         for page in self.tables[row][self._pages_for(length) :]:
-            self._drop_page(page)
+            self._drop_page(page, row)
         del self.tables[row][self._pages_for(length) :]
         self.lengths[row] = length
         self._snapshots[row] = [weakref.ref(taken) for taken in living if taken.length <= length]
@@ -265,7 +272,7 @@ class Pool:
         else:
             self.width = -(-tokens // self.page)
             self.pages = max(self.pages, self.rows * self.width)
-            self.users += [0] * (self.pages - pages)
+            self.users += [set() for _ in range(self.pages - pages)]
             self._free_pages |= set(range(pages, self.pages))
         self._allocate()
         for name, x in old.items():
@@ -315,7 +322,7 @@ class Pool:
         for name, x in snapshot.values.items():
             self.tensors[name][row] = x
         for page in snapshot.pages:
-            self.users[page] += 1
+            self.users[page].add(row)
         self.tables[row], self.lengths[row] = list(snapshot.pages), snapshot.length
         self._tell([row])
 
@@ -325,31 +332,35 @@ class Pool:
     def _take_page(self, row: int) -> int:
         page = row if self.width == 1 and row in self._free_pages else min(self._free_pages)
         self._free_pages.remove(page)
-        self.users[page] = 1
+        self.users[page].add(row)
         return page
 
-    def _drop_page(self, page: int) -> None:
-        self.users[page] -= 1
+    def _drop_page(self, page: int, user: int) -> None:
+        self.users[page].discard(user)
         if not self.users[page]:
             self._free_pages.add(page)
 
     def _drop_pages(self, row: int) -> None:
         for page in self.tables[row]:
-            self._drop_page(page)
+            self._drop_page(page, row)
         self.tables[row] = []
 
-    def _shares_last(self, row: int) -> bool:
-        """Whether the next token falls into a page that others see too."""
-        inside = self.lengths[row] // self.page
-        return inside < len(self.tables[row]) and self.users[self.tables[row][inside]] > 1
+    def _would_overwrite(self, row: int) -> bool:
+        """Whether the row's next token falls where somebody else sees a token of his own."""
+        length, table = self.lengths[row], self.tables[row]
+        inside = length // self.page
+        if inside >= len(table) or len(self.users[table[inside]]) == 1:
+            return False
+        others = self.users[table[inside]] - {row}
+        return any((self.lengths[user] if user >= 0 else self._kept[user]) > length for user in others)
 
-    def _own_last(self, row: int) -> None:
+    def _copy_last(self, row: int) -> None:
         inside = self.lengths[row] // self.page
         shared, own = self.tables[row][inside], self._take_page(row)
         for name, x in self.tensors.items():
             if self.leaves[name].keep == "all":
                 x[own] = x[shared]
-        self._drop_page(shared)
+        self._drop_page(shared, row)
         self.tables[row][inside] = own
 
     def _tell(self, rows: Sequence[int]) -> None:
@@ -400,12 +411,13 @@ class Pool:
         )
 
 
-def _released(pool: "weakref.ref[Pool]", pages: tuple[int, ...]) -> None:
+def _released(pool: "weakref.ref[Pool]", number: int, pages: tuple[int, ...]) -> None:
     """A snapshot is gone."""
     here = pool()
     if here is not None:
+        del here._kept[number]
         for page in pages:
-            here._drop_page(page)
+            here._drop_page(page, number)
 
 
 def _leaves(memory: Memory | Memories, prefix: str = "") -> list[tuple[str, Leaf]]:
