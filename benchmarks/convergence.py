@@ -5,7 +5,7 @@
 
 Each cell is the mixer of a byte-level model of two layers, "(CF)2", dim 64. Its layers read real text, the last 131,072 bytes
 of FILE, of which the model sees the first 256, 1,024, ... in one call; the rest of FILE is what it is trained on. Passes are
-what a call's `stats` say of the layer that needed most, in float32 to its own tolerance (2e-6 at the joints): as initialised,
+what a call's stats say of the layer that needed most, in float32 to its own tolerance (2e-6 at the joints): as initialised,
 and after training. "fell_back": the passes did not close the joints, and the tokens were run one by one.
 
 The picture is of the method alone: the gap at the joints of 16 chunks of 64 tokens after every pass, in float64, for cells that
@@ -76,14 +76,10 @@ def measure(model: plait.LanguageModel, text: Tensor) -> dict[int, dict[str, Any
     """By length, the layer that needed most."""
     found = {}
     for length in LENGTHS:
-        stats: dict[str, Any] = {}
-        model.features(text[None, :length].to(model.device), stats=stats)
-        infos = [report["solver"] for report in stats.values()]
-        found[length] = {
-            "passes": max(int(info.passes) for info in infos),
-            "gap": max(float(info.gap) for info in infos),
-            "fell_back": any(bool(info.fell_back) for info in infos),
-        }
+        sent = plait.Channels()
+        model.features(text[None, :length].to(model.device), channels=sent)
+        info = sent.over_layers("solver")
+        found[length] = {"passes": int(info.passes), "gap": float(info.gap), "fell_back": bool(info.fell_back)}
     return found
 
 

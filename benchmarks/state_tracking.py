@@ -109,21 +109,21 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
     return run | record | {"tests": {n: test(model, rows, n) for n in LENGTHS}}
 
 
-def loss_of(model: plait.LanguageModel, tokens: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def loss_of(model: plait.LanguageModel, tokens: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, plait.Channels]:
     """Mean loss, whether each token is right (rows, length), and what the layers say."""
-    stats: dict[str, Any] = {}
-    logits, answers = model(tokens.to(model.device), stats=stats)[0], answers.to(model.device)
-    return F.cross_entropy(logits.flatten(0, 1), answers.flatten()), logits.argmax(-1) == answers, stats
+    sent = plait.Channels()
+    logits, answers = model(tokens.to(model.device), channels=sent)[0], answers.to(model.device)
+    return F.cross_entropy(logits.flatten(0, 1), answers.flatten()), logits.argmax(-1) == answers, sent
 
 
 @torch.no_grad()
 def test(model: plait.LanguageModel, rows: Any, length: int) -> dict[str, float]:
     """Shares of right answers over all tokens and at the last, on rows that are the same for every run."""
     torch.manual_seed(length)
-    loss, right, stats = loss_of(model, *rows(TEST_ROWS, length))
+    loss, right, sent = loss_of(model, *rows(TEST_ROWS, length))
     found = {"loss": loss.item(), "right": right.double().mean().item(), "last": right[:, -1].double().mean().item()}
-    solvers = [report["solver"] for report in stats.values() if "solver" in report]
-    return found | ({"passes": max(int(info.passes) for info in solvers)} if solvers else {})
+    solver = sent.over_layers("solver")
+    return found | ({"passes": int(solver.passes)} if solver else {})
 
 
 def in_process(run: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ FUNCTIONS = (
     "plait.LanguageModel.features",
     "plait.LanguageModel.run",
     "plait.LanguageModel.place",
+    "plait.Channels",
+    "plait.listening",
     "plait.swap",
     "plait.ModelConfig.places",
     "plait.model.head.Head.loss",

@@ -52,9 +52,9 @@ def train(steps: int = 100, length: int = 32) -> plait.LanguageModel:
 def right(model: plait.LanguageModel, length: int) -> tuple[float, int]:
     """The share of right answers, and the passes that the solver needed."""
     bits, odd = parity(32, length)
-    stats = {}
-    answers = model(bits, stats=stats)[0].argmax(-1)
-    return (answers == odd).float().mean().item(), int(stats["Z#0"]["solver"].passes)
+    sent = plait.Channels()
+    answers = model(bits, channels=sent)[0].argmax(-1)
+    return (answers == odd).float().mean().item(), int(sent.stats["Z#0"]["solver"].passes)
 
 
 def main() -> float:

@@ -37,10 +37,12 @@ from plait.design import render as render
 if TYPE_CHECKING:
     from plait.data import load_tokenizer as load_tokenizer
     from plait.engine import generate as generate
+    from plait.layers import Channels as Channels
     from plait.layers.declared import LayerModule as LayerModule
     from plait.layers.register import register as register
     from plait.model import LanguageModel as LanguageModel
     from plait.model import build as build
+    from plait.model import listening as listening
     from plait.model import load as load
     from plait.model import save as save
     from plait.model import swap as swap
@@ -52,9 +54,11 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Cell": "plait.ops.shooting",
+    "Channels": "plait.layers",
     "register": "plait.layers.register",
     "LanguageModel": "plait.model",
     "build": "plait.model",
+    "listening": "plait.model",
     "load": "plait.model",
     "swap": "plait.model",
     "LayerModule": "plait.layers.declared",

@@ -8,6 +8,7 @@ target once.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,9 @@ NO_TARGET = -100
 MOST = (1 << 31) - 1  # tokens in a batch, whose offsets are int32
 Order = Literal["shuffled", "sequential"]
 ORDERS = ("shuffled", "sequential")
+
+
+Span = tuple[int, int, int]  # tokens of one piece: the first, how many, the end of their document
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,9 @@ class Batch:
 class Loader:
     """An iterator of `Batch`, endless or for `epochs` epochs; the last batch of the last epoch may be shorter.
 
+    Of `ranks` processes that share each batch, the one with number `rank` gets an equal stretch of its tokens; a piece that
+    ends a stretch goes on in the next rank's, starting fresh. Where the loader is says nothing of ranks: another number of
+    them goes on from there.
     `order="shuffled"` draws the pieces anew each epoch from (seed, epoch); `"sequential"` keeps the corpus's order, for
     evaluation. Memory: 8 bytes a piece and 24 a document; the tokens stay on disk.
     """
@@ -65,6 +72,8 @@ class Loader:
         seed: int = 0,
         order: Order = "shuffled",
         epochs: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         batch, length = whole_number("batch", batch, 1, MOST), whole_number("length", length, 1, MOST)
         seed = whole_number("seed", seed, 0, (1 << 64) - 1)
@@ -75,6 +84,9 @@ class Loader:
         if order not in ORDERS:
             raise DataError(f"order {order!r}: expected shuffled or sequential{nearest(str(order), ORDERS)}")
         epochs = None if epochs is None else whole_number("epochs", epochs, 1)
+        if batch % ranks:
+            raise DataError(f"batch {batch} over {ranks} ranks: expected a multiple of {ranks}")
+        self.rank, self.ranks = rank, ranks
         self.batch, self.length, self.seed, self.order, self.epochs = batch, length, seed, order, epochs
         self.shards, self.split = shards, split
         self._starts, self._ends = shards.documents(split)
@@ -102,10 +114,34 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        size = self.batch * self.length
-        inputs = np.empty(size, dtype=np.int64)
-        targets = np.empty(size, dtype=np.int64)
-        cuts, filled = [0], 0
+        spans, place = self._spans(self.batch * self.length)
+        size = sum(taken for _, taken, _ in spans)
+        if size < self.ranks:  # nothing, or the last few tokens of all
+            raise StopIteration
+        spans = list(_within(spans, size * self.rank // self.ranks, size * (self.rank + 1) // self.ranks))
+        cuts = [0, *accumulate(taken for _, taken, _ in spans)]
+        inputs = np.empty(cuts[-1], dtype=np.int64)
+        targets = np.empty(cuts[-1], dtype=np.int64)
+        for filled, (start, taken, document_end) in zip(cuts, spans, strict=False):
+            following = self._tokens[start : start + taken + 1]
+            inputs[filled : filled + taken] = following[:taken]
+            if start + taken < document_end:
+                targets[filled : filled + taken] = following[1:]
+            else:
+                targets[filled : filled + taken - 1] = following[1:taken]
+                targets[filled + taken - 1] = NO_TARGET
+        # Only now, so that an interrupt above leaves the loader where the last whole batch left it.
+        self._epoch, self._position, self._offset = place
+        return Batch(
+            inputs=torch.from_numpy(inputs[None]),
+            targets=torch.from_numpy(targets[None]),
+            cu_seqlens=torch.tensor(cuts, dtype=torch.int32),
+            bytes=int(self._token_bytes[targets[targets != NO_TARGET]].sum()),
+        )
+
+    def _spans(self, size: int) -> tuple[list[Span], tuple[int, int, int]]:
+        """What the next `size` tokens are, fewer at the end of the last epoch, and the place after them."""
+        spans, filled = list[Span](), 0
         epoch, position, offset = self._epoch, self._position, self._offset
         while filled < size:
             if position == self.pieces:
@@ -115,27 +151,10 @@ class Loader:
             start, end, document_end = self._piece(epoch, position)
             start += offset
             taken = min(end - start, size - filled)
-            following = self._tokens[start : start + taken + 1]
-            inputs[filled : filled + taken] = following[:taken]
-            if start + taken < document_end:
-                targets[filled : filled + taken] = following[1:]
-            else:
-                targets[filled : filled + taken - 1] = following[1:taken]
-                targets[filled + taken - 1] = NO_TARGET
+            spans.append((start, taken, document_end))
             filled += taken
-            cuts.append(filled)
             position, offset = (position + 1, 0) if start + taken == end else (position, offset + taken)
-        if not filled:
-            raise StopIteration
-        # Only now, so that an interrupt above leaves the loader where the last whole batch left it.
-        self._epoch, self._position, self._offset = epoch, position, offset
-        scored = targets[:filled][targets[:filled] != NO_TARGET]
-        return Batch(
-            inputs=torch.from_numpy(inputs[None, :filled]),
-            targets=torch.from_numpy(targets[None, :filled]),
-            cu_seqlens=torch.tensor(cuts, dtype=torch.int32),
-            bytes=int(self._token_bytes[scored].sum()),
-        )
+        return spans, (epoch, position, offset)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data: where the next batch begins, and of what. A resumed run may change `batch` and `epochs` only."""
@@ -178,3 +197,13 @@ class Loader:
             words = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64)).random_raw(self.pieces)
             self._permutation = epoch, np.argsort(words, kind="stable")
         return self._permutation[1]
+
+
+def _within(spans: list[Span], first: int, last: int) -> Iterator[Span]:
+    """The part of `spans` between the `first` and the `last` of their tokens."""
+    at = 0
+    for start, taken, document_end in spans:
+        skipped, end = max(0, first - at), min(taken, last - at)
+        if skipped < end:
+            yield start + skipped, end - skipped, document_end
+        at += taken

@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.data import Tokenizer
+from plait.layers import Channels
 from plait.model import CrossEntropy, LanguageModel
 from plait.state import ModelState
 from plait.train.guard import nonfinite_weights
 from plait.train.heldout import HeldOut, score
-from plait.train.solver import SolverRecord, Stats, read, together
+from plait.train.solver import SolverRecord, read, together
 
 STEP = 512  # tokens read in one call while streaming
 
@@ -164,9 +165,9 @@ class _Reader:
         return self._nats(features, targets), len(targets)
 
     def _advance(self, tokens: Int[Tensor, "1 t"]) -> Float[Tensor, "1 t d"]:
-        stats: Stats = {}
-        hidden, state = self.model.features(tokens, self.state, stats=stats)
-        self.layers = together(self.layers, read(stats))
+        sent = Channels()
+        hidden, state = self.model.features(tokens, self.state, channels=sent)
+        self.layers = together(self.layers, read(sent))
         assert state is not None  # one was given
         self.state = state
         return hidden

@@ -1,6 +1,7 @@
 """A language model behind transformers' interface."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from plait.hub.cache import PlaitCache
 from plait.hub.config import PlaitConfig
 from plait.hub.generation import Generation
 from plait.hub.inputs import check_cache_position, check_labels, document_starts, last_columns, refuse, whole_numbers
+from plait.layers import Channels
 from plait.model.build import init_weights, to_dtype
 from plait.model.language_model import LanguageModel
 from plait.model.loss import IGNORE, CrossEntropy, loss_of
@@ -117,7 +119,8 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
         position_ids: not needed. Where they start again at 0, rows are packed documents that do not see each other, and
         the first token of a document is not learned from the one before.
         labels: the input_ids themselves (shifted here) with -100 where nothing is to be learned; what is predicted from
-        padding never counts. The loss is the mean over the scored tokens, or their sum over num_items_in_batch.
+        padding never counts. The loss is the mean over the scored tokens, or their sum over num_items_in_batch, and where
+        gradients are taken the layers' own losses too, as in plait's training.
         logits_to_keep: logits of the last so many positions only (0: all), or of these positions.
         """
         if input_ids is None or inputs_embeds is not None:
@@ -132,7 +135,9 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
         check_cache_position(cache_position, input_ids.shape[1], past_key_values)
         starts = document_starts(position_ids, input_ids, mask, past_key_values)
         cache = self._cache(past_key_values, use_cache, packed=starts is not None)
-        hidden = self._features(input_ids, mask, cache) if starts is None else self._packed(input_ids, starts)
+        sent = Channels()
+        ask = None if labels is None else sent
+        hidden = self._features(input_ids, mask, cache, ask) if starts is None else self._packed(input_ids, starts, ask)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is None:
             loss, logits = None, self.model.head(hidden[:, keep])
@@ -140,7 +145,8 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
             if starts is not None:
                 labels = labels.masked_fill(starts.to(labels.device), IGNORE)
             logits = self.model.head(hidden)
-            loss, logits = mean_loss(logits, labels, mask, num_items_in_batch), logits[:, keep]
+            loss = mean_loss(logits, labels, mask, num_items_in_batch, sent.losses_by_name())
+            logits = logits[:, keep]
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]  # their annotation lacks Tensor
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -160,19 +166,19 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
             use_cache = self.config.use_cache and not self.training
         return PlaitCache() if given is None and use_cache else given
 
-    def _packed(self, tokens: Int[Tensor, "b t"], starts: Tensor) -> Float[Tensor, "b t d"]:
+    def _packed(self, tokens: Int[Tensor, "b t"], starts: Tensor, sent: Channels | None) -> Float[Tensor, "b t d"]:
         """Rows of packed documents, read as one row of them."""
         offsets = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()])])
-        hidden, _ = self.model.features(tokens.flatten()[None], cu_seqlens=offsets)
+        hidden, _ = self.model.features(tokens.flatten()[None], cu_seqlens=offsets, channels=sent)
         return hidden[0].unflatten(0, tokens.shape)
 
     def _features(
-        self, tokens: Int[Tensor, "b t"], mask: Tensor | None, cache: PlaitCache | None
+        self, tokens: Int[Tensor, "b t"], mask: Tensor | None, cache: PlaitCache | None, sent: Channels | None
     ) -> Float[Tensor, "b t d"]:
         if cache is None:
-            return self.model.features(tokens, attention_mask=mask)[0]
+            return self.model.features(tokens, attention_mask=mask, channels=sent)[0]
         before = self.model.init_state(len(tokens)) if cache.state is None else cache.state
-        hidden, cache.state = self.model.features(tokens, before, attention_mask=mask)
+        hidden, cache.state = self.model.features(tokens, before, attention_mask=mask, channels=sent)
         cache.length += tokens.shape[1]
         return hidden
 
@@ -213,14 +219,18 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
 
 
 def mean_loss(
-    logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], mask: Tensor | None, count: Tensor | int | None
+    logits: Float[Tensor, "b t v"],
+    labels: Int[Tensor, "b t"],
+    mask: Tensor | None,
+    count: Tensor | int | None,
+    layers: Mapping[str, Float[Tensor, ""]],
 ) -> Float[Tensor, ""]:
-    """Mean (or sum / count) of -log p over the labels that are not -100, scored by the logits one place before; 0 where
-    there are none."""
+    """Mean (or sum / count) of -log p over the labels that are not -100, scored by the logits one place before, and of the
+    layers' losses; 0 where there are none."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(logits.device)
     if mask is not None:
         targets = targets.masked_fill(mask == 0, IGNORE)
-    loss = loss_of(logits, CrossEntropy(targets))
+    loss = loss_of(logits, CrossEntropy(targets)).plus(layers)
     return loss.mean if count is None else loss.total / torch.as_tensor(count, device=logits.device).clamp_min(1)
 
 

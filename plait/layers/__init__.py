@@ -1,5 +1,7 @@
 """Modules over ops: token mixers, channel mixers, merges, and the stack made of them."""
 
+from plait.layers.channels import Channels as Channels
+from plait.layers.channels import Listener as Listener
 from plait.layers.context import Context as Context
 from plait.layers.context import context_for as context_for
 from plait.layers.context import pooled_context as pooled_context

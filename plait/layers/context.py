@@ -1,13 +1,14 @@
-"""What every layer of one call shares: positions, packing, and a place for numbers worth reporting."""
+"""What every layer of one call shares: positions, packing, and the channels out of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from plait.layers.channels import Listener, Outbox, Place, Reduction
 from plait.ops.packing import Packing
 from plait.state import PoolRows
 
@@ -20,8 +21,8 @@ class Context:
     before the call. `lengths` are the same on the host, where a call that is not compiled may know them: a shortcut, no layer
     needs it. In a pool, `rows` are the rows of its tensors that the call reads and writes, `table` their pages.
 
-    `reports` is where the layers of a slot leave numbers about this call, each under its `path` in the slot; nothing is left on
-    modules. Which slot it is nobody inside knows, so that equal slots are one graph to torch.compile. `embeddings` (b, t, d),
+    `out` takes what the layers of a slot send by `loss`, `stat` and `tap`, each under its `path` in the slot, where anyone asks
+    for it; nothing is left on modules. Which slot it is nobody inside knows, so that equal slots are one graph to torch.compile. `embeddings` (b, t, d),
     what the first slot reads, are there where another slot reads them too.
     """
 
@@ -31,7 +32,7 @@ class Context:
     packing: Packing | None = None
     rows: Int[Tensor, " b"] | slice | None = None
     table: Int[Tensor, "b n"] | None = None
-    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    out: Outbox | None = None
     path: str = ""
     embeddings: Tensor | None = None
     _cache: dict[Any, Any] = field(default_factory=dict)
@@ -60,10 +61,18 @@ class Context:
             self._cache[key] = compute()
         return self._cache[key]
 
-    def slot(self) -> Callable[[], "Context"]:
-        """Makes the same call as the next slot sees it, each time anew: a slot that is recomputed must see what it saw."""
+    def slot(self, listeners: Mapping[Place, Listener] | None = None) -> Callable[[], "Context"]:
+        """Makes the same call as the next slot sees it, each time anew: a slot that is recomputed must see what it saw.
+
+        Nothing that the slot sends is kept where `listeners` is None.
+        """
         known = dict(self._cache)
-        return lambda: self._with({}, "", self.embeddings, dict(known))
+
+        def make() -> Context:
+            out = None if listeners is None else Outbox(listeners)
+            return self._with(out, "", self.embeddings, dict(known))
+
+        return make
 
     def keep(self, slot: "Context") -> None:
         """What a slot has computed once is there for the slots after it."""
@@ -71,9 +80,9 @@ class Context:
 
     def inside(self, part: int) -> "Context":
         """The same call as a part of this layer sees it."""
-        return self._with(self.reports, f"{self.path}.{part}", None, self._cache)
+        return self._with(self.out, f"{self.path}.{part}", None, self._cache)
 
-    def _with(self, reports: dict[str, dict[str, Any]], path: str, embeddings: Tensor | None, cache: dict) -> "Context":
+    def _with(self, out: Outbox | None, path: str, embeddings: Tensor | None, cache: dict) -> "Context":
         return Context(
             self.positions,
             self.starts,
@@ -81,15 +90,26 @@ class Context:
             self.packing,
             self.rows,
             self.table,
-            reports,
+            out,
             path,
             embeddings,
             cache,
         )
 
-    def report(self, name: str, value: Any) -> None:
-        """Leave a number about this call."""
-        self.reports.setdefault(self.path, {})[name] = value
+    def loss(self, name: str, value: Float[Tensor, ""]) -> None:
+        """Add `value`, a mean over this call's tokens that is weighted already, to what is optimised; once per name."""
+        if self.out is not None and torch.is_grad_enabled():
+            self.out.losses.append(((self.path, name), value))
+
+    def stat(self, name: str, value: Any, reduction: Reduction) -> None:
+        """Leave a tensor, or a NamedTuple of them, about this call; `reduction`: "max" or "sum", over parts of a batch, calls,
+        layers and ranks."""
+        if self.out is not None:
+            self.out.stats.append(((self.path, name), value, reduction))
+
+    def tap(self, name: str, x: Tensor) -> Tensor:
+        """x, or what a listener puts in its place (`plait.listening`)."""
+        return x if self.out is None else self.out.tap((self.path, name), x)
 
 
 def context_for(

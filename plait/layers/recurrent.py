@@ -188,7 +188,7 @@ class RecurrentLayer(LayerModule):
             u = F.silu(u)
         solve = self._strictly if self.cell.config.strict else self._solve
         h, s, info = solve(u, context, state)
-        context.report("solver", info)
+        context.stat("solver", info, "max")
         if self.norm is not None and self.gate_proj is not None:
             h = self.norm(h) * F.silu(self.gate_proj(x))
         return self.out_proj(h), recurrent(s, conv)

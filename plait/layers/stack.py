@@ -57,6 +57,7 @@ class Sublayer(nn.Module):
             assert context.embeddings is not None  # the model leaves them where a slot reads them
             u = torch.cat([x, context.embeddings], -1)
         y, state = self.mixer(u if self.norm is None else self.norm(u), context, state)
+        y = context.tap("output", y)
         if self.after is not None or self.factor != 1:
             y = added(y, self.after, self.factor)
         return x + y, state
@@ -92,7 +93,7 @@ class ChainLayer(nn.Module):
         for i, (layer, here, before) in enumerate(zip(self.layers, contexts, states, strict=True)):
             x = u if total is None else u + total
             y, new = layer(norms[str(i)](x) if str(i) in norms else x, here, before)
-            y = added(y, posts.get(str(i)), self.factors[i])
+            y = added(here.tap("output", y), posts.get(str(i)), self.factors[i])
             total = y if total is None else total + y
             after.append(new)
         assert total is not None  # a chain has a layer

@@ -1,6 +1,6 @@
 """The language model: embedding, residual stack, head. One call form for training, prefill, decoding and packing."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,8 @@ from plait.design.model import ModelConfig, nearest_place
 from plait.design.places import Node, ParallelPlace, layers, paths
 from plait.design.spec import Leaf, Memories, StateSpec, TensorSpec
 from plait.design.summary import summary
-from plait.layers import Context, build_stack, context_for, pooled_context
+from plait.layers import Channels, Context, build_stack, context_for, pooled_context
+from plait.layers.channels import Listener, Place, send
 from plait.layers.declared import Projection, empty
 from plait.layers.norm import Norm
 from plait.model.front import with_meta
@@ -51,6 +52,7 @@ class LanguageModel(nn.Module):
         self._make_head()
         self.reads_embeddings = any(slot.wrap.reads == "stream_and_embeddings" for slot in design.slots)
         self.activation_checkpointing = False
+        self.listeners: Mapping[int, Mapping[Place, Listener]] = {}  # by slot; see `plait.model.listening`
         self.tokenizer_files: dict[str, bytes] = {}  # by name, of the folder it came from; `plait.save` writes them
         self.max_positions = self.limit(design)
 
@@ -101,16 +103,16 @@ class LanguageModel(nn.Module):
         *,
         cu_seqlens: Int[Tensor, " n+1"] | None = None,
         attention_mask: Tensor | None = None,
-        stats: dict[str, Any] | None = None,
+        channels: Channels | None = None,
     ) -> tuple[Float[Tensor, "b t v"], S | None]:
         """Logits (b, t, vocab), and the state after these tokens where one was given. Rows of a pool are moved on in place.
 
         tokens: ids (b, t), or vectors (b, t, features) where the design's front takes those.
         cu_seqlens: batch 1, documents packed end to end, n + 1 offsets from 0; a state then has one row per document.
         attention_mask (b, t): 1 for tokens, 0 for padding on either side; logits at padding mean nothing.
-        stats: a dict that layers leave numbers about this call in.
+        channels: takes the losses and the numbers that layers send.
         """
-        hidden, state = self.features(tokens, state, cu_seqlens=cu_seqlens, attention_mask=attention_mask, stats=stats)
+        hidden, state = self.features(tokens, state, cu_seqlens=cu_seqlens, attention_mask=attention_mask, channels=channels)
         return self.head(hidden), state
 
     def features(
@@ -120,13 +122,13 @@ class LanguageModel(nn.Module):
         *,
         cu_seqlens: Int[Tensor, " n+1"] | None = None,
         attention_mask: Tensor | None = None,
-        stats: dict[str, Any] | None = None,
+        channels: Channels | None = None,
     ) -> tuple[Float[Tensor, "b t d"], S | None]:
         """What `head` reads: the normed output of the last slot, zero at padding. Arguments as in `forward`."""
         refuse_tracing(self.design, tokens)
         tokens = self._checked_inputs(tokens)
         if isinstance(state, PoolRows):
-            return self._on_pool(tokens, state, cu_seqlens, attention_mask, stats), state
+            return self._on_pool(tokens, state, cu_seqlens, attention_mask, channels), state
         padding = None
         documents = None
         if attention_mask is not None:
@@ -144,7 +146,7 @@ class LanguageModel(nn.Module):
         stretch = with_meta(self._embed(tokens), self.meta if begins else None, seen or (0,) * rows, documents)
         context = context_for(stretch.x, None if state is None else state.seen, seen, stretch.documents)
         after = self._after(context, stretch.documents)
-        hidden, slots = self.run(self._placed(stretch.x, context), context, state.slots if state else None, stats=stats)
+        hidden, slots = self.run(self._placed(stretch.x, context), context, state.slots if state else None, channels=channels)
         hidden = self.norm(stretch.only_text(hidden))
         if padding is not None:
             hidden = padding.restore(hidden)
@@ -161,7 +163,7 @@ class LanguageModel(nn.Module):
         at: PoolRows,
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
-        stats: dict[str, Any] | None,
+        channels: Channels | None,
     ) -> Float[Tensor, "b t d"]:
         """`features` on rows of a pool: what the host has to do around `step`."""
         if cu_seqlens is not None or attention_mask is not None:
@@ -178,17 +180,17 @@ class LanguageModel(nn.Module):
             raise ValueError(f"the call has {len(tokens)} rows, but {at.batch} rows of the pool")
         self._check_length(max(at.lengths) + count)
         pool.reserve(at.rows, count)
-        hidden = self.step(tokens, at, stats)
+        hidden = self.step(tokens, at, channels)
         pool.advance(at.rows, count)
         return hidden
 
     def step(
-        self, tokens: Int[Tensor, "b t"], at: PoolRows, stats: dict[str, Any] | None = None
+        self, tokens: Int[Tensor, "b t"], at: PoolRows, channels: Channels | None = None
     ) -> Float[Tensor, "b t d"]:
         """Features of more tokens in rows of a pool, which are moved on: a function of device tensors alone. The pool must have
         room reserved; rows begin with what `init_state` and a call on a value have given them."""
         context = pooled_context(tokens, at)
-        hidden, _ = self.run(self._placed(self._embed(tokens), context), context, at.pool.slots, stats=stats)
+        hidden, _ = self.run(self._placed(self._embed(tokens), context), context, at.pool.slots, channels=channels)
         if isinstance(at.index, slice):
             at.pool.starts[at.index] += tokens.shape[1]
         else:
@@ -218,7 +220,7 @@ class LanguageModel(nn.Module):
         state: tuple[SlotState, ...] | None = None,
         *,
         slots: Iterable[int | str] | slice | None = None,
-        stats: dict[str, Any] | None = None,
+        channels: Channels | None = None,
     ) -> tuple[Float[Tensor, "b t d"], tuple[SlotState, ...]]:
         """The stream after some slots (all: None), by index, slice or address, in the order given; and their states.
 
@@ -226,7 +228,7 @@ class LanguageModel(nn.Module):
         """
         after, modules = [], list(self.slots)
         for i in self._indices(slots):
-            hidden, new = self._run_slot(i, modules[i], hidden, context, state[i] if state else None, stats)
+            hidden, new = self._run_slot(i, modules[i], hidden, context, state[i] if state else None, channels)
             after.append(new)
         return hidden, tuple(after)
 
@@ -251,21 +253,20 @@ class LanguageModel(nn.Module):
         x: Float[Tensor, "b t d"],
         context: Context,
         before: SlotState | None,
-        stats: dict[str, Any] | None,
+        channels: Channels | None,
     ) -> tuple[Float[Tensor, "b t d"], SlotState]:
+        listeners = self.listeners.get(i, None if channels is None else {})
         try:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, new, here = checkpoint(_run, slot, x, context.slot(), before, use_reentrant=False)
+                x, new, here = checkpoint(_run, slot, x, context.slot(listeners), before, use_reentrant=False)
             else:
-                x, new, here = _run(slot, x, context.slot(), before)
+                x, new, here = _run(slot, x, context.slot(listeners), before)
         except NotConverged as error:
             path, _, what = str(error).partition(": ")
             raise NotConverged(f"{paths(self.design.slots[i])[path]}: {what}") from None
         context.keep(here)
-        if stats is not None:
-            addresses = paths(self.design.slots[i])
-            for path, numbers in here.reports.items():
-                stats.setdefault(addresses[path], {}).update(numbers)
+        if here.out is not None:
+            send(here.out, paths(self.design.slots[i]), channels)
         return x, new
 
     def place(self, address: str) -> nn.Module:

@@ -1,7 +1,7 @@
 """What a model is trained on and measured by: one loss, by several rules, without holding all logits at once."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +28,19 @@ class Loss:
     def mean(self) -> Float[Tensor, ""]:
         """Over the scored positions; 0 where there was none."""
         return self.total / self.count.clamp_min(1)
+
+    def plus(self, losses: Mapping[str, Float[Tensor, ""]]) -> "Loss":
+        """With the layers' losses, which `mean` grows by: each counts once for every position scored beside it, so that parts
+        of a batch, and ranks, add up by what they score."""
+        if not losses:
+            return self
+        if clash := self.parts.keys() & losses.keys():
+            raise ValueError(
+                f"a layer's loss is named {min(clash)!r}, as a part of the objective is: give it another name"
+            )
+        sums = {name: value.to(self.total.device) * self.count for name, value in losses.items()}
+        parts = {name: value.detach() for name, value in sums.items()}
+        return Loss(self.total + sum(sums.values()), self.count, self.parts | parts)
 
 
 class Rule(Protocol):

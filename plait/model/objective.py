@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from plait.layers import Channels
 from plait.model.language_model import LanguageModel
 from plait.model.loss import KL, CrossEntropy, Loss, Mixed, SquaredError
 
@@ -26,16 +27,17 @@ class Objective(nn.Module):
     """`forward(batch) -> Loss`, by the `rule` of a subclass. Of its modules only `model` is trained; others, such as a
     teacher, it keeps as they are.
 
-    `stats`: a dict that layers leave numbers about the call in, as in `LanguageModel.forward`.
+    Where gradients are taken, the loss is that of the rule and the layers' own. `channels` takes what the layers send, as in
+    `LanguageModel.forward`.
     """
 
     def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
 
-    def hidden(self, batch: Batch, stats: dict[str, Any] | None = None) -> Float[Tensor, "b t d"]:
+    def hidden(self, batch: Batch, channels: Channels | None = None) -> Float[Tensor, "b t d"]:
         """What the model's head reads."""
-        return self.model.features(batch.inputs, cu_seqlens=batch.cu_seqlens, stats=stats)[0]
+        return self.model.features(batch.inputs, cu_seqlens=batch.cu_seqlens, channels=channels)[0]
 
     def rule(self, batch: Batch) -> Any:
         """What the outputs are held against."""
@@ -47,8 +49,12 @@ class Objective(nn.Module):
             return torch.tensor(batch.targets.shape[:-1].numel())
         return (batch.targets >= 0).sum()
 
-    def forward(self, batch: Batch, stats: dict[str, Any] | None = None) -> Loss:
-        return self.model.head.loss(self.hidden(batch, stats), self.rule(batch))
+    def forward(self, batch: Batch, channels: Channels | None = None) -> Loss:
+        sent = Channels()
+        loss = self.model.head.loss(self.hidden(batch, sent), self.rule(batch)).plus(sent.losses_by_name())
+        if channels is not None:
+            channels.join(sent)
+        return loss
 
 
 class NextToken(Objective):
@@ -99,11 +105,11 @@ def token_loss(
     *,
     cu_seqlens: Int[Tensor, " n+1"] | None = None,
     attention_mask: Tensor | None = None,
-    stats: dict[str, Any] | None = None,
+    channels: Channels | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Sum over the scored targets (those not below 0) of -log p in nats, and how many there are."""
+    """Sum over the scored targets (those not below 0) of -log p in nats, without the layers' losses, and how many there are."""
     if targets.shape != inputs.shape:
         raise ValueError(f"targets must have the inputs' shape {tuple(inputs.shape)}, got {tuple(targets.shape)}")
-    hidden, _ = model.features(inputs, cu_seqlens=cu_seqlens, attention_mask=attention_mask, stats=stats)
+    hidden, _ = model.features(inputs, cu_seqlens=cu_seqlens, attention_mask=attention_mask, channels=channels)
     loss = model.head.loss(hidden, CrossEntropy(targets))
     return loss.total, loss.count

@@ -9,23 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from plait.data import Tokenizer
 from plait.design import ModelConfig
-from plait.files import naming, read_text, sync_folder, write_atomic
+from plait.files import naming, read_text, sync_folder
 from plait.model import LanguageModel
-from plait.model import load as load_model
-from plait.model import save as save_model
 from plait.train.config import FIXED, FREE, RunConfig
 from plait.train.folder import NAME, checkpoint_path, checkpoints, step_of
 from plait.train.inputs import Batches
 from plait.train.optim import Optimizers
+from plait.train.payload import SAFETENSORS, TENSORS, Payload
 
 FORMAT = 1
-TENSORS, FACTS = "training.safetensors", "training.json"
+FACTS = "training.json"
 EDITABLE = "generation_config.json"  # settings for transformers, which a person may change
 
 
@@ -45,6 +41,7 @@ def save_checkpoint(
     tokenizer: Tokenizer | None,
     optimizers: Optimizers,
     loader: Batches,
+    payload: Payload = SAFETENSORS,
 ) -> Path:
     """Write a checkpoint of this moment, whole or not at all, then remove all but the newest `keep_last`."""
     folder = Path(run.folder)
@@ -55,7 +52,8 @@ def save_checkpoint(
         try:
             temporary.mkdir(parents=True)
             with naming(final, within=temporary):
-                _write(temporary, run, position, model, tokenizer, optimizers, loader)
+                payload.save(temporary, model, tokenizer, optimizers)
+                _write_facts(temporary, run, position, loader)
             os.replace(temporary, final)
             sync_folder(final.parent)
             sync_folder(folder)
@@ -69,18 +67,8 @@ def save_checkpoint(
     return final
 
 
-def _write(
-    folder: Path,
-    run: RunConfig,
-    position: Position,
-    model: LanguageModel,
-    tokenizer: Tokenizer | None,
-    optimizers: Optimizers,
-    loader: Batches,
-) -> None:
-    save_model(model, folder, tokenizer)
-    tensors = {f"optimizer.{name}": tensor.contiguous() for name, tensor in optimizers.tensors().items()}
-    write_atomic(folder / TENSORS, lambda path: save_file(tensors | _random_states(), path))
+def _write_facts(folder: Path, run: RunConfig, position: Position, loader: Batches) -> None:
+    """What there is besides tensors; then all of it is on disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = {
         "format": FORMAT,
@@ -98,11 +86,6 @@ def _write(
     sync_folder(folder)
 
 
-def _random_states() -> dict[str, Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {"rng.torch": torch.get_rng_state()} | {f"rng.cuda.{index}": state for index, state in enumerate(cuda)}
-
-
 def _checksum(path: Path) -> int:
     value = 0
     with path.open("rb") as file:
@@ -117,6 +100,7 @@ class Checkpoint:
 
     path: Path
     facts: dict[str, Any]
+    payload: Payload = SAFETENSORS
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
@@ -152,19 +136,11 @@ class Checkpoint:
             )
 
     def load_model(self, device: torch.device) -> LanguageModel:
-        return load_model(self.path, device=device)
+        return self.payload.load_model(self.path, device)
 
     def restore(self, optimizers: Optimizers, loader: Batches) -> None:
         """Put optimizers, loader and random number generators where they were."""
-        try:
-            tensors = load_file(self.path / TENSORS)
-        except SafetensorError as error:
-            raise ValueError(f"{self.path / TENSORS}: cannot be read ({error})") from None
-        torch.set_rng_state(tensors.pop("rng.torch"))
-        cuda = [tensors.pop(name) for name in sorted(tensors, key=len) if name.startswith("rng.cuda.")]
-        if len(cuda) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(cuda)
-        optimizers.load_tensors({name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()})
+        self.payload.restore(self.path, optimizers)
         loader.load_state_dict(self.facts["loader"])
 
 

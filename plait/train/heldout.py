@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from plait.data import Batch, Shards
 from plait.data.loader import NO_TARGET
+from plait.layers import Channels
 from plait.model import LanguageModel, Objective, token_loss
-from plait.train.solver import SolverRecord, Stats, read, together
+from plait.train.solver import SolverRecord, read, together
 from plait.train.step import autocast
 
 Ids = NDArray[np.int64]
@@ -60,11 +61,11 @@ def mean_loss(objective: Objective, batches: Iterable[Any], precision: str = "fl
     training = objective.training
     objective.eval()
     for batch in batches:
-        stats: Stats = {}
+        sent = Channels()
         with autocast(model.device, precision):
-            loss = objective(batch.to(model.device), stats=stats)
+            loss = objective(batch.to(model.device), channels=sent)
         total, scored = total + loss.total.item(), scored + int(loss.count)
-        layers = together(layers, read(stats))
+        layers = together(layers, read(sent))
     objective.train(training)
     return HeldOut(total / max(1, scored), scored, 0, layers)
 
@@ -93,11 +94,11 @@ def score(
     model.eval()
     for batch in packed(enough(pieces(documents, length), tokens), token_bytes, size):
         batch = batch.to(model.device)
-        stats: Stats = {}
+        sent = Channels()
         with autocast(model.device, precision):
-            nll, count = token_loss(model, batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens, stats=stats)
+            nll, count = token_loss(model, batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens, channels=sent)
         total, scored, text = total + nll.item(), scored + int(count), text + batch.bytes
-        layers = together(layers, read(stats))
+        layers = together(layers, read(sent))
     model.train(training)
     return HeldOut(total / max(1, scored), scored, text, layers)
 

@@ -10,13 +10,14 @@ from plait.design import ModelConfig
 from plait.model import Objective, model_folder
 from plait.train.config import DataConfig, RunConfig, resolve_design
 from plait.train.heldout import HeldOut, heldout_loss, mean_loss
+from plait.train.ranks import Ranks
 
 
 class Batches(Protocol):
     """Endless training batches (see `plait.model.objective.Batch`) that can say where they are and go on from there.
 
     A batch without `cu_seqlens` also has `part(start, end)`, its rows from start to end, where a run accumulates; every
-    batch has `to(device)`. What `state_dict` gives is written as JSON.
+    batch has `to(device)`. What `state_dict` gives is written as JSON. Of several ranks each has batches of its own.
     """
 
     def __next__(self) -> Any: ...
@@ -35,7 +36,9 @@ class Inputs:
     said: str
 
 
-def text_inputs(run: RunConfig, kept: Path | None, progress: Callable[[int, int | None], None] | None = None) -> Inputs:
+def text_inputs(
+    run: RunConfig, kept: Path | None, ranks: Ranks, progress: Callable[[int, int | None], None] | None = None
+) -> Inputs:
     """Read, tokenize and cache a run's text where that has not been done; `progress(done, total)` counts bytes of text.
 
     `kept`: where a run that goes on has kept its tokenizer, which is the run's where that names none by itself.
@@ -44,7 +47,7 @@ def text_inputs(run: RunConfig, kept: Path | None, progress: Callable[[int, int 
     design = resolve_design(spec(run), tokenizer.vocab)
     shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout, progress=progress)
     check_heldout(run, shards)
-    loader = open_loader(run, shards)
+    loader = open_loader(run, shards, ranks)
     reads = run.steps * run.batch * run.data.length
     said = (
         f"text: {run.data.source}, {loader.tokens:,} tokens to train on; {run.steps:,} steps of "
@@ -96,9 +99,10 @@ def open_tokenizer(data: DataConfig) -> Tokenizer:
     return cached_bpe(data.source, data.tokenizer["bpe"], data.cache)
 
 
-def open_loader(run: RunConfig, shards: Shards) -> Loader:
-    """The endless, seeded training batches of a run, from the start."""
-    return Loader(shards, "train", batch=run.batch, length=run.data.length, seed=run.seed)
+def open_loader(run: RunConfig, shards: Shards, ranks: Ranks) -> Loader:
+    """The endless, seeded training batches of a run, from the start; of several ranks each reads its share."""
+    batch, length, seed = run.batch, run.data.length, run.seed
+    return Loader(shards, batch=batch, length=length, seed=seed, rank=ranks.rank, ranks=ranks.size)
 
 
 def check_heldout(run: RunConfig, shards: Shards) -> None:

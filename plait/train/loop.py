@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import msgspec
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from plait.data import Tokenizer
 from plait.design import ModelConfig
 from plait.files import write_text
+from plait.layers import Channels
 from plait.model import LanguageModel, NextToken, Objective, build, load
 from plait.model.device import find_device
 from plait.ops.graph import leave_documents_outside
@@ -30,12 +31,14 @@ from plait.train.guard import first_nonfinite, weights_finite
 from plait.train.heldout import HeldOut
 from plait.train.inputs import Batches, Inputs, own_inputs, text_inputs
 from plait.train.instructions import fast_dtype
+from plait.train.late import Late
 from plait.train.lock import alone_in
-from plait.train.metrics import MetricsLog
+from plait.train.metrics import Log, MetricsLog, NoLog
 from plait.train.optim import Optimizers
+from plait.train.ranks import One, Ranks, reduce_stats
 from plait.train.result import Result
 from plait.train.signals import Signals
-from plait.train.solver import Stats, as_data, read
+from plait.train.solver import STAT, as_data, records
 from plait.train.step import backward
 
 Sample = Callable[[LanguageModel, Tokenizer, str], str]
@@ -50,6 +53,7 @@ def train(
     heldout: Callable[[], Iterable[Any]] | None = None,
     sample: Sample | None = None,
     console: Console | None = None,
+    ranks: Ranks | None = None,
 ) -> Result:
     """Train, or go on training, what `run` describes, in `run.folder`; see `RunConfig.resume`.
 
@@ -58,15 +62,19 @@ def train(
     `batches` stand in for the text of `run.data`, and `heldout()` gives those to measure on.
     `sample(model, tokenizer, prompt)` gives the text that is shown and logged every `sample_every` steps.
     `console` is where progress goes: standard error unless given; `Console(quiet=True)` for none.
+    `ranks` are the processes that train this run together, each of which calls this; one unless given.
     Raises ValueError and OSError for a run that cannot begin, and TrainingStopped for one that had to stop, which is
     Interrupted, NonFinite, Unsolved or SaveFailed. In each case the checkpoints written before are whole.
     """
     run = run if start is None else run.replace(start=str(start))
-    folder = Path(run.folder)
-    with Display(console or Console(stderr=True), run.steps) as display, alone_in(folder):
-        before = _open_folder(run)
-        kept = None if before is None else folder / "tokenizer"
-        inputs = text_inputs(run, kept, display.reading) if batches is None else own_inputs(run, batches, heldout)
+    folder, ranks = Path(run.folder), ranks or One()
+    console = (console or Console(stderr=True)) if ranks.rank == 0 else Console(quiet=True)
+    with Display(console, run.steps) as display, alone_in(folder) if ranks.rank == 0 else nullcontext():
+        with ranks.in_turn():
+            before = _open_folder(run)
+            kept = None if before is None else folder / "tokenizer"
+            own = batches is not None
+            inputs = own_inputs(run, batches, heldout) if own else text_inputs(run, kept, ranks, display.reading)
         run = run.replace(design=inputs.design.to_dict())
         device = find_device(run.device)
         if before is None:
@@ -79,13 +87,19 @@ def train(
         if before is not None:
             before.restore(optimizers, inputs.batches)
         introduce(display, run, model, inputs, before)
-        if position.step < run.steps:  # else nothing will happen here, and the run stays what it was
+        if (
+            position.step < run.steps and ranks.rank == 0
+        ):  # else nothing will happen here, and the run stays what it was
             if inputs.tokenizer is not None:
                 inputs.tokenizer.save(folder / "tokenizer")
             write_text(folder / CONFIG, to_yaml(stored(run)))
-        with Signals() as signals, MetricsLog(folder / METRICS, position.step) as log:
+        with (
+            Signals() as signals,
+            MetricsLog(folder / METRICS, position.step) if ranks.rank == 0 else nullcontext(NoLog()) as log,
+        ):
+            broken = torch.zeros((), device=model.device)
             return _Training(
-                run, objective(model), inputs, optimizers, position, sample, display, signals, log
+                run, objective(model), inputs, optimizers, position, sample, display, signals, log, ranks, broken
             ).to_the_end()
 
 
@@ -126,6 +140,19 @@ def introduce(
 
 
 @dataclass(slots=True)
+class _Queued:
+    """A step that has been given to the device, and its record but for the numbers that are not there yet."""
+
+    step: int
+    batch: Any
+    lr: float
+    tokens: int  # in this step
+    read: int  # up to its end
+    seconds: float  # of this process, until it was given to the device
+    numbers: Late
+
+
+@dataclass(slots=True)
 class _Training:
     """All that a run consists of while it goes on."""
 
@@ -137,7 +164,10 @@ class _Training:
     sample: Sample | None
     display: Display
     signals: Signals
-    log: MetricsLog
+    log: Log
+    ranks: Ranks
+    broken: Tensor  # on the device; above 0 from the first step on whose loss or gradient is not finite: weights stay
+    queued: _Queued | None = None
 
     @property
     def model(self) -> LanguageModel:
@@ -158,9 +188,10 @@ class _Training:
             heldout = self.evaluate() if self.due(run.eval_every, at_end=True) else None
             if self.sample and self.inputs.tokenizer and self.due(run.sample_every, at_end=False):
                 self.show_sample(self.sample, self.inputs.tokenizer)
-            if self.signals.received or self.due(run.save_every, at_end=True):
+            stop = self.ranks.any(self.signals.received)
+            if stop or self.due(run.save_every, at_end=True):
                 self.save()
-            if self.signals.received and position.step < run.steps:
+            if stop and position.step < run.steps:
                 raise self.interrupted()
         self.objective.eval()
         checkpoint = latest(Path(run.folder))
@@ -192,35 +223,70 @@ class _Training:
         return (every > 0 and step % every == 0) or (at_end and step == self.run.steps)
 
     def one_step(self) -> None:
-        run, position, started = self.run, self.position, time.perf_counter()
-        batch = next(self.loader)
-        stats: Stats = {}
+        """Queue a step, then read how the one before it went: the device never waits for the host to look."""
+        queued = self.queue()
+        before, self.queued = self.queued, queued
+        if before is not None:
+            self.record(before)
+
+    def settle(self) -> None:
+        """Read the step that is still queued: after this, what has been done is known, and that it was finite."""
+        last, self.queued = self.queued, None
+        if last is not None:
+            self.record(last)
+
+    def queue(self) -> _Queued:
+        """The next step: gradients, and the weights moved by them where all of it is finite."""
+        run, position, ranks, started = self.run, self.position, self.ranks, time.perf_counter()
+        batch, channels = next(self.loader), Channels()
+        scored, tokens = ranks.sum(int(self.objective.count(batch)), batch.inputs.numel())
         with self.solving(f"step {position.step + 1}"):
-            loss = backward(self.objective, batch, run.accumulate, run.precision, stats).item()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), run.clip or math.inf).item()
-        for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                raise self.not_finite(f"step {position.step + 1}: {name} is {value}", batch)
-        position.step += 1
-        lr = self.optimizers.step(position.step)
+            loss, parts = backward(
+                self.objective, batch, run.accumulate, run.precision, scored=scored, channels=channels
+            )
+        loss, *values = ranks.reduce([loss, *parts.values()], "sum")
+        ranks.sum_gradients(self.model.parameters())
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), run.clip or math.inf)
+        self.broken = torch.logical_not(loss.isfinite() & norm.isfinite()).float().maximum(self.broken)
+        lr = self.optimizers.step(position.step + 1, self.broken)
+        position.step, position.tokens = position.step + 1, position.tokens + tokens
+        numbers = Late(
+            {
+                "loss": loss,
+                "gradient norm": norm,
+                "losses": dict(zip(parts, values, strict=True)),
+                "stats": reduce_stats(channels, ranks),
+            }
+        )
         seconds = time.perf_counter() - started
-        position.tokens += batch.inputs.numel()
-        position.seconds += seconds
+        return _Queued(position.step, batch, lr, tokens, position.tokens, seconds, numbers)
+
+    def record(self, queued: _Queued) -> None:
+        """Wait for a step's numbers, then write them down. Raises NonFinite for one that left the weights as they were."""
+        started = time.perf_counter()
+        numbers = queued.numbers.read()
+        seconds = queued.seconds + time.perf_counter() - started
+        for name in ("loss", "gradient norm"):
+            if not math.isfinite(numbers[name]):
+                raise self.not_finite(f"step {queued.step}: {name} is {numbers[name]}", queued.batch)
+        self.position.seconds += seconds
         record = {
-            "step": position.step,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens": position.tokens,
+            "step": queued.step,
+            "loss": numbers["loss"],
+            "lr": queued.lr,
+            "grad_norm": numbers["gradient norm"],
+            "tokens": queued.read,
             "step_s": seconds,
-            "tokens_per_s": batch.inputs.numel() / seconds,
+            "tokens_per_s": queued.tokens / seconds,
         }
-        layers = read(stats)
-        self.log.write(**record, **({"solver": as_data(layers)} if layers else {}))
-        self.display.step(position.step, record)
-        self.display.solved(position.step, layers)
+        layers = records(numbers["stats"])
+        more = {"losses": numbers["losses"], STAT: as_data(layers), "stats": others(numbers["stats"])}
+        self.log.write(**record, **{name: value for name, value in more.items() if value})
+        self.display.step(queued.step, record)
+        self.display.solved(queued.step, layers)
 
     def heldout(self) -> HeldOut:
+        self.settle()
         with self.solving(f"held-out text after step {self.position.step}"):
             return self.inputs.measure(self.objective)
 
@@ -238,6 +304,7 @@ class _Training:
         return heldout
 
     def show_sample(self, sample: Sample, tokenizer: Tokenizer) -> None:
+        self.settle()
         self.objective.eval()
         with self.solving(f"sample after step {self.position.step}"):
             text = sample(self.model, tokenizer, self.run.sample_prompt)
@@ -246,24 +313,32 @@ class _Training:
         self.display.note(f"step {self.position.step}  sample: {text}")
 
     def save(self) -> None:
-        step = self.position.step
+        self.settle()
+        step, path, failed = self.position.step, None, None
         if not weights_finite(self.model):
             raise self.not_finite(f"after step {step}: a weight is not finite", next(self.loader))
         try:
             self.log.sync()
             tokenizer = self.inputs.tokenizer
-            path = save_checkpoint(self.run, self.position, self.model, tokenizer, self.optimizers, self.loader)
+            if self.ranks.rank == 0:
+                path = save_checkpoint(self.run, self.position, self.model, tokenizer, self.optimizers, self.loader)
         except (OSError, SafetensorError) as error:
-            raise self.stopped(SaveFailed, f"step {step} could not be saved ({error})") from None
+            failed = error
+        if self.ranks.any(failed is not None):  # the others have waited for it here
+            raise self.stopped(SaveFailed, f"step {step} could not be saved ({failed or 'by rank 0'})")
         self.display.note(f"step {step}  saved {path}")
 
     @contextmanager
     def solving(self, what: str) -> Iterator[None]:
-        """Stop the run where a strict layer gives up."""
+        """Stop the run, on all ranks, where a strict layer gives up on any."""
+        gave_up = None
         try:
             yield
         except NotConverged as error:
-            raise self.stopped(Unsolved, f"{what}: {error}") from None
+            gave_up = error
+        if self.ranks.any(gave_up is not None):
+            self.settle()
+            raise self.stopped(Unsolved, f"{what}: {gave_up or 'a layer of another rank gave up'}") from None
 
     def not_finite(self, what: str, batch: Any) -> TrainingStopped:
         place = first_nonfinite(self.objective, batch, self.run.precision)
@@ -278,6 +353,17 @@ class _Training:
         good = latest(folder)
         where = f"the last good checkpoint is {good}" if good else "no checkpoint had been saved"
         return kind(f"{message}; {where}", folder, good)
+
+
+def others(stats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What layers say besides how they were solved, by address and name."""
+    found: dict[str, dict[str, Any]] = {}
+    for address, own in stats.items():
+        for name, value in own.items():
+            if name != STAT:
+                named = isinstance(value, tuple)
+                found.setdefault(address, {})[name] = value._asdict() if named else value  # pyright: ignore[reportAttributeAccessIssue]
+    return found
 
 
 def _open_folder(run: RunConfig) -> Checkpoint | None:

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from plait.files import json_text, read_text, write_text
 
@@ -23,6 +23,26 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
         if last_step is None or record["step"] <= last_step:
             records.append(record)
     return records
+
+
+class Log(Protocol):
+    """Where records go."""
+
+    def write(self, **record: Any) -> None: ...
+
+    def sync(self) -> None:
+        """Force what was written to disk."""
+        ...
+
+
+class NoLog:
+    """Of ranks that write nothing."""
+
+    def write(self, **record: Any) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
 
 
 class MetricsLog:

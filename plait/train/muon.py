@@ -32,17 +32,25 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.found_inf: Tensor | None = (
+            None  # on the device, as of torch's fused optimizers: where above 0, weights stay
+        )
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  (no closure)
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(weights, self.kept(1 - group["lr"] * group["weight_decay"], 1.0))
             for equal in alike(self.matrices(group)):
                 updates = orthogonal(torch.stack([direction for _, direction in equal]))
                 weights = [weight for weight, _ in equal]
                 rate = group["lr"] * 0.2 * max(weights[0].shape) ** 0.5
+                updates = self.kept(updates, 0.0)
                 torch._foreach_add_(weights, [update.to(weights[0].dtype) for update in updates], alpha=-rate)
+
+    def kept(self, value: Any, instead: float) -> Any:
+        """`value`, or `instead` where the weights must stay."""
+        return value if self.found_inf is None else torch.where(self.found_inf > 0, instead, value)
 
     def matrices(self, group: dict[str, Any]) -> "list[Pair]":
         """Every matrix of the group, a view into its parameter, and where it is to go."""

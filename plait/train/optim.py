@@ -1,9 +1,10 @@
 """Optimizers and the learning rate's schedule."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plait.design import declared
 from plait.design.weights import DECAYED
@@ -65,21 +66,29 @@ class Optimizers:
             {"params": groups["decay"], "weight_decay": run.weight_decay},
             {"params": groups["plain"], "weight_decay": 0.0},
         ]
-        self.run = run
-        self.all: list[torch.optim.Optimizer] = [
+        self.run, self.fused = run, fused
+        self.all: list[Any] = [
             torch.optim.AdamW([g for g in adamw if g["params"]], lr=run.lr, betas=run.betas, fused=fused)
         ]
         if groups["muon"]:
             matrices = {"params": groups["muon"], "blocks": row_blocks(model, groups["muon"])}
             self.all.append(Muon([matrices], lr=run.lr, weight_decay=run.weight_decay))
 
-    def step(self, step: int) -> float:
-        """Update the weights at step `step`'s learning rate, which is returned, and drop the gradients."""
+    def step(self, step: int, broken: Tensor | None = None) -> float:
+        """Update the weights at step `step`'s learning rate, which is returned, and drop the gradients.
+
+        broken: a number on the device; above 0 all weights stay as they are, and nobody has to wait to know.
+        """
         lr = self.run.lr * scale(step, self.run)
+        skip = (
+            broken is not None and not self.fused and bool(broken > 0)
+        )  # torch's other forms cannot decide on the device
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+            optimizer.found_inf = broken if self.fused else None
+            if not skip:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return lr
 

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
+from plait.layers import Channels
+from plait.train.late import Late
 
-from plait.ops.shooting import Info
-
-Stats = dict[str, Any]  # what a call of the model leaves: `stats[address]["solver"]` is an Info
+STAT = "solver"  # a `plait.ops.shooting.Info`
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +30,18 @@ class SolverRecord:
         return SolverRecord(self.calls + other.calls, self.passes + other.passes, gap, self.fell_back + other.fell_back)
 
 
-def read(stats: Stats) -> dict[str, SolverRecord]:
+def read(channels: Channels) -> dict[str, SolverRecord]:
     """One call by layer. All layers are read at once, so that a device is waited for only once."""
-    infos = _infos(stats)
-    if not infos:
-        return {}
-    numbers = torch.stack([number.float() for info in infos.values() for number in info]).view(-1, 3).tolist()
+    return records(Late(channels.stats).read())
+
+
+def records(stats: Mapping[str, Mapping[str, Any]]) -> dict[str, SolverRecord]:
+    """One call by layer, from stats that have been read."""
+    found = {address: numbers[STAT] for address, numbers in stats.items() if STAT in numbers}
     return {
         address: SolverRecord(1, int(passes), gap if math.isfinite(gap) else math.inf, int(fell_back))
-        for address, (passes, gap, fell_back) in zip(infos, numbers, strict=True)
+        for address, (passes, gap, fell_back) in found.items()
     }
-
-
-def worst(total: Stats, part: Stats) -> None:
-    """Join the stats of a part of a batch to those of the parts before it, as if they had been one call; on the device."""
-    for address, info in _infos(part).items():
-        before = total.setdefault(address, {}).setdefault("solver", info)
-        passes, gap = torch.maximum(before.passes, info.passes), torch.maximum(before.gap, info.gap)
-        total[address]["solver"] = Info(passes, gap, before.fell_back | info.fell_back)
 
 
 def together(one: Mapping[str, SolverRecord], other: Mapping[str, SolverRecord]) -> dict[str, SolverRecord]:
@@ -66,7 +59,3 @@ def as_data(layers: Mapping[str, SolverRecord]) -> dict[str, dict[str, Any]]:
         }
         for address, f in layers.items()
     }
-
-
-def _infos(stats: Stats) -> dict[str, Info]:
-    return {address: report["solver"] for address, report in stats.items() if "solver" in report}

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.layers import Channels
 from plait.model import Objective
-from plait.train.solver import Stats, worst
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -27,20 +27,33 @@ def split(batch: Any, parts: int) -> list[Any]:
     return [batch.part(start, end) for start, end in zip(edges, edges[1:], strict=False)]
 
 
-def backward(objective: Objective, batch: Any, parts: int, precision: str, stats: Stats | None = None) -> Tensor:
-    """Add the gradients of the mean loss over all that counts in `batch`; returns that loss.
+def backward(
+    objective: Objective,
+    batch: Any,
+    parts: int,
+    precision: str,
+    *,
+    scored: int | None = None,
+    channels: Channels | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add the gradients of the mean loss over all that counts in `batch`; gives that loss, and by name what it
+    is made of where that is more than one.
 
-    stats: an empty dict that gets what the layers leave, over all parts the worst.
+    scored: how many positions count, where this batch is a rank's share of one; else those of the batch.
+    channels: gets the stats of the layers, over all parts.
     """
     device = objective.model.device
-    scored = max(1, int(objective.count(batch)))
-    mean = torch.zeros((), device=device)
+    scored = max(1, int(objective.count(batch)) if scored is None else scored)
+    mean, means = torch.zeros((), device=device), dict[str, Tensor]()
     for part in split(batch, parts):
-        found: Stats = {}
+        sent = Channels()
         with autocast(device, precision):
-            loss = objective(part.to(device), stats=found)
+            loss = objective(part.to(device), channels=sent)
         (loss.total / scored).backward()
-        if stats is not None:
-            worst(stats, found)
         mean += loss.total.detach() / scored
-    return mean
+        for name, total in loss.parts.items() if len(loss.parts) > 1 else ():
+            means[name] = means[name] + total / scored if name in means else total / scored
+        if channels is not None:
+            sent.losses.clear()
+            channels.join(sent)
+    return mean, means

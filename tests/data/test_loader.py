@@ -101,6 +101,36 @@ def test_batches_are_all_of_one_size_but_the_very_last(counting_shards, corpus, 
     assert list(finite) == []
 
 
+@settings(deadline=None)
+@given(
+    corpus=corpora, ranks=st.integers(1, 3), each=st.integers(1, 2), length=st.integers(1, 17), before=st.integers(0, 9)
+)
+def test_ranks_share_each_batch_and_where_they_are(counting_shards, corpus, ranks, each, length, before):
+    """Together they read what one process does, in equal stretches; another number of them goes on from there."""
+    shards = counting_shards(*map(list, zip(*corpus, strict=True)))
+
+    def loaders(ranks):
+        return [Loader(shards, batch=6 * each, length=length, rank=rank, ranks=ranks) for rank in range(ranks)]
+
+    (alone,), shared, later = loaders(1), loaders(ranks), loaders(ranks % 3 + 1)
+    for step in range(before + 3):
+        if step == before:  # the others go on
+            states = [json.loads(json.dumps(loader.state_dict())) for loader in shared]
+            assert states == [alone.state_dict()] * ranks
+            shared = later
+            for loader in shared:
+                loader.load_state_dict(states[0])
+        whole, parts = next(alone), [next(loader) for loader in shared]
+        assert torch.equal(torch.cat([part.inputs for part in parts], 1), whole.inputs)
+        assert torch.equal(torch.cat([part.targets for part in parts], 1), whole.targets)
+        assert sum(part.bytes for part in parts) == whole.bytes
+        share = whole.inputs.numel() // len(parts)
+        for rank, part in enumerate(parts):
+            assert part.inputs.shape == (1, share)
+            bounds = {0, share, *(cut - rank * share for cut in whole.cu_seqlens.tolist())}
+            assert part.cu_seqlens.tolist() == sorted(bound for bound in bounds if 0 <= bound <= share)
+
+
 def test_seed_and_epoch_draw_different_orders(counting_shards):
     shards = counting_shards([200] * 20 + [1], [0] * 20 + [1])
 
@@ -173,6 +203,7 @@ def test_bytes_are_those_of_the_scored_text(tmp_path_factory, list_source, bpe, 
         ({"epochs": float("nan")}, "epochs=nan"),
         ({"epochs": False}, "epochs=False"),
         ({"order": None}, "order None: expected shuffled or sequential"),
+        ({"batch": 3, "ranks": 2}, "batch 3 over 2 ranks: expected a multiple of 2"),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
 )

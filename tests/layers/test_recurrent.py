@@ -260,32 +260,32 @@ def small(pattern, **layers):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_reports_by_address(checkpointing):
+def test_stats_by_address(checkpointing):
     """One entry per recurrent layer, inside branches and chains too, whether shared or not; nothing stays on modules."""
     design = small("G [A|SG]F G", G=plait.GRU(heads=2, head_dim=8, shared=True))
     model, tokens = plait.build(design), torch.arange(40)[None] % 11
     model.activation_checkpointing = checkpointing
     names = [list(module.__dict__) for module in model.modules()]
-    stats = {}
-    model(tokens, stats=stats)[0].sum().backward()
-    assert set(stats) == {"G#0", "S#0", "G#1", "G#2"}
-    for entry in stats.values():
+    sent = plait.Channels()
+    model(tokens, channels=sent)[0].sum().backward()
+    assert set(sent.stats) == {"G#0", "S#0", "G#1", "G#2"}
+    for entry in sent.stats.values():
         info = entry["solver"]
         assert int(info.passes) >= 1 and float(info.gap) < 1e-5 and not info.fell_back
     assert [list(module.__dict__) for module in model.modules()] == names
 
 
-def test_reports_from_a_compiled_graph():
+def test_stats_from_a_compiled_graph():
     model, tokens = plait.build(small("G[H|A]", G=plait.GRU(heads=2, head_dim=8))), torch.arange(40)[None] % 11
-    eager, compiled = {}, {}
-    want = model(tokens, stats=eager)[0]
+    eager, compiled = plait.Channels(), plait.Channels()
+    want = model(tokens, channels=eager)[0]
     torch.compiler.reset()
-    got = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, stats=compiled)[0]
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, channels=compiled)[0]
     torch.compiler.reset()
     assert torch.allclose(got, want, atol=1e-5)
-    assert set(compiled) == set(eager) == {"G#0", "H#0"}
-    for address, entry in compiled.items():
-        assert int(entry["solver"].passes) == int(eager[address]["solver"].passes)
+    assert set(compiled.stats) == set(eager.stats) == {"G#0", "H#0"}
+    for address, entry in compiled.stats.items():
+        assert int(entry["solver"].passes) == int(eager.stats[address]["solver"].passes)
 
 
 def test_solver_options_reach_the_op():

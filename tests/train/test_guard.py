@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from plait.model import NextToken
 from plait.train import NonFinite, latest, train
 from plait.train.guard import weights_finite
+from plait.train.metrics import read_metrics
 
 
 def weights(model, slot: int) -> None:
@@ -49,6 +51,33 @@ def test_the_layer_is_named(make_run, quiet, harm, slot, checkpointing):
     assert said.endswith(f"the last good checkpoint is {latest(Path(run.folder))}")
     assert latest(Path(run.folder)).name == "step-000005"
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_weight_moves_from_a_step_that_is_not_finite_on(make_run, quiet, optimizer):
+    """Step 4's gradient is no number, once. That is read when step 5, which is fine, has been queued already."""
+    kept, held = {}, []
+
+    def sample(model, tokenizer, prompt: str) -> str:
+        kept.update({name: weight.detach().clone() for name, weight in model.named_parameters()})
+        first = next(model.slots[0].mixer.parameters())
+        held.append(first.register_hook(lambda grad: held.pop().remove() or grad * torch.nan))
+        return ""
+
+    def objective(model):
+        kept["model"] = model
+        return NextToken(model)
+
+    run = make_run("DF A", sample_every=3, save_every=0, eval_every=0, optimizer=optimizer, lr=1e-2)
+    with pytest.raises(NonFinite, match="step 4: gradient norm is nan"):
+        train(run, objective=objective, sample=sample, console=quiet)
+    model = kept.pop("model")
+    assert all(torch.equal(weight, kept[name]) for name, weight in model.named_parameters())
+    assert [record["step"] for record in read_metrics(Path(run.folder) / "metrics.jsonl") if "loss" in record] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_weights_that_are_not_finite_are_never_saved(make_run, quiet):

@@ -10,11 +10,12 @@ from rich.console import Console
 
 import plait
 from plait.data import ByteTokenizer, Loader, prepare
+from plait.layers.channels import Channels, Outbox
 from plait.model import NextToken
 from plait.ops.shooting import Info
 from plait.train import Interrupted, Unsolved, latest, train
 from plait.train.metrics import read_metrics
-from plait.train.solver import SolverRecord, as_data, read, together, worst
+from plait.train.solver import SolverRecord, as_data, read, records, together
 from plait.train.step import backward
 
 NEVER = {"tol": 1e-30, "max_passes": 1}  # what no solver reaches
@@ -24,8 +25,13 @@ def design(pattern: str, **layers) -> dict:
     return {"dim": 64, "pattern": pattern, "layers": layers}
 
 
-def info(passes: int, gap: float, fell_back: bool) -> dict:
-    return {"solver": Info(torch.tensor(passes, dtype=torch.int32), torch.tensor(gap), torch.tensor(fell_back))}
+def sent(**layers) -> Channels:
+    """What a call tells of layers: passes, gap, and whether it fell back."""
+    channels = Channels()
+    for letter, (passes, gap, fell_back) in layers.items():
+        info = Info(torch.tensor(passes, dtype=torch.int32), torch.tensor(gap), torch.tensor(fell_back))
+        channels.take(Outbox(stats=[(("", "solver"), info, "max")]), {"": f"{letter[0]}#{letter[1]}"})
+    return channels
 
 
 def solver_records(run) -> list[dict]:
@@ -33,19 +39,17 @@ def solver_records(run) -> list[dict]:
 
 
 def test_parts_of_a_batch_count_as_one_call_and_calls_add_up():
-    stats = {"A#0": {"other": 1}}
-    worst(stats, {"G#0": info(2, 1e-7, False), "G#1": info(8, 0.5, True), "A#0": {"other": 2}})
-    worst(stats, {"G#0": info(3, 1e-8, False), "G#1": info(2, 0.1, False)})
-    assert stats["A#0"] == {"other": 1}
-    found = read(stats)
+    parts = sent(G0=(2, 1e-7, False), G1=(8, 0.5, True))
+    parts.join(sent(G0=(3, 1e-8, False), G1=(2, 0.1, False)))
+    found = read(parts)
     assert found == {"G#0": SolverRecord(1, 3, pytest.approx(1e-7), 0), "G#1": SolverRecord(1, 8, 0.5, 1)}
-    both = together(found, read({"G#1": info(2, float("nan"), False), "G#2": info(1, 0.0, False)}))
+    both = together(found, read(sent(G1=(2, float("nan"), False), G2=(1, 0.0, False))))
     assert as_data(both) == {
         "G#0": {"passes": 3, "gap": 1e-7, "fell_back": 0},
         "G#1": {"passes": 5.0, "gap": None, "fell_back": 1},
         "G#2": {"passes": 1, "gap": 0.0, "fell_back": 0},
     }
-    assert read({}) == read({"A#0": {"other": 1}}) == {}
+    assert read(Channels()) == records({"A#0": {"other": 1}}) == {}
 
 
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"accumulate": 4}])
@@ -71,12 +75,12 @@ def test_other_designs_record_nothing_about_solvers(make_run, quiet):
 def test_checkpointing_and_parts_change_no_number_but_by_rounding(corpus):
     batch = next(Loader(prepare(corpus, ByteTokenizer(), corpus.parent / "cache", heldout=0.2), batch=8, length=64))
     model = plait.build(design("GF S", G={"kind": "gru", "max_passes": 1, "tol": 1e-3}) | {"vocab": 257})
-    plain, parts, recomputed = {}, {}, {}
+    plain, parts, recomputed = Channels(), Channels(), Channels()
     objective = NextToken(model)
-    backward(objective, batch, 1, "float32", plain)
-    backward(objective, batch, 4, "float32", parts)
+    backward(objective, batch, 1, "float32", channels=plain)
+    backward(objective, batch, 4, "float32", channels=parts)
     model.activation_checkpointing = True
-    backward(objective, batch, 1, "float32", recomputed)
+    backward(objective, batch, 1, "float32", channels=recomputed)
     assert read(recomputed) == read(plain)
     assert read(parts).keys() == read(plain).keys()
     assert read(plain)["G#0"].fell_back == read(parts)["G#0"].fell_back == 1
