@@ -22,8 +22,8 @@ class Context:
     needs it. In a pool, `rows` are the rows of its tensors that the call reads and writes, `table` their pages.
 
     `out` takes what the layers of a slot send by `loss`, `stat` and `tap`, each under its `path` in the slot, where anyone asks
-    for it; nothing is left on modules. Which slot it is nobody inside knows, so that equal slots are one graph to torch.compile. `embeddings` (b, t, d),
-    what the first slot reads, are there where another slot reads them too.
+    for it; nothing is left on modules. Which slot it is nobody inside knows, so that equal slots are one graph to
+    torch.compile. `embeddings` (b, t, d), what the first slot reads, are there where another slot reads them too.
     """
 
     positions: Int[Tensor, "b t"]
@@ -101,7 +101,7 @@ class Context:
         if self.out is not None and torch.is_grad_enabled():
             self.out.losses.append(((self.path, name), value))
 
-    def stat(self, name: str, value: Any, reduction: Reduction) -> None:
+    def stat(self, name: str, value: Any, reduction: Reduction = "max") -> None:
         """Leave a tensor, or a NamedTuple of them, about this call; `reduction`: "max" or "sum", over parts of a batch, calls,
         layers and ranks."""
         if self.out is not None:

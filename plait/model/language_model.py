@@ -112,7 +112,9 @@ class LanguageModel(nn.Module):
         attention_mask (b, t): 1 for tokens, 0 for padding on either side; logits at padding mean nothing.
         channels: takes the losses and the numbers that layers send.
         """
-        hidden, state = self.features(tokens, state, cu_seqlens=cu_seqlens, attention_mask=attention_mask, channels=channels)
+        hidden, state = self.features(
+            tokens, state, cu_seqlens=cu_seqlens, attention_mask=attention_mask, channels=channels
+        )
         return self.head(hidden), state
 
     def features(
@@ -146,7 +148,9 @@ class LanguageModel(nn.Module):
         stretch = with_meta(self._embed(tokens), self.meta if begins else None, seen or (0,) * rows, documents)
         context = context_for(stretch.x, None if state is None else state.seen, seen, stretch.documents)
         after = self._after(context, stretch.documents)
-        hidden, slots = self.run(self._placed(stretch.x, context), context, state.slots if state else None, channels=channels)
+        hidden, slots = self.run(
+            self._placed(stretch.x, context), context, state.slots if state else None, channels=channels
+        )
         hidden = self.norm(stretch.only_text(hidden))
         if padding is not None:
             hidden = padding.restore(hidden)
