@@ -33,6 +33,19 @@ def slot_weights(design: ModelConfig) -> list[Weights]:
     return [_slot(design, node, f"slots.{i}.", uses) for i, node in enumerate(design.slots)]
 
 
+def lora_targets(design: ModelConfig) -> list[str]:
+    """The modules for PEFT's `LoraConfig(target_modules=...)`: every projection of every layer and merge.
+
+    Left out are what PEFT cannot wrap (role "blocks": projections within heads, recurrent matrices, a merge's gate), shared layers
+    with additions of each use, whose one matrix could not take all of them in a merge, and the two ends: "lm_head" may be
+    added where the head has a matrix of its own.
+    """
+    weights = (weight for slot in slot_weights(design) for weight in slot)
+    matrices = [weight.name.rpartition(".") for weight in weights if weight.role == "matrix"]
+    adapted = {module for module, _, leaf in matrices if leaf != "weight"}
+    return [module for module, _, leaf in matrices if leaf == "weight" and module not in adapted]
+
+
 def _slot(design: ModelConfig, node: Node, name: str, uses: set[str]) -> Weights:
     wrap = node.wrap
     before = wrap.before.weights(f"{name}norm", wrap.width(design.dim)) if wrap.before else ()
