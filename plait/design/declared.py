@@ -36,9 +36,9 @@ def slot_weights(design: ModelConfig) -> list[Weights]:
 def lora_targets(design: ModelConfig) -> list[str]:
     """The modules for PEFT's `LoraConfig(target_modules=...)`: every projection of every layer and merge.
 
-    Left out are what PEFT cannot wrap (role "blocks": projections within heads, recurrent matrices, a merge's gate), shared layers
-    with additions of each use, whose one matrix could not take all of them in a merge, and the two ends: "lm_head" may be
-    added where the head has a matrix of its own.
+    Left out are what PEFT cannot wrap (role "blocks": projections within heads, recurrent matrices, a merge's gate), shared
+    layers with additions of each use, whose one matrix could not take all of them in a merge, and the two ends: "lm_head" may
+    be added where the head has a matrix of its own.
     """
     weights = (weight for slot in slot_weights(design) for weight in slot)
     matrices = [weight.name.rpartition(".") for weight in weights if weight.role == "matrix"]
