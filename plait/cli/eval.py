@@ -124,11 +124,13 @@ def on_heldout(
     """Over the documents that the run kept apart: with the run's own context and `eval_tokens`, the number training gave."""
     from plait.data import prepare
     from plait.evaluate.perplexity import Perplexity, checked
+    from plait.model import NextToken
     from plait.train import heldout_loss
 
     shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout)
-    found = heldout_loss(model, shards, batch=run.batch, length=context, tokens=tokens, precision=run.precision)
-    return checked(model, Perplexity.of(found))
+    how = {"batch": run.batch, "length": context, "tokens": tokens}
+    heldout = heldout_loss(NextToken(model), shards, **how, precision=run.precision)
+    return checked(model, Perplexity.of(heldout))
 
 
 def on_text(

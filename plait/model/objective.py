@@ -41,12 +41,6 @@ class Objective(nn.Module):
         """What the outputs are held against."""
         raise NotImplementedError(f"{type(self).__name__} has no rule(batch)")
 
-    def count(self, batch: Batch) -> Int[Tensor, ""]:
-        """How many positions of a batch count, known before it is run: targets not below 0, or all vectors."""
-        if batch.targets.is_floating_point():
-            return torch.tensor(batch.targets.shape[:-1].numel())
-        return (batch.targets >= 0).sum()
-
     def forward(self, batch: Batch, stats: dict[str, Any] | None = None) -> Loss:
         return self.model.head.loss(self.hidden(batch, stats), self.rule(batch))
 

@@ -26,7 +26,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """batches: to train on; tokenizer: None where they are no text; measure: the loss on what was held out."""
+    """batches: to train on; tokenizer: None where they are no text; measure: the objective's loss on what was held out."""
 
     batches: Batches
     tokenizer: Tokenizer | None
@@ -53,7 +53,7 @@ def text_inputs(run: RunConfig, kept: Path | None, progress: Callable[[int, int 
 
     def measure(objective: Objective) -> HeldOut:
         how = {"batch": run.batch, "length": run.data.length, "tokens": run.eval_tokens, "precision": run.precision}
-        return heldout_loss(objective.model, shards, **how)
+        return heldout_loss(objective, shards, **how)
 
     return Inputs(loader, tokenizer, design, measure, said)
 

@@ -233,8 +233,8 @@ class _Training:
         layers = {"solver": as_data(heldout.layers)} if heldout.layers else {}
         text = {"bits_per_byte": heldout.bits_per_byte} if heldout.bytes else {}
         self.log.write(step=step, heldout_loss=heldout.loss, **text, **layers)
-        said = f"  {heldout.bits_per_byte:.4f} bits/byte" if heldout.bytes else ""
-        self.display.note(f"step {step}  held-out loss {heldout.loss:.4f}{said}")
+        bits = f"  {heldout.bits_per_byte:.4f} bits/byte" if heldout.bytes else ""
+        self.display.note(f"step {step}  held-out loss {heldout.loss:.4f}{bits}")
         return heldout
 
     def show_sample(self, sample: Sample, tokenizer: Tokenizer) -> None:

@@ -32,7 +32,8 @@ class Result:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, all with their step. Of a step: loss (nats per token), lr, grad_norm, tokens,
-        step_s, tokens_per_s; of an evaluation: heldout_loss, bits_per_byte; of a sample: sample. Designs with recurrent
-        layers also have solver in the first two: by layer, mean passes, worst gap, and how many calls fell_back."""
+        """The records of metrics.jsonl, all with their step. Of a step: loss (of a position; nats per token), lr, grad_norm,
+        tokens, step_s, tokens_per_s; of an evaluation: heldout_loss, by the same objective, and bits_per_byte where that is
+        the next token of text; of a sample: sample. Designs with recurrent layers also have solver in the first two: by
+        layer, mean passes, worst gap, and how many calls fell_back."""
         return read_metrics(self.folder / METRICS)

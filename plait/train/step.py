@@ -28,19 +28,29 @@ def split(batch: Any, parts: int) -> list[Any]:
 
 
 def backward(objective: Objective, batch: Any, parts: int, precision: str, stats: Stats | None = None) -> Tensor:
-    """Add the gradients of the mean loss over all that counts in `batch`; returns that loss.
+    """The gradients of the mean loss over all that counts in `batch`, for parameters that have none; returns that loss.
 
+    How many positions count, the objective says when it has been run. Until then all targets are taken to.
     stats: an empty dict that gets what the layers leave, over all parts the worst.
     """
-    device = objective.model.device
-    scored = max(1, int(objective.count(batch)))
-    mean = torch.zeros((), device=device)
+    device, expected = objective.model.device, max(1, scored(batch.targets))
+    mean, count = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
     for part in split(batch, parts):
-        found: Stats = {}
+        own: Stats = {}
         with autocast(device, precision):
-            loss = objective(part.to(device), stats=found)
-        (loss.total / scored).backward()
+            loss = objective(part.to(device), stats=own)
+        (loss.total / expected).backward()
         if stats is not None:
-            worst(stats, found)
-        mean += loss.total.detach() / scored
-    return mean
+            worst(stats, own)
+        mean += loss.total.detach() / expected
+        count += loss.count
+    if (counted := max(1, int(count))) == expected:
+        return mean
+    gradients = [p.grad for p in objective.model.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, expected / counted)
+    return mean * (expected / counted)
+
+
+def scored(targets: Tensor) -> int:
+    """Positions that have a target: ids not below 0, or all vectors."""
+    return targets.shape[:-1].numel() if targets.is_floating_point() else int((targets >= 0).sum())
