@@ -10,12 +10,12 @@ from plait.design.weights import Constant, Normal, Weight, Weights
 
 def weights(design: ModelConfig) -> Weights:
     """All weights, each once, with starts that know the model's depth and norm."""
-    found = (
+    learned = (
         *front_weights(design),
         *(weight for slot in slot_weights(design) for weight in slot),
         *head_weights(design),
     )
-    return tuple(_started(weight, design) for weight in found)
+    return tuple(_started(weight, design) for weight in learned)
 
 
 def front_weights(design: ModelConfig) -> Weights:
@@ -72,14 +72,14 @@ def _layer(design: ModelConfig, place: Place, name: str, uses: set[str]) -> Weig
 
 def _branch(design: ModelConfig, chain: tuple[Node, ...], name: str, uses: set[str]) -> Weights:
     """A chain's layers; each but the first reads through a norm of its own."""
-    found: list[Weight] = []
+    learned: list[Weight] = []
     for i, node in enumerate(chain):
-        found += _node(design, node, f"{name}layers.{i}.", uses)
+        learned += _node(design, node, f"{name}layers.{i}.", uses)
         if i and node.wrap.before:
-            found += node.wrap.before.weights(f"{name}norms.{i}", design.dim)
+            learned += node.wrap.before.weights(f"{name}norms.{i}", design.dim)
         if node.wrap.after:
-            found += node.wrap.after.weights(f"{name}after.{i}", design.dim)
-    return tuple(found)
+            learned += node.wrap.after.weights(f"{name}after.{i}", design.dim)
+    return tuple(learned)
 
 
 def _started(weight: Weight, design: ModelConfig) -> Weight:

@@ -92,7 +92,7 @@ def score(
 
     def batches() -> Iterator[Batch]:
         nonlocal read_bytes
-        for batch in packed(enough(pieces(documents, length), tokens), token_bytes, size):
+        for batch in packed(up_to(pieces(documents, length), tokens), token_bytes, size):
             read_bytes += batch.bytes
             yield batch
 
@@ -113,7 +113,7 @@ def pieces(documents: Iterable[Iterator[Ids]], length: int) -> Iterator[tuple[Id
             yield held, np.append(held[1:], NO_TARGET)
 
 
-def enough(pairs: Iterable[tuple[Ids, Ids]], tokens: int | None) -> Iterator[tuple[Ids, Ids]]:
+def up_to(pairs: Iterable[tuple[Ids, Ids]], tokens: int | None) -> Iterator[tuple[Ids, Ids]]:
     """The first pieces that together have `tokens` targets, or all."""
     scored = 0
     for inputs, targets in pairs:

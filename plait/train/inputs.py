@@ -32,7 +32,7 @@ class Inputs:
     tokenizer: Tokenizer | None
     design: ModelConfig
     measure: Callable[[Objective], HeldOut]
-    said: str
+    summary: str
 
 
 def text_inputs(run: RunConfig, kept: Path | None, progress: Callable[[int, int | None], None] | None = None) -> Inputs:
@@ -40,13 +40,13 @@ def text_inputs(run: RunConfig, kept: Path | None, progress: Callable[[int, int 
 
     `kept`: where a run that goes on has kept its tokenizer, which is the run's where that names none by itself.
     """
-    tokenizer = load_tokenizer(kept) if kept is not None and kept.is_dir() and not named(run) else own_tokenizer(run)
+    tokenizer = load_tokenizer(kept) if kept and kept.is_dir() and not names_tokenizer(run) else own_tokenizer(run)
     design = resolve_design(spec(run), tokenizer.vocab)
     shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout, progress=progress)
     check_heldout(run, shards)
     loader = open_loader(run, shards)
     reads = run.steps * run.batch * run.data.length
-    said = (
+    summary = (
         f"text: {run.data.source}, {loader.tokens:,} tokens to train on; {run.steps:,} steps of "
         f"{run.batch * run.data.length:,} read {reads:,}, {reads / loader.tokens:.3g} times the text"
     )
@@ -55,7 +55,7 @@ def text_inputs(run: RunConfig, kept: Path | None, progress: Callable[[int, int 
         how = {"batch": run.batch, "length": run.data.length, "tokens": run.eval_tokens, "precision": run.precision}
         return heldout_loss(objective, shards, **how)
 
-    return Inputs(loader, tokenizer, design, measure, said)
+    return Inputs(loader, tokenizer, design, measure, summary)
 
 
 def own_inputs(run: RunConfig, batches: Batches, heldout: Callable[[], Iterable[Any]] | None) -> Inputs:
@@ -75,14 +75,14 @@ def spec(run: RunConfig) -> Any:
     return run.start if run.design is None else run.design
 
 
-def named(run: RunConfig) -> bool:
+def names_tokenizer(run: RunConfig) -> bool:
     """Whether the run names its tokenizer; else it trains one, or takes that of the model it starts from."""
     return isinstance(run.data.tokenizer, str) and (run.start is None or run.data.tokenizer != DataConfig().tokenizer)
 
 
 def own_tokenizer(run: RunConfig) -> Tokenizer:
     """The run's tokenizer; that of the model it starts from where it names none."""
-    if run.start is not None and not named(run) and isinstance(run.data.tokenizer, str):
+    if run.start is not None and not names_tokenizer(run) and isinstance(run.data.tokenizer, str):
         folder = model_folder(run.start)
         if (folder / "tokenizer_config.json").is_file():
             return load_tokenizer(folder)

@@ -116,7 +116,7 @@ def introduce(
     """What is about to be done: the model, the device, the text, the folder."""
     device, count = model.device, sum(parameter.numel() for parameter in model.parameters())
     display.note(f"{model.design.pattern}: {count:,} parameters, {run.precision} on {device}; folder {run.folder}")
-    display.note(inputs.said)
+    display.note(inputs.summary)
     if run.precision == "bfloat16" and fast_dtype(device) != torch.bfloat16:
         display.note(f"precision bfloat16 is slow on this {device.type}, which has no instructions for it: use float32")
     if before is not None:
