@@ -95,11 +95,11 @@ def rows(cells: list[str], path: Path, steps: int, device: str) -> dict[str, dic
         found[name]["after"] = measure(model, held)
         print(f"{name}: {time.perf_counter() - start:.0f} s, loss {found[name]['loss']:.3f}", flush=True)
         for when in ("before", "after"):
-            print(f"  {when:<7}" + "".join(f"{n:>9,}: {told(row):<4}" for n, row in found[name][when].items()))
+            print(f"  {when:<7}" + "".join(f"{n:>9,}: {label(row):<4}" for n, row in found[name][when].items()))
     return found
 
 
-def told(row: dict[str, Any]) -> str:
+def label(row: dict[str, Any]) -> str:
     return f"{row['passes']}, loop" if row["fell_back"] else str(row["passes"])
 
 
@@ -108,7 +108,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["| cell |" + "".join(f" {n:,} |" for n in LENGTHS), "|---|" + "---:|" * len(LENGTHS)]
     for name, record in found.items():
         pairs = zip(record["before"].values(), record["after"].values(), strict=True)
-        lines.append(f"| {name} |" + "".join(f" {told(before)} → {told(after)} |" for before, after in pairs))
+        lines.append(f"| {name} |" + "".join(f" {label(before)} → {label(after)} |" for before, after in pairs))
     return lines
 
 

@@ -4,11 +4,11 @@
 
 Diagonal GRU, LSTM and ParaLSTM whose gates are biased to remember (0, 3, 6: about 2, 20, 400 tokens) and a dense tanh RNN
 whose largest Lyapunov exponent is positive, so that no solver can be quick. One row of 32 units: a loop over tokens has
-little to do at each of them, which is what parallel solvers are for. All go through `shooting(..., solver=...)`, forward
-only, to the same tolerance: for Newton over all tokens that is the residual of each token, for shooting the gap at the
-joints. A solver that is not there after so many passes (Newton 32, shooting its own limit) runs the loop after all, which
-its time includes: "fell_back". `error` is the largest difference from the loop in float64. Solvers take turns, round by
-round; times are medians.
+little to do at each of them, which is what parallel solvers are for. `shooting` and `sequential` are plait's own, Newton over
+all tokens is `benchmarks/baselines`. All are forward only, to the same tolerance: for Newton that is the residual of each
+token, for shooting the gap at the joints. A solver that is not there after so many passes (Newton 32, shooting its own limit)
+runs the loop after all, which its time includes: "fell_back". `error` is the largest difference from the loop in float64.
+Solvers take turns, round by round; times are medians.
 """
 
 import argparse
@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import newton
 from torch import Tensor
 
 from plait.evaluate.machine import machine
-from plait.ops.shooting import GRU, LSTM, RNN, SOLVERS, Bound, shooting
+from plait.ops.shooting import GRU, LSTM, RNN, Bound, shooting, torch_rnn
 
+SOLVERS = ("shooting", *newton.SOLVERS, "sequential")
 LENGTHS, BIASES = (256, 1024, 4096, 16_384), (0, 3, 6)
 UNITS, TOLERANCE, PASSES = 32, 1e-6, 32
 PATIENCE = 10.0  # seconds for the rounds of one solver after its first: the slow ones take tens of seconds a call
@@ -62,15 +64,24 @@ def lyapunov(cell: Bound, x: Tensor) -> float:
 def call(cell: Bound, x: Tensor, solver: str) -> tuple[Tensor, dict[str, Any], float]:
     """Outputs, how it was solved, milliseconds."""
     start = time.perf_counter()
-    h, _, info = shooting(
-        cell, x, solver=solver, tol=TOLERANCE, max_passes=None if solver in ("shooting", "sequential") else PASSES
-    )
-    record = {
-        "passes": int(info.passes),
-        "gap": float(info.gap),
-        "fell_back": bool(info.fell_back),
-    }
+    h, passes, gap, fell_back = (by_newton if solver in newton.SOLVERS else by_plait)(cell, x, solver)
+    record = {"passes": int(passes), "gap": float(gap), "fell_back": bool(fell_back)}
     return h, record, (time.perf_counter() - start) * 1e3
+
+
+def by_plait(cell: Bound, x: Tensor, solver: str) -> tuple[Tensor, Any, Any, Any]:
+    h, _, info = shooting(cell, x, solver=solver, tol=TOLERANCE)
+    return h, *info
+
+
+def by_newton(cell: Bound, x: Tensor, solver: str) -> tuple[Tensor, Any, Any, Any]:
+    first = cell.cell.start_like(x, len(x))
+    states, passes, gap = newton.solve(cell, x, first, solver, TOLERANCE, PASSES)
+    if gap <= TOLERANCE:
+        return states[:, :, 0], passes, gap, False
+    torchs = torch_rnn.supports(cell)  # what shooting falls back to
+    h = torch_rnn.run(cell, x, first, None)[0] if torchs else shooting(cell, x, solver="sequential")[0]
+    return h, passes, gap, True
 
 
 def compare(cell: Bound, x: Tensor, want: Tensor, rounds: int) -> dict[str, dict[str, Any]]:

@@ -51,8 +51,8 @@ def read_text(path: Path) -> str:
 def not_utf8(head: bytes, at: int, offset: int = 0) -> str:
     """What is wrong at `head[at]`, in the words of all readers; `offset`: where in the file `head` begins."""
     other = OTHER_UNICODE.get(head[:2]) if offset == 0 else None
-    found = f"{other} text" if other else f"byte {offset + at} (0x{head[at]:02x}) is not UTF-8"
-    return f"{found}; expected UTF-8 text{', save it as such' if other else ''}"
+    content = f"{other} text" if other else f"byte {offset + at} (0x{head[at]:02x}) is not UTF-8"
+    return f"{content}; expected UTF-8 text{', save it as such' if other else ''}"
 
 
 def json_text(data: Any, **how: Any) -> str:

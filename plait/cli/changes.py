@@ -55,14 +55,16 @@ def type_of(names: list[str], config: Any, inside: dict[str, type]) -> Any:
     if not rest:
         return str | dict if name in inside else declared
     options = (inside.get(name), declared, *get_args(declared), type(fields[name].default))
-    found = [option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct)]
-    return type_of(rest, found[0], inside) if found else Any
+    structs = [option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct)]
+    return type_of(rest, structs[0], inside) if structs else Any
 
 
 def reach_letters(changes: dict[str, Any], layers: Iterable[str], prefix: str = "") -> dict[str, Any]:
     """`changes`, outer keys first, where "layers.A.heads" reaches into the default A unless `layers` binds A itself."""
     inner = [re.fullmatch(rf"{re.escape(prefix)}layers\.(\w+)\.\w.*", key) for key in changes]
     letters = {match[1] for match in inner if match} & LETTERS.keys() - set(layers)
-    told = {f"{prefix}layers.{letter}" for letter in letters}
-    defaults = {key: LETTERS[key.rpartition(".")[2]].to_dict() for key in sorted(told) if f"{key}.kind" not in changes}
+    defaulted = {f"{prefix}layers.{letter}" for letter in letters}
+    defaults = {
+        key: LETTERS[key.rpartition(".")[2]].to_dict() for key in sorted(defaulted) if f"{key}.kind" not in changes
+    }
     return dict(sorted((defaults | changes).items(), key=lambda change: change[0].count(".")))

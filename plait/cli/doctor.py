@@ -68,11 +68,11 @@ def devices() -> list[dict[str, Any]]:
 
     from plait.evaluate.machine import cpu_name
 
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": cpu_name(), "memory": None}]
+    rows: list[dict[str, Any]] = [{"device": "cpu", "name": cpu_name(), "memory": None}]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        found.append({"device": f"cuda:{index}", "name": facts.name, "memory": facts.total_memory})
-    return found
+        rows.append({"device": f"cuda:{index}", "name": facts.name, "memory": facts.total_memory})
+    return rows
 
 
 def processor() -> dict[str, Any]:

@@ -58,12 +58,12 @@ def command(
     context = context or (made_by.data.length if made_by else model.max_positions)
     with screen.status("reading"):
         if text is not None:
-            found = on_text(model, tokenizer, text, context, tokens, made_by.precision if made_by else "float32")
+            result = on_text(model, tokenizer, text, context, tokens, made_by.precision if made_by else "float32")
         else:
             assert made_by is not None
             assert context is not None
             tokens = tokens or made_by.eval_tokens
-            found = on_heldout(model, tokenizer, made_by, context, tokens)
+            result = on_heldout(model, tokenizer, made_by, context, tokens)
     source = text or f"held-out part of {made_by.data.source if made_by else ''}"
     way = how(context, tokens)
     data: dict[str, Any] = {
@@ -71,24 +71,24 @@ def command(
         "text": source,
         "how": way,
         "context": context,
-        "tokens": found.tokens,
-        "bytes": found.bytes,
-        "loss": found.nats_per_token,
-        "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,
-        "bits_per_byte": found.bits_per_byte,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "loss": result.nats_per_token,
+        "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
+        "bits_per_byte": result.bits_per_byte,
     }
     say(
         screen,
-        f"{source}: {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.3f} a token "
-        f"({found.tokens:,} tokens, {found.bytes:,} bytes)",
+        f"{source}: {result.bits_per_byte:.4f} bits per byte, perplexity {result.perplexity:.3f} a token "
+        f"({result.tokens:,} tokens, {result.bytes:,} bytes)",
     )
     say(screen, f"measured {way}")
-    if found.layers:
+    if result.layers:
         from plait.train.solver import as_data
 
-        calls = {address: {"calls": record.calls} for address, record in found.layers.items()}
-        data["solver"] = {address: calls[address] | told for address, told in as_data(found.layers).items()}
-        screen.print(solver_table(found.layers))
+        calls = {address: {"calls": record.calls} for address, record in result.layers.items()}
+        data["solver"] = {address: calls[address] | record for address, record in as_data(result.layers).items()}
+        screen.print(solver_table(result.layers))
     return Outcome(data, next=[shell("plait", "generate", run, made_by.sample_prompt if made_by else "The ", *again)])
 
 
@@ -124,11 +124,13 @@ def on_heldout(
     """Over the documents that the run kept apart: with the run's own context and `eval_tokens`, the number training gave."""
     from plait.data import prepare
     from plait.evaluate.perplexity import Perplexity, checked
+    from plait.model import NextToken
     from plait.train import heldout_loss
 
     shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout)
-    found = heldout_loss(model, shards, batch=run.batch, length=context, tokens=tokens, precision=run.precision)
-    return checked(model, Perplexity.of(found))
+    how = {"batch": run.batch, "length": context, "tokens": tokens}
+    heldout = heldout_loss(NextToken(model), shards, **how, precision=run.precision)
+    return checked(model, Perplexity.of(heldout))
 
 
 def on_text(

@@ -46,15 +46,15 @@ def command(
     bound = (source if isinstance(source, dict) else find_design(source)[0]).get("layers") or ()
     design = load_design(source, **reach_letters(given, bound))
     screen.print(table(design))
-    told = as_data(design)
+    data = as_data(design)
     if run is not None:
         tokens = run.steps * run.batch * run.data.length
         say(screen, f"{run.steps:,} steps of {run.batch} x {run.data.length:,} tokens: {si(tokens)} tokens of training")
-        told["run"] = {"steps": run.steps, "batch": run.batch, "length": run.data.length, "tokens": tokens}
+        data["run"] = {"steps": run.steps, "batch": run.batch, "length": run.data.length, "tokens": tokens}
     inside = [x if x.startswith(f"{KEY}=") else f"design.{x}" for x in changes or [] if not x.startswith("vocab=")]
     if path.is_dir() and (design_file(path).parent / "tokenizer.json").is_file() and not inside:
-        return Outcome(told, next=[shell("plait", "generate", spec, "The ")])
-    return Outcome(told, next=[shell("plait", "train", spec if run is not None else f"design={spec}", *inside)])
+        return Outcome(data, next=[shell("plait", "generate", spec, "The ")])
+    return Outcome(data, next=[shell("plait", "train", spec if run is not None else f"design={spec}", *inside)])
 
 
 def run_of(spec: str) -> RunConfig | None:

@@ -73,13 +73,13 @@ def with_weights(design: Any) -> Path | None:
 
 def keys() -> str:
     """What a run file may say, from where it is declared."""
-    said = []
+    paragraphs = []
     for name, config in (("", RunConfig), ("data.", DataConfig)):
         fields = [field for field in msgspec.structs.fields(config) if field.name not in ("design", "data")]
         defaults = (f"{name}{field.name}={write(field.default)}" for field in fields)
         text = re.sub(r" {2,}(?=\w+: )", "\n", cleandoc(config.__doc__ or ""))  # one key a line
-        said += [text, f"Defaults: {' '.join(defaults)}"]
-    return "\n\n".join(said)
+        paragraphs += [text, f"Defaults: {' '.join(defaults)}"]
+    return "\n\n".join(paragraphs)
 
 
 def write(value: Any) -> str:

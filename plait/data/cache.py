@@ -13,18 +13,18 @@ from plait.files import naming, sync_folder
 Entry = TypeVar("Entry")
 
 
-def made_once(cache: Path, name: str, find: Callable[[Path], Entry | None], make: Callable[[Path], None]) -> Entry:
+def cached(cache: Path, name: str, find: Callable[[Path], Entry | None], make: Callable[[Path], None]) -> Entry:
     """What `find` finds in the folder `name` of `cache`, after `make` has filled it where there was nothing to find."""
     final = cache / name
-    found = find(final)
-    if found is not None:
-        return found
+    entry = find(final)
+    if entry is not None:
+        return entry
     with naming(final, within=cache):
         (cache / ".lock").mkdir(parents=True, exist_ok=True)
         with FileLock(cache / ".lock" / f"{name}.lock"):  # several processes come here; one of them works
-            found = find(final)
-            if found is not None:
-                return found
+            entry = find(final)
+            if entry is not None:
+                return entry
             temporary = cache / f".{name}.tmp"
             for stale in (temporary, final):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -36,6 +36,6 @@ def made_once(cache: Path, name: str, find: Callable[[Path], Entry | None], make
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            found = find(final)
-            assert found is not None, final
-            return found
+            entry = find(final)
+            assert entry is not None, final
+            return entry

@@ -148,14 +148,14 @@ def open_source(spec: str | Path, memory: Path | None = None) -> Source:
         return _stdlib(memory)
     if text.startswith("hf:"):
         return _dataset(text, memory)
-    found = _files(text)
-    if found is not None:
-        return _file_source(text, *found, field=None, memory=memory)
+    files = _files(text)
+    if files is not None:
+        return _file_source(text, *files, field=None, memory=memory)
     path, colon, field = text.rpartition(":")
     if colon and path and field:
-        found = _files(path)
-        if found is not None:
-            return _file_source(text, *found, field=field, memory=memory)
+        files = _files(path)
+        if files is not None:
+            return _file_source(text, *files, field=field, memory=memory)
         if Path(path).suffix.lower() in READERS:
             text = path
     raise _unknown(text)
@@ -173,14 +173,14 @@ def texts(source: Source) -> Iterator[str]:
 
 def _files(path: str) -> tuple[tuple[tuple[str, Path], ...], bool] | None:
     """(files with their ids, whether `path` is one file), or None where nothing is there."""
-    whole = user_path(path)
-    if whole.is_dir():
-        return tuple(files_below(whole)), False
-    if whole.exists():
-        if not whole.is_file():
+    place = user_path(path)
+    if place.is_dir():
+        return tuple(files_below(place)), False
+    if place.exists():
+        if not place.is_file():
             raise DataError(f"{path}: neither a file nor a folder; expected {EXPECTED}")
-        return ((letters(whole.name), whole),), True
-    files = files_matching(whole) if glob.has_magic(path) else []
+        return ((letters(place.name), place),), True
+    files = files_matching(place) if glob.has_magic(path) else []
     return (tuple(files), False) if files else None
 
 

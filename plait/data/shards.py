@@ -57,9 +57,9 @@ class Shards:
         self.meta = _read_meta(self.folder)
         for name, expected in self._sizes().items():
             path = self.folder / name
-            found = path.stat().st_size if path.exists() else 0
-            if found != expected:
-                raise DataError(f"{path}: {found} bytes where {expected} were written; prepare the corpus again")
+            size = path.stat().st_size if path.exists() else 0
+            if size != expected:
+                raise DataError(f"{path}: {size} bytes where {expected} were written; prepare the corpus again")
 
     def _sizes(self) -> dict[str, int]:
         meta, width = self.meta, np.dtype(self.meta.dtype).itemsize

@@ -6,7 +6,7 @@ from typing import Any
 
 import tokenizers
 
-from plait.data.cache import made_once
+from plait.data.cache import cached
 from plait.data.corpus import Source, open_source, texts
 from plait.data.errors import DataError, NotFound, first_line, nearest
 from plait.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
@@ -48,16 +48,16 @@ def cached_bpe(source: str | Path | Source, vocab: int, folder: str | Path) -> T
     cache = user_path(folder)
     opened = source if not isinstance(source, str | Path) else open_source(source, cache)
 
-    def find(made: Path) -> Tokenizer | None:
+    def find(entry: Path) -> Tokenizer | None:
         try:
-            return load_tokenizer(made)
+            return load_tokenizer(entry)
         except DataError:  # not there, or damaged
             return None
 
     def make(temporary: Path) -> None:
         train_bpe(texts(opened), vocab).save(temporary)
 
-    return made_once(cache, f"bpe-{vocab}-{opened.identity()[:16]}", find, make)
+    return cached(cache, f"bpe-{vocab}-{opened.identity()[:16]}", find, make)
 
 
 def _from_json(path: Path) -> Tokenizer:

@@ -135,8 +135,8 @@ class PythonTokenizer:
         return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        whole = [int(id) for id in ids]
-        return self._inner.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        numbers = [int(id) for id in ids]
+        return self._inner.decode(numbers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def stream(self, after: Sequence[int] = ()) -> TextStream:
         return PiecewiseStream(self.decode, after)
@@ -145,9 +145,9 @@ class PythonTokenizer:
         if self._inner.pad_token is None:
             self._inner.pad_token = self._inner.eos_token
         self._inner.padding_side = "left"
-        with tempfile.TemporaryDirectory() as made:
-            self._inner.save_pretrained(made)
-            for path in sorted(Path(made).iterdir()):
+        with tempfile.TemporaryDirectory() as temporary:
+            self._inner.save_pretrained(temporary)
+            for path in sorted(Path(temporary).iterdir()):
                 write_atomic(user_path(folder) / path.name, partial(shutil.copyfile, path))
 
 

@@ -62,8 +62,8 @@ def _enter(folder: Path, above: Above) -> Above | None:
 
 def _folders(folder: Path, left_out: frozenset[str]) -> Iterator[Path]:
     with os.scandir(folder) as entries:
-        found = [entry.name for entry in entries if entry.is_symlink() or entry.is_dir()]
-    inside = (folder / name for name in found if not name.startswith(".") and name not in left_out)
+        names = [entry.name for entry in entries if entry.is_symlink() or entry.is_dir()]
+    inside = (folder / name for name in names if not name.startswith(".") and name not in left_out)
     return (path for path in inside if path.is_dir())
 
 

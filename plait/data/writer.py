@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from plait.data.cache import made_once
+from plait.data.cache import cached
 from plait.data.corpus import Source, open_source
 from plait.data.errors import DataError, NotFound, NotText, whole_number
 from plait.data.shards import FORMAT, Meta, Shards
@@ -57,7 +57,7 @@ def prepare(
             raise DataError(f"{opened.spec}: changed while it was being read; run again")
 
     key = _key(identity, tokenizer, heldout, seed)
-    return made_once(cache, key, _open, make)
+    return cached(cache, key, _open, make)
 
 
 def _key(identity: str, tokenizer: Tokenizer, heldout: float, seed: int) -> str:

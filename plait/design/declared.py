@@ -10,12 +10,12 @@ from plait.design.weights import Constant, Normal, Weight, Weights
 
 def weights(design: ModelConfig) -> Weights:
     """All weights, each once, with starts that know the model's depth and norm."""
-    found = (
+    learned = (
         *front_weights(design),
         *(weight for slot in slot_weights(design) for weight in slot),
         *head_weights(design),
     )
-    return tuple(_started(weight, design) for weight in found)
+    return tuple(_started(weight, design) for weight in learned)
 
 
 def front_weights(design: ModelConfig) -> Weights:
@@ -31,6 +31,19 @@ def slot_weights(design: ModelConfig) -> list[Weights]:
     """Slot by slot; shared weights where they first appear."""
     uses: set[str] = set()
     return [_slot(design, node, f"slots.{i}.", uses) for i, node in enumerate(design.slots)]
+
+
+def lora_targets(design: ModelConfig) -> list[str]:
+    """The modules for PEFT's `LoraConfig(target_modules=...)`: every projection of every layer and merge.
+
+    Left out are what PEFT cannot wrap (role "blocks": projections within heads, recurrent matrices, a merge's gate), shared
+    layers with additions of each use, whose one matrix could not take all of them in a merge, and the two ends: "lm_head" may
+    be added where the head has a matrix of its own.
+    """
+    weights = (weight for slot in slot_weights(design) for weight in slot)
+    matrices = [weight.name.rpartition(".") for weight in weights if weight.role == "matrix"]
+    adapted = {module for module, _, leaf in matrices if leaf != "weight"}
+    return [module for module, _, leaf in matrices if leaf == "weight" and module not in adapted]
 
 
 def _slot(design: ModelConfig, node: Node, name: str, uses: set[str]) -> Weights:
@@ -59,14 +72,14 @@ def _layer(design: ModelConfig, place: Place, name: str, uses: set[str]) -> Weig
 
 def _branch(design: ModelConfig, chain: tuple[Node, ...], name: str, uses: set[str]) -> Weights:
     """A chain's layers; each but the first reads through a norm of its own."""
-    found: list[Weight] = []
+    learned: list[Weight] = []
     for i, node in enumerate(chain):
-        found += _node(design, node, f"{name}layers.{i}.", uses)
+        learned += _node(design, node, f"{name}layers.{i}.", uses)
         if i and node.wrap.before:
-            found += node.wrap.before.weights(f"{name}norms.{i}", design.dim)
+            learned += node.wrap.before.weights(f"{name}norms.{i}", design.dim)
         if node.wrap.after:
-            found += node.wrap.after.weights(f"{name}after.{i}", design.dim)
-    return tuple(found)
+            learned += node.wrap.after.weights(f"{name}after.{i}", design.dim)
+    return tuple(learned)
 
 
 def _started(weight: Weight, design: ModelConfig) -> Weight:

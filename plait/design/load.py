@@ -25,8 +25,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix.lstrip('.') or 'YAML'}: {error}") from None
     if not isinstance(data, dict):
-        found = "nothing" if data is None else type(data).__name__
-        raise ValueError(f"{path}: expected a mapping of keys to values, got {found}")
+        kind = "nothing" if data is None else type(data).__name__
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {kind}")
     try:
         return located(data, path.parent)
     except ValueError as error:
@@ -36,8 +36,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def read_json(text: str) -> Any:
     """Plain data from JSON text. Raises ValueError with the line where there is one."""
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-    except _Twice as error:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+    except _DuplicateKey as error:
         read_yaml(text)  # which says the line, where YAML reads this JSON at all
         raise ValueError(str(error)) from None
     except json.JSONDecodeError as error:
@@ -46,15 +46,15 @@ def read_json(text: str) -> Any:
         raise ValueError("brackets nested too deeply to read") from None
 
 
-class _Twice(ValueError):
+class _DuplicateKey(ValueError):
     pass
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _Twice(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+        raise _DuplicateKey(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
     return data
 
 

@@ -68,12 +68,12 @@ def paths(node: Node, path: str = "") -> dict[str, str]:
     """Addresses by the path that a layer of one slot has in it: "" for a slot of one layer, ".1.0" for a branch's first."""
     if isinstance(node, Place):
         return {path: node.address}
-    found: dict[str, str] = {path: node.address}
+    addresses: dict[str, str] = {path: node.address}
     for b, branch in enumerate(node.branches):
         alone = len(branch) == 1
         for i, part in enumerate(branch):
-            found |= paths(part, f"{path}.{b}" if alone else f"{path}.{b}.{i}")
-    return found
+            addresses |= paths(part, f"{path}.{b}" if alone else f"{path}.{b}.{i}")
+    return addresses
 
 
 class Resolver:

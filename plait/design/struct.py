@@ -49,12 +49,12 @@ class Struct(msgspec.Struct, metaclass=_Checked, frozen=True, kw_only=True, omit
 def non_defaults(config: Struct, base: Struct | None = None) -> dict[str, Any]:
     """The kind and the fields that are not as in `base` (else: not at their defaults) and say what is built."""
     base_values = {f.name: f.default for f in msgspec.structs.fields(config)} if base is None else {}
-    found: dict[str, Any] = {"kind": type(config).__struct_config__.tag or type(config).__name__}
+    data: dict[str, Any] = {"kind": type(config).__struct_config__.tag or type(config).__name__}
     for name in config.__struct_fields__:
         value = getattr(config, name)
         if name not in config.only_how and value != (base_values.get(name) if base is None else getattr(base, name)):
-            found[name] = non_defaults(value) if isinstance(value, Struct) else value
-    return found
+            data[name] = non_defaults(value) if isinstance(value, Struct) else value
+    return data
 
 
 MAX_SIZE = 2**53  # beyond it floats skip whole numbers, so that nothing counted from it would be right

@@ -1,7 +1,7 @@
 """Weights as data: a layer says once what it learns, and everything else is read off it.
 
 Modules are built from the declaration, and parameters, matrix FLOPs, initialisation, weight decay, float32 islands, Muon's
-blocks, LoRA targets and name maps are derived from it.
+blocks and LoRA targets are derived from it.
 """
 
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.data import Tokenizer
 from plait.layers import Channels
-from plait.model import CrossEntropy, LanguageModel
+from plait.model import CrossEntropy, LanguageModel, NextToken
 from plait.state import ModelState
 from plait.train.guard import nonfinite_weights
 from plait.train.heldout import HeldOut, score
@@ -49,8 +49,8 @@ class Perplexity:
         return self.nats / math.log(2) / self.bytes
 
     @classmethod
-    def of(cls, found: HeldOut) -> "Perplexity":
-        return cls(found.loss * found.tokens, found.tokens, found.bytes, found.layers)
+    def of(cls, heldout: HeldOut) -> "Perplexity":
+        return cls(heldout.loss * heldout.tokens, heldout.tokens, heldout.bytes, heldout.layers)
 
     def __add__(self, other: Self) -> "Perplexity":
         """Of two texts together."""
@@ -76,8 +76,8 @@ def perplexity_of_document(
         ids = (np.asarray(tokenizer.encode(piece), dtype=np.int64) for piece in text_pieces)
         document = chain(ids, [np.array([tokenizer.eos])])
         size = max(context, STEP)
-        found = score(model, [document], lengths, size=size, length=context, tokens=tokens, precision=precision)
-        return Perplexity.of(found)
+        how = {"size": size, "length": context, "tokens": tokens}
+        return Perplexity.of(score(NextToken(model), [document], lengths, **how, precision=precision))
     total, reader = Perplexity(0.0, 0, 0), _Reader(model, None)
     with torch.no_grad():
         for ids in _steps(tokenizer, text_pieces, None if tokens is None else tokens + 1, STEP, end=True):

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from plait.design.declared import lora_targets as lora_targets
 from plait.hub.cache import PlaitCache as PlaitCache
 from plait.hub.causal_lm import PlaitForCausalLM as PlaitForCausalLM
 from plait.hub.config import PlaitConfig as PlaitConfig

@@ -47,6 +47,7 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
         self.model = init_weights(LanguageModel(design), torch.initial_seed())
         to_dtype(self.model, torch.get_default_dtype())
         self.gradient_checkpointing = False
+        self.shared = _shared(self)
         self.register_load_state_dict_pre_hook(_own_names)
         self.post_init()
 
@@ -93,6 +94,8 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
             return
         state_dict = self.state_dict() if state_dict is None else state_dict
         named = {_own_name(name): tensor for name, tensor in state_dict.items()}
+        for name in self.shared:  # a shared layer's weights are written once, under its first use
+            named.pop(_own_name(name), None)
         super().save_pretrained(save_directory, is_main_process, named, **kwargs)
 
     def forward(
@@ -191,6 +194,10 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
     def get_output_embeddings(self) -> nn.Module | None:
         return self.model.lm_head
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Which parameters transformers has to make one again after loading."""
+        return dict(self.shared)
+
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """A vocabulary belongs to the design: only its own size is accepted."""
         if new_num_tokens not in (None, self.model.design.vocab):
@@ -234,6 +241,13 @@ def mean_loss(
     return loss.mean if count is None else loss.total / torch.as_tensor(count, device=logits.device).clamp_min(1)
 
 
+def _shared(module: nn.Module) -> dict[str, str]:
+    """The names of parameters that a shared layer has in its later uses, each with the one in its first use."""
+    first: dict[nn.Parameter, str] = {}
+    names = [(name, first.setdefault(p, name)) for name, p in module.named_parameters(remove_duplicate=False)]
+    return {name: source for name, source in names if name != source}
+
+
 def _own_name(name: str) -> str:
     """A parameter's name in the `LanguageModel`, whatever the model was wrapped in."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix(PREFIX)
@@ -243,3 +257,6 @@ def _own_names(module: PlaitForCausalLM, state_dict: dict[str, Tensor], prefix: 
     """Let `load_state_dict` take files that `save_pretrained` or `plait.save` wrote, as Trainer does to resume."""
     for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(prefix + PREFIX)]:
         state_dict[prefix + PREFIX + name.removeprefix(prefix)] = state_dict.pop(name)
+    for name, source in module.shared.items():
+        if prefix + source in state_dict:
+            state_dict.setdefault(prefix + name, state_dict[prefix + source])

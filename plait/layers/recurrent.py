@@ -18,7 +18,7 @@ from plait.layers.start import start
 from plait.ops.conv import causal_conv
 from plait.ops.frame import Rows
 from plait.ops.packing import Packing
-from plait.ops.shooting import Bound, Cell, Info, NotConverged, cells, shooting
+from plait.ops.shooting import Bound, Cell, Info, NotConverged, cells, shooting, torch_rnn
 from plait.state import Recurrent, recurrent
 
 CELLS: dict[type[NonlinearRecurrence], type[Cell]] = {
@@ -112,7 +112,7 @@ class RecurrentCell(DeclaredModule):
         kind = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}[type(module)]
         own = {"activation": module.nonlinearity} if isinstance(module, nn.RNN) else {}
         config = kind(heads=1, head_dim=module.hidden_size, recurrence="dense", bias=bias, recurrent_bias=bias, **own)
-        theirs = {name: _rows(module, weight.detach()) for name, weight in module.named_parameters()}
+        theirs = {name: _rows(CELLS[kind], weight.detach()) for name, weight in module.named_parameters()}
         like = theirs["weight_ih_l0"]
         cell = cls(config, module.input_size).to(like.device, like.dtype)
         names = {
@@ -139,15 +139,11 @@ def _check_torch(module: nn.Module) -> None:
             raise ValueError(f"from_torch: unsupported {what}")
 
 
-def _rows(module: nn.Module, weight: Tensor) -> Tensor:
+def _rows(cell: type[Cell], weight: Tensor) -> Tensor:
     """torch's rows in the order of our inputs. Its GRU's z is 1 - z here, sigmoid(-a) for sigmoid(a)."""
-    if isinstance(module, nn.GRU):
-        r, z, n = weight.chunk(3)
-        return torch.cat([-z, r, n])
-    if isinstance(module, nn.LSTM):
-        i, f, z, o = weight.chunk(4)
-        return torch.cat([f, z, o, i])
-    return weight
+    order, signs = torch_rnn.ORDER[cell]
+    parts = weight.chunk(len(order))
+    return torch.cat([signs[order.index(i)] * parts[order.index(i)] for i in range(len(order))])
 
 
 class RecurrentLayer(LayerModule):

@@ -144,12 +144,14 @@ def model_folder(folder: str | Path) -> Path:
         raise FileNotFoundError(f"{folder}: no such folder; expected a saved model or a training run")
     if (folder / CONFIG).is_file():
         return folder
-    found = sorted((p.parent for p in folder.glob(f"checkpoints/step-*/{CONFIG}")), key=lambda p: (len(p.name), p.name))
-    if not found:
+    checkpoints = sorted(
+        (p.parent for p in folder.glob(f"checkpoints/step-*/{CONFIG}")), key=lambda p: (len(p.name), p.name)
+    )
+    if not checkpoints:
         raise FileNotFoundError(
             f"{folder}: holds neither {CONFIG} nor checkpoints/step-*; expected a saved model or a run"
         )
-    return found[-1]
+    return checkpoints[-1]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Objective(nn.Module):
     def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
+        self.count_holds = False  # whether a step has seen that `count` is what the loss sums over
 
     def hidden(self, batch: Batch, channels: Channels | None = None) -> Float[Tensor, "b t d"]:
         """What the model's head reads."""
@@ -44,7 +45,8 @@ class Objective(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no rule(batch)")
 
     def count(self, batch: Batch) -> Int[Tensor, ""]:
-        """How many positions of a batch count, known before it is run: targets not below 0, or all vectors."""
+        """How many positions of a batch count, known before it is run, on all ranks: targets not below 0, or all vectors. An
+        objective whose rule scores others says how many."""
         if batch.targets.is_floating_point():
             return torch.tensor(batch.targets.shape[:-1].numel())
         return (batch.targets >= 0).sum()

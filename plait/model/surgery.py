@@ -51,7 +51,7 @@ class _Swap:
         assert isinstance(module, Sublayer)
         if _same(before, now):
             return module
-        slot = self._made(Sublayer(self._node(before, now, module.mixer, "mixer."), now.wrap, self.design.dim))
+        slot = self._like_model(Sublayer(self._node(before, now, module.mixer, "mixer."), now.wrap, self.design.dim))
         if before.wrap.before == now.wrap.before and before.wrap.reads == now.wrap.reads:
             slot.norm = module.norm
         if before.wrap.after == now.wrap.after:
@@ -72,11 +72,11 @@ class _Swap:
         for b, (old, new, chain) in enumerate(zip(before.branches, now.branches, modules, strict=True)):
             pairs = zip(old, new, chain.layers, strict=True)
             parts = [self._node(o, n, m, f"{path}branches.{b}.layers.{i}.") for i, (o, n, m) in enumerate(pairs)]
-            made = self._made(ChainLayer(parts, [node.wrap for node in new], self.design.dim))
-            _keep(made.norms, chain.norms)
-            _keep(made.after, chain.after)
-            chains.append(made)
-        parallel = self._made(ParallelLayer(chains, now, self.design))
+            branch = self._like_model(ChainLayer(parts, [node.wrap for node in new], self.design.dim))
+            _keep(branch.norms, chain.norms)
+            _keep(branch.after, chain.after)
+            chains.append(branch)
+        parallel = self._like_model(ParallelLayer(chains, now, self.design))
         if before.merge == now.merge:
             parallel.norms, parallel.merge = module.norms, module.merge
         else:
@@ -93,7 +93,7 @@ class _Swap:
                 parameter.data = drawn(weight, self.seed).to(self.device, dtype)
         return module
 
-    def _made(self, module: Any) -> Any:
+    def _like_model(self, module: Any) -> Any:
         """New norms in the model's dtype and on its device; what it is made of is there already."""
         for child in module.modules():
             if isinstance(child, Norm) and child.weight.device != self.device:

@@ -108,7 +108,7 @@ class Checkpoint:
         facts, damage = _examine(path)
         if damage is None:
             return cls(path, facts)
-        good = _whole_before(path)
+        good = _intact_before(path)
         advice = (
             f"remove {path} to go on from {good}" if good else "no earlier checkpoint is whole; start in another folder"
         )
@@ -152,11 +152,11 @@ def check_model(folder: Path) -> Path:
     _, damage = _examine(folder, leave_out=(TENSORS, EDITABLE))
     if damage is None:
         return folder
-    good = _whole_before(folder.resolve(), leave_out=(TENSORS, EDITABLE))
+    good = _intact_before(folder.resolve(), leave_out=(TENSORS, EDITABLE))
     raise ValueError(f"{damage}: {f'the newest whole checkpoint is {good}' if good else 'there is no other whole one'}")
 
 
-def _whole_before(path: Path, leave_out: tuple[str, ...] = ()) -> Path | None:
+def _intact_before(path: Path, leave_out: tuple[str, ...] = ()) -> Path | None:
     """The newest checkpoint older than `path` that is not damaged."""
     if NAME.fullmatch(path.name) is None:  # renamed or copied out of its run
         return None

@@ -39,8 +39,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 def latest(run: Path) -> Path | None:
     """A run's newest checkpoint."""
-    found = checkpoints(run)
-    return found[-1] if found else None
+    oldest_first = checkpoints(run)
+    return oldest_first[-1] if oldest_first else None
 
 
 def remove_leftovers(run: Path) -> None:

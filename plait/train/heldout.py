@@ -1,4 +1,4 @@
-"""How well a model predicts text that it was not trained on: one way, in training and in `plait eval`.
+"""How well a model does on text that it was not trained on, by what it is trained on: one way, in training and in `plait eval`.
 
 A document is cut into pieces of at most `length` tokens, and each piece is read from an empty state. Every token but a
 document's first is predicted once, the first of a later piece by the last of the piece before; the end of text is one of
@@ -7,7 +7,7 @@ them. So the number depends on the text, the model and `length`, and not on how 
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from plait.data import Batch, Shards
 from plait.data.loader import NO_TARGET
 from plait.layers import Channels
-from plait.model import LanguageModel, Objective, token_loss
+from plait.model import NextToken, Objective
 from plait.train.solver import SolverRecord, read, together
 from plait.train.step import autocast
 
@@ -26,8 +26,8 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """loss: nats per token; tokens: how many were predicted; bytes: of text that they stand for; layers: how the solver of
-    each recurrent layer record, by address."""
+    """loss: the objective's, per position that counts; tokens: how many those were; bytes: of text that they stand for, 0
+    where the loss is not that of predicting it; layers: how the solver of each recurrent layer record, by address."""
 
     loss: float
     tokens: int
@@ -35,16 +35,17 @@ class HeldOut:
     layers: dict[str, SolverRecord] = field(default_factory=dict)
 
     @property
-    def bits_per_byte(self) -> float:
-        return self.loss * self.tokens / math.log(2) / max(1, self.bytes)
+    def bits_per_byte(self) -> float | None:
+        """None where the loss is not that of predicting text."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
 
 
 def heldout_loss(
-    model: LanguageModel, shards: Shards, *, batch: int, length: int, tokens: int | None, precision: str = "float32"
+    objective: Objective, shards: Shards, *, batch: int, length: int, tokens: int | None, precision: str = "float32"
 ) -> HeldOut:
     """Mean loss over the held-out documents, up to the piece in which `tokens` tokens have been predicted."""
     return score(
-        model,
+        objective,
         heldout_documents(shards),
         shards.token_bytes(),
         size=batch * length,
@@ -56,9 +57,9 @@ def heldout_loss(
 
 @torch.no_grad()
 def mean_loss(objective: Objective, batches: Iterable[Any], precision: str = "float32") -> HeldOut:
-    """Mean of an objective's loss over batches of its own; `tokens` are the positions that count, and no text is known."""
+    """Mean of an objective's loss over batches, of which no text is known."""
     model, total, scored, layers = objective.model, 0.0, 0, {}
-    training = objective.training
+    training = model.training
     objective.eval()
     for batch in batches:
         sent = Channels()
@@ -77,9 +78,8 @@ def heldout_documents(shards: Shards) -> Iterator[Iterator[Ids]]:
         yield iter([ids[start:end].astype(np.int64)])
 
 
-@torch.no_grad()
 def score(
-    model: LanguageModel,
+    objective: Objective,
     documents: Iterable[Iterator[Ids]],
     token_bytes: NDArray[np.int32],
     *,
@@ -89,18 +89,16 @@ def score(
     precision: str = "float32",
 ) -> HeldOut:
     """Mean loss over documents, each given as runs of ids; pieces of `length` are computed about `size` tokens at a time."""
-    total, scored, text, layers = 0.0, 0, 0, {}
-    training = model.training
-    model.eval()
-    for batch in packed(enough(pieces(documents, length), tokens), token_bytes, size):
-        batch = batch.to(model.device)
-        sent = Channels()
-        with autocast(model.device, precision):
-            nll, count = token_loss(model, batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens, channels=sent)
-        total, scored, text = total + nll.item(), scored + int(count), text + batch.bytes
-        layers = together(layers, read(sent))
-    model.train(training)
-    return HeldOut(total / max(1, scored), scored, text, layers)
+    read_bytes = 0
+
+    def batches() -> Iterator[Batch]:
+        nonlocal read_bytes
+        for batch in packed(up_to(pieces(documents, length), tokens), token_bytes, size):
+            read_bytes += batch.bytes
+            yield batch
+
+    heldout = mean_loss(objective, batches(), precision)
+    return replace(heldout, bytes=read_bytes) if isinstance(objective, NextToken) else heldout
 
 
 def pieces(documents: Iterable[Iterator[Ids]], length: int) -> Iterator[tuple[Ids, Ids]]:
@@ -116,26 +114,26 @@ def pieces(documents: Iterable[Iterator[Ids]], length: int) -> Iterator[tuple[Id
             yield held, np.append(held[1:], NO_TARGET)
 
 
-def enough(found: Iterable[tuple[Ids, Ids]], tokens: int | None) -> Iterator[tuple[Ids, Ids]]:
+def up_to(pairs: Iterable[tuple[Ids, Ids]], tokens: int | None) -> Iterator[tuple[Ids, Ids]]:
     """The first pieces that together have `tokens` targets, or all."""
     scored = 0
-    for inputs, targets in found:
+    for inputs, targets in pairs:
         if tokens is not None and scored >= tokens:
             return
         yield inputs, targets
         scored += int((targets != NO_TARGET).sum())
 
 
-def packed(found: Iterable[tuple[Ids, Ids]], token_bytes: NDArray[np.int32], size: int) -> Iterator[Batch]:
+def packed(pairs: Iterable[tuple[Ids, Ids]], token_bytes: NDArray[np.int32], size: int) -> Iterator[Batch]:
     """Whole pieces in batches of at most `size` tokens, or of one piece."""
-    gathered: list[tuple[Ids, Ids]] = []
-    for piece in found:
-        if gathered and sum(len(inputs) for inputs, _ in gathered) + len(piece[0]) > size:
-            yield _batch(gathered, token_bytes)
-            gathered = []
-        gathered.append(piece)
-    if gathered:
-        yield _batch(gathered, token_bytes)
+    row: list[tuple[Ids, Ids]] = []
+    for piece in pairs:
+        if row and sum(len(inputs) for inputs, _ in row) + len(piece[0]) > size:
+            yield _batch(row, token_bytes)
+            row = []
+        row.append(piece)
+    if row:
+        yield _batch(row, token_bytes)
 
 
 def _batch(parts: list[tuple[Ids, Ids]], token_bytes: NDArray[np.int32]) -> Batch:

@@ -27,13 +27,13 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """batches: to train on; tokenizer: None where they are no text; measure: the loss on what was held out."""
+    """batches: to train on; tokenizer: None where they are no text; measure: the objective's loss on what was held out."""
 
     batches: Batches
     tokenizer: Tokenizer | None
     design: ModelConfig
     measure: Callable[[Objective], HeldOut]
-    said: str
+    summary: str
 
 
 def text_inputs(
@@ -43,22 +43,22 @@ def text_inputs(
 
     `kept`: where a run that goes on has kept its tokenizer, which is the run's where that names none by itself.
     """
-    tokenizer = load_tokenizer(kept) if kept is not None and kept.is_dir() and not named(run) else own_tokenizer(run)
+    tokenizer = load_tokenizer(kept) if kept and kept.is_dir() and not names_tokenizer(run) else own_tokenizer(run)
     design = resolve_design(spec(run), tokenizer.vocab)
     shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout, progress=progress)
     check_heldout(run, shards)
     loader = open_loader(run, shards, ranks)
     reads = run.steps * run.batch * run.data.length
-    said = (
+    summary = (
         f"text: {run.data.source}, {loader.tokens:,} tokens to train on; {run.steps:,} steps of "
         f"{run.batch * run.data.length:,} read {reads:,}, {reads / loader.tokens:.3g} times the text"
     )
 
     def measure(objective: Objective) -> HeldOut:
         how = {"batch": run.batch, "length": run.data.length, "tokens": run.eval_tokens, "precision": run.precision}
-        return heldout_loss(objective.model, shards, **how)
+        return heldout_loss(objective, shards, **how)
 
-    return Inputs(loader, tokenizer, design, measure, said)
+    return Inputs(loader, tokenizer, design, measure, summary)
 
 
 def own_inputs(run: RunConfig, batches: Batches, heldout: Callable[[], Iterable[Any]] | None) -> Inputs:
@@ -78,14 +78,14 @@ def spec(run: RunConfig) -> Any:
     return run.start if run.design is None else run.design
 
 
-def named(run: RunConfig) -> bool:
+def names_tokenizer(run: RunConfig) -> bool:
     """Whether the run names its tokenizer; else it trains one, or takes that of the model it starts from."""
     return isinstance(run.data.tokenizer, str) and (run.start is None or run.data.tokenizer != DataConfig().tokenizer)
 
 
 def own_tokenizer(run: RunConfig) -> Tokenizer:
     """The run's tokenizer; that of the model it starts from where it names none."""
-    if run.start is not None and not named(run) and isinstance(run.data.tokenizer, str):
+    if run.start is not None and not names_tokenizer(run) and isinstance(run.data.tokenizer, str):
         folder = model_folder(run.start)
         if (folder / "tokenizer_config.json").is_file():
             return load_tokenizer(folder)

@@ -16,7 +16,7 @@ def alone_in(folder: Path, what: str = "another run") -> Iterator[None]:
     The system keeps the lock, on an open file: it ends with the process, however that ends, and the file's mere presence
     means nothing. A folder in which nothing else came to be is taken away again.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -30,6 +30,6 @@ def alone_in(folder: Path, what: str = "another run") -> Iterator[None]:
         with suppress(OSError):
             if [path.name for path in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
-                for path in made:
+                for path in created:
                     path.rmdir()  # which fails where something else came to be
         lock.release()

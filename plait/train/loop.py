@@ -130,7 +130,7 @@ def introduce(
     """What is about to be done: the model, the device, the text, the folder."""
     device, count = model.device, sum(parameter.numel() for parameter in model.parameters())
     display.note(f"{model.design.pattern}: {count:,} parameters, {run.precision} on {device}; folder {run.folder}")
-    display.note(inputs.said)
+    display.note(inputs.summary)
     if run.precision == "bfloat16" and fast_dtype(device) != torch.bfloat16:
         display.note(f"precision bfloat16 is slow on this {device.type}, which has no instructions for it: use float32")
     if before is not None:
@@ -299,8 +299,8 @@ class _Training:
         layers = {"solver": as_data(heldout.layers)} if heldout.layers else {}
         text = {"bits_per_byte": heldout.bits_per_byte} if heldout.bytes else {}
         self.log.write(step=step, heldout_loss=heldout.loss, **text, **layers)
-        said = f"  {heldout.bits_per_byte:.4f} bits/byte" if heldout.bytes else ""
-        self.display.note(f"step {step}  held-out loss {heldout.loss:.4f}{said}")
+        bits = f"  {heldout.bits_per_byte:.4f} bits/byte" if heldout.bytes else ""
+        self.display.note(f"step {step}  held-out loss {heldout.loss:.4f}{bits}")
         return heldout
 
     def show_sample(self, sample: Sample, tokenizer: Tokenizer) -> None:

@@ -32,8 +32,9 @@ class Result:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, all with their step. Of a step: loss (nats per token), lr, grad_norm, tokens,
-        step_s, tokens_per_s, and losses where the loss is a sum of several, by name; of an evaluation: heldout_loss,
-        bits_per_byte; of a sample: sample. Designs with recurrent layers also have solver in the first two: by layer, mean
-        passes, worst gap, and how many calls fell_back; what other layers say of a step is in stats."""
+        """The records of metrics.jsonl, all with their step. Of a step: loss (of a position; nats per token), lr, grad_norm,
+        tokens, step_s, tokens_per_s, and losses where the loss is a sum of several, by name; of an evaluation: heldout_loss, by
+        the same objective, and bits_per_byte where that is the next token of text; of a sample: sample. Designs with recurrent
+        layers also have solver in the first two: by layer, mean passes, worst gap, and how many calls fell_back; what other
+        layers say of a step is in stats."""
         return read_metrics(self.folder / METRICS)

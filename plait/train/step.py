@@ -43,17 +43,32 @@ def backward(
     channels: gets the stats of the layers, over all parts.
     """
     device = objective.model.device
-    scored = max(1, int(objective.count(batch)) if scored is None else scored)
+    own = int(objective.count(batch))
+    scored = max(1, own if scored is None else scored)
     mean, means = torch.zeros((), device=device), dict[str, Tensor]()
+    count = torch.zeros((), dtype=torch.long, device=device)
     for part in split(batch, parts):
         sent = Channels()
         with autocast(device, precision):
             loss = objective(part.to(device), channels=sent)
         (loss.total / scored).backward()
         mean += loss.total.detach() / scored
+        count += loss.count
         for name, total in loss.parts.items() if len(loss.parts) > 1 else ():
             means[name] = means[name] + total / scored if name in means else total / scored
         if channels is not None:
             sent.losses.clear()
             channels.join(sent)
+    if not objective.count_holds:  # asked once: it waits for the device
+        check_count(objective, int(count), own)
+        objective.count_holds = True
     return mean, means
+
+
+def check_count(objective: Objective, scored: int, expected: int) -> None:
+    """Raise ValueError where a step would be the mean over another number of positions than the objective's loss sums over."""
+    if scored != expected:
+        raise ValueError(
+            f"{type(objective).__name__} scored {scored} positions of a batch, but its count(batch) says {expected}: a step is the "
+            "mean over what counts, so count must give the positions that the rule scores"
+        )

@@ -11,6 +11,7 @@ import torch
 import plait
 from plait.data import load_tokenizer
 from plait.evaluate.perplexity import STEP, Perplexity, checked, perplexity_of_document, perplexity_of_text
+from plait.model import NextToken
 from plait.train.heldout import score
 
 TEXT = "Peter Piper picked a peck of pickled peppers. " * 40
@@ -52,7 +53,7 @@ def test_pieces(model, tokenizer, size, length):
     documents = [tokenizer.encode(text) + [256] for text in (TEXT[:90], "", "a", TEXT[:41])]
     runs = (iter(np.array_split(np.array(ids), 3)) for ids in documents)
     model.train()
-    got = score(model, runs, tokenizer.byte_lengths, size=size, length=length)
+    got = score(NextToken(model), runs, tokenizer.byte_lengths, size=size, length=length)
     assert model.training
     model.eval()
     assert got.loss * got.tokens == pytest.approx(sum(in_pieces(model, ids, length) for ids in documents), rel=1e-9)
@@ -64,7 +65,7 @@ def test_no_more_pieces_than_asked_for(model, tokenizer):
         yield iter([np.array(tokenizer.encode(TEXT[:60]))])
         raise AssertionError("read past the tokens that were asked for")
 
-    got = score(model, documents(), tokenizer.byte_lengths, size=16, length=10, tokens=35)
+    got = score(NextToken(model), documents(), tokenizer.byte_lengths, size=16, length=10, tokens=35)
     assert got.tokens == 40
 
 

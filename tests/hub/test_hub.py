@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 import plait
 import plait.hub
 from plait.data import ByteTokenizer, train_bpe
+from plait.design.layers import KINDS, LETTERS
 from plait.engine import generate_tokens
 from plait.hub import PlaitCache, PlaitConfig, PlaitForCausalLM
 from plait.model import token_loss
@@ -121,6 +122,25 @@ def test_weights_make_the_round_trip(pattern, tied, tmp_path):
     assert same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").model)
     names = [set(safetensors.torch.load_file(tmp_path / who / "model.safetensors")) for who in ("ours", "theirs")]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_shared_layers_make_the_round_trip(rank, tmp_path):
+    """Their weights are in a file once, and one tensor after loading. LoRA leaves out those with additions of each use."""
+    shared = plait.Attention(shared=True, adapter_rank=rank)
+    design = plait.ModelConfig(vocab=61, dim=64, pattern="QFQ", layers={"Q": shared})
+    model = plait.build(design)
+    theirs = reload(model, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for again in (theirs, AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")):
+        assert same(model, again.model)
+        first, second = (again.model.slots[i].mixer.qkv_proj for i in (0, 2))
+        assert first.weight is second.weight
+    assert same(model, plait.load(tmp_path / "theirs"))
+    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "ours" / "model.safetensors"))
+    targets = plait.hub.lora_targets(design)
+    assert ("slots.0.mixer.qkv_proj" in targets) is (rank is None)
+    assert "slots.1.mixer.down_proj" in targets and "slots.2.mixer.qkv_proj" not in targets
 
 
 def test_decay_parameters_stay_float32(tmp_path):
@@ -235,13 +255,25 @@ def test_what_is_not_supported_is_refused(call, message, tmp_path):
     assert theirs.resize_token_embeddings() is theirs.model.embed
 
 
-@pytest.mark.parametrize("pattern", ["AF", "MF", "DF", "GF", "SF", "[M|A]:projection F", "[D|A]:merge_attention F"])
-def test_adapters_act_merge_and_load(pattern, tmp_path):
+WITHOUT_LETTER = sorted(set(KINDS) - {layer.to_dict()["kind"] for layer in LETTERS.values()})
+ADAPTED = {
+    **{letter: (f"{letter}F", {}) for letter in LETTERS},
+    **{kind: ("QF", {"Q": kind}) for kind in WITHOUT_LETTER},
+    "heads of a projection": ("QF", {"Q": plait.GRU(heads=2, head_dim=32, projection="heads")}),
+    "shared": ("QFQ", {"Q": plait.Attention(shared=True)}),
+    "merged by projection": ("[M|A]:projection F", {}),
+    "merged by attention": ("[D|A]:merge_attention F", {}),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_act_merge_and_load(name, tmp_path):
     """LoRA on every projection changes the logits, gets gradients, is equal once merged, and the merged folder is plait's."""
-    peft = pytest.importorskip("peft")
-    design = plait.ModelConfig(vocab=61, dim=64, pattern=pattern, tie_embeddings=False)
+    peft, (pattern, layers) = pytest.importorskip("peft"), ADAPTED[name]
+    design = plait.ModelConfig(vocab=61, dim=64, pattern=pattern, layers=layers, tie_embeddings=False)
     model, tokens = PlaitForCausalLM(PlaitConfig(design=design)).eval(), torch.arange(20)[None]
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [*plait.hub.lora_targets(design), "lm_head"]
+    assert names == [name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
     before = model(input_ids=tokens).logits.detach()
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM")).eval()
     added = {name: p for name, p in adapted.named_parameters() if "lora_B" in name}

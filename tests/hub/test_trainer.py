@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import plait
+import plait.hub
 from plait.hub import PlaitForCausalLM
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trainer.py"
@@ -35,6 +36,10 @@ def rows(count=4, length=9, vocab=41):
     return [{"input_ids": row, "labels": list(row)} for row in made]
 
 
+def lora(model, **options):
+    return peft.LoraConfig(target_modules=plait.hub.lora_targets(model.config.model_config), **options)
+
+
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -46,7 +51,7 @@ def test_smoothed_labels_are_shifted(hub, kind, adapted, tmp_path):
     logp = model(ids := torch.tensor([[5, 6, 7, 40, 8]])).logits.log_softmax(-1)[0, :-1]
     want = -(1 - smooth) * logp.gather(-1, ids[0, 1:, None]).mean() - smooth * logp.mean()
     if adapted:  # a fresh adapter changes nothing
-        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM"))
+        model = peft.get_peft_model(model, lora(model, task_type="CAUSAL_LM"))
     trainer = Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=smooth))
     torch.testing.assert_close(trainer.compute_loss(model, {"input_ids": ids, "labels": ids.clone()}), want)
 
@@ -85,16 +90,14 @@ def test_a_wrapped_models_tensors_are_saved_under_its_own_names(hub, wrap, tmp_p
 
 def test_adapters_are_saved_by_their_own_names_and_merged_ones_are_a_model(hub, tmp_path):
     model, other = hub(dtype=torch.float32), hub(dtype=torch.float32)
-    model.add_adapter(peft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False))
+    model.add_adapter(lora(model, init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
     names = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert names
     assert all("lora_" in name for name in names)
     other.load_adapter(str(tmp_path / "adapter"))
     assert same(model, other)
-    wrapped = peft.get_peft_model(
-        hub(dtype=torch.float32), peft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
-    )
+    wrapped = peft.get_peft_model(hub(dtype=torch.float32), lora(model, init_lora_weights=False))
     ids = torch.arange(6)[None]
     want = wrapped(ids).logits
     wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")

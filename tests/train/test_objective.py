@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import plait
+from plait.data import ByteTokenizer, prepare
 from plait.model import Distillation, Regression
 from plait.train import RunConfig, train
+from plait.train.heldout import heldout_documents
 
 
 def losses(result):
@@ -45,7 +47,8 @@ def test_starts_that_cannot_be(make_run, quiet, tmp_path, changes, message):
 
 
 def test_distillation(make_run, quiet):
-    run = make_run("AF", steps=15)
+    """Held-out text is measured by what is trained on."""
+    run = make_run("AF", steps=15, eval_tokens=100_000)
     design = {"vocab": 257, "dim": 64, "pattern": "DF"}
     teacher = plait.build(design, seed=3)
     result = train(run, objective=lambda model: Distillation(model, teacher), console=quiet)
@@ -53,6 +56,22 @@ def test_distillation(make_run, quiet):
     assert all(
         torch.equal(a, b) for a, b in zip(teacher.parameters(), plait.build(design, seed=3).parameters(), strict=True)
     )
+    assert result.heldout.loss == pytest.approx(heldout_kl(run, result.model, teacher), rel=1e-5)
+    assert result.heldout.bits_per_byte is None and not any("bits_per_byte" in record for record in result.history)
+
+
+@torch.no_grad()
+def heldout_kl(run, model, teacher):
+    """A token, over the pieces that held-out documents are cut into, one at a time."""
+    shards = prepare(run.data.source, ByteTokenizer(), run.data.cache, heldout=run.data.heldout)
+    total, count = 0.0, 0
+    for document in heldout_documents(shards):
+        *pieces, last = torch.from_numpy(next(document)).split(run.data.length)
+        for piece, scored in (*((piece, len(piece)) for piece in pieces), (last, len(last) - 1)):
+            theirs, ours = (m(piece[None])[0][0, :scored].log_softmax(-1) for m in (teacher, model))
+            total += torch.nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True).item()
+            count += scored
+    return total / count
 
 
 @dataclass

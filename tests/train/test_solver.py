@@ -126,9 +126,10 @@ def test_a_strict_layer_stops_an_evaluation_too(make_run, quiet):
     start = train(run.replace(steps=5), console=quiet)
     model = start.model
     model.slots[0].mixer.cell.config = model.slots[0].mixer.cell.config.replace(**NEVER)
+    from plait.model import NextToken
     from plait.ops.shooting import NotConverged
     from plait.train import heldout_loss
 
     shards = prepare(run.data.source, ByteTokenizer(), run.data.cache, heldout=0.2)
     with pytest.raises(NotConverged, match=r"^G#0: GRU: a gap"):
-        heldout_loss(model, shards, batch=2, length=64, tokens=128)
+        heldout_loss(NextToken(model), shards, batch=2, length=64, tokens=128)

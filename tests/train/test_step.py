@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from plait.data import ByteTokenizer, Loader, prepare
-from plait.model import NextToken, build
+from plait.model import CrossEntropy, NextToken, Objective, build
 from plait.train.heldout import heldout_loss
 from plait.train.step import backward, split
 
@@ -46,9 +46,44 @@ def test_accumulation_is_the_full_batch(batch, pattern, parts):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-9)
 
 
+class Spaces(Objective):
+    """What comes after a space is scored, and nothing else."""
+
+    def rule(self, batch):
+        return CrossEntropy(batch.targets.masked_fill(batch.inputs != ord(" "), -100))
+
+    def count(self, batch):
+        return ((batch.inputs == ord(" ")) & (batch.targets >= 0)).sum()
+
+
+class Miscounted(Spaces):
+    count = Objective.count
+
+
+def test_an_objective_that_counts_wrong_is_refused(batch):
+    model = build({"vocab": 257, "dim": 64, "pattern": "AF"})
+    with pytest.raises(
+        ValueError, match=r"Miscounted scored \d+ positions of a batch, but its count\(batch\) says \d+"
+    ):
+        backward(Miscounted(model), batch, 1, "float32")
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_mean_is_over_what_an_objective_scores(batch, parts):
+    model = build({"vocab": 257, "dim": 64, "pattern": "AF"}, dtype=torch.float64)
+    loss, _ = backward(Spaces(model), batch, parts, "float32")
+    got = [parameter.grad for parameter in model.parameters()]
+    scored = (batch.inputs == ord(" ")) & (batch.targets >= 0)
+    logits, _ = model(batch.inputs, cu_seqlens=batch.cu_seqlens)
+    want = torch.nn.functional.cross_entropy(logits[scored], batch.targets[scored])
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    for gradient, expected in zip(got, torch.autograd.grad(want, model.parameters()), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_heldout_loss_is_that_of_each_document_alone(shards):
     model = build({"vocab": 257, "dim": 64, "pattern": "DFAF"})
-    found = heldout_loss(model, shards, batch=2, length=4096, tokens=1_000_000)
+    found = heldout_loss(NextToken(model), shards, batch=2, length=4096, tokens=1_000_000)
     starts, ends = shards.documents("heldout")
     tokens, total, scored = shards.tokens(), 0.0, 0
     for start, end in zip(starts, ends, strict=True):
@@ -65,4 +100,4 @@ def test_heldout_loss_is_that_of_each_document_alone(shards):
 
 def test_heldout_loss_stops_at_its_tokens(shards):
     model = build({"vocab": 257, "dim": 64, "pattern": "AF"})
-    assert heldout_loss(model, shards, batch=2, length=32, tokens=100).tokens <= 128
+    assert heldout_loss(NextToken(model), shards, batch=2, length=32, tokens=100).tokens <= 128

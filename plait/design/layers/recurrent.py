@@ -18,7 +18,7 @@ from plait.design.weights import (
     short_conv,
 )
 
-Solver = Literal["shooting", "deer", "quasi_deer", "elk", "quasi_elk", "sequential"]
+Solver = Literal["shooting", "sequential"]
 
 EMPTY = -1e4  # the log of a normaliser that has seen nothing: its exponential is 0 even in float64
 

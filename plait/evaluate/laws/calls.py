@@ -34,14 +34,14 @@ def causal(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
     law, model = "causal", subject(design, device, dtype)
     tokens = some_tokens(design, 70, device)
     with torch.no_grad():
-        whole = model(tokens[None])[0][0]
+        before = model(tokens[None])[0][0]
         worst = 0.0
         for t in (1, 2, 6, 33, 63, 64, 69):
             changed = tokens.clone()
             changed[t] = another(design, tokens[t])
             other = model(changed[None])[0][0]
-            worst = max(worst, agree(law, f"token {t} changed", {"before": other[:t]}, {"before": whole[:t]}))
-            if torch.equal(other[t], whole[t]):
+            worst = max(worst, agree(law, f"token {t} changed", {"before": other[:t]}, {"before": before[:t]}))
+            if torch.equal(other[t], before[t]):
                 raise LawBroken(law, f"token {t} changed nothing at all")
     return worst
 

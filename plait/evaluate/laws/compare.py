@@ -109,11 +109,11 @@ def with_gradients(model: LanguageModel, run: Callable[[], Values], state: Model
     if state is not None:
         inputs |= {f"initial state {name}": x for name, x in state.tensors().items()}
     gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)  # type: ignore[arg-type]  # sum of tensors
-    found = {
+    named = {
         f"gradient of {name}": torch.zeros_like(x) if gradient is None else gradient
         for (name, x), gradient in zip(inputs.items(), gradients, strict=True)
     }
-    return {name: x.detach() for name, x in values.items()} | found
+    return {name: x.detach() for name, x in values.items()} | named
 
 
 def agree(

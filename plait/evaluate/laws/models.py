@@ -74,8 +74,8 @@ def _equal_weights(law: str, want: Values, got: Values, wide: set[str]) -> None:
 
 def _refuses_strays(law: str, folder: Path) -> None:
     path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    tensors = safetensors.torch.load(whole)
+    data = path.read_bytes()
+    tensors = safetensors.torch.load(data)
     name = sorted(tensors)[0]
     broken: dict[str, Callable[[], object]] = {
         "a tensor that nothing uses": lambda: safetensors.torch.save_file(
@@ -85,7 +85,7 @@ def _refuses_strays(law: str, folder: Path) -> None:
         "a tensor of another shape": lambda: safetensors.torch.save_file(
             tensors | {name: tensors[name][:-1].clone()}, path
         ),
-        "a file cut short": lambda: path.write_bytes(whole[:-7]),
+        "a file cut short": lambda: path.write_bytes(data[:-7]),
     }
     for what, write in broken.items():
         write()
@@ -141,18 +141,18 @@ def _other_layer(law: str, model: LanguageModel, address: str, tokens: torch.Ten
     student = swap(model, {address: GELU(hidden=24)})
     kept = {id(p) for p in model.parameters()}
     names = {name for name, p in student.named_parameters() if id(p) not in kept}
-    said = {weight.name: weight.shape for weight in declared.weights(student.design)}
+    stated = {weight.name: weight.shape for weight in declared.weights(student.design)}
     have = {name: tuple(p.shape) for name, p in student.named_parameters()}
-    if said != have:
-        raise LawBroken(law, f"{address}: weights {sorted(said.items() ^ have.items())[:2]} are not as declared")
+    if stated != have:
+        raise LawBroken(law, f"{address}: weights {sorted(stated.items() ^ have.items())[:2]} are not as declared")
     if not names or any("_proj" not in name for name in names):
         raise LawBroken(law, f"{address}: {sorted(names)[:3]} are new, and should be the new layer's alone")
     student(tokens, student.init_state())
 
 
-def _counted(law: str, what: str, said: int, measured: int) -> None:
-    if said != measured:
-        raise LawBroken(law, f"{what}: counted {said:,}, measured {measured:,}")
+def _counted(law: str, what: str, counted: int, measured: int) -> None:
+    if counted != measured:
+        raise LawBroken(law, f"{what}: counted {counted:,}, measured {measured:,}")
 
 
 def has_compiler() -> bool:
@@ -166,18 +166,18 @@ def compiled(design: ModelConfig, device: str, dtype: torch.dtype, backend: str 
     law, model = "compiled", subject(design, device, dtype)
     tokens = some_tokens(design, 70, device)[None]
     torch.compiler.reset()
-    whole = torch.compile(model, fullgraph=True, backend=backend)
+    graph = torch.compile(model, fullgraph=True, backend=backend)
     try:
-        got = with_gradients(model, lambda: outcome(list(whole(tokens)[0]), None))  # before anything ran without it
+        got = with_gradients(model, lambda: outcome(list(graph(tokens)[0]), None))  # before anything ran without it
         want = with_gradients(model, lambda: outcome(list(model(tokens)[0]), None))
         worst = agree(law, "training", got, want)
         with torch.no_grad():
             logits, state = model(tokens, model.init_state(1, 80))
-            got = outcome(list(whole(tokens, model.init_state(1, 80))[0]), None)
+            got = outcome(list(graph(tokens, model.init_state(1, 80))[0]), None)
             worst = max(worst, agree(law, "reading", got, outcome(list(logits), None)))
             want = _decode(model, state.fork(), tokens)
-            worst = max(worst, agree(law, "decoding", _decode(whole, state.fork(), tokens), want))
-        under_autocast(law, model, whole, tokens)
+            worst = max(worst, agree(law, "decoding", _decode(graph, state.fork(), tokens), want))
+        under_autocast(law, model, graph, tokens)
         worst = max(worst, graphs.decoding(law, model, tokens, backend))
     except TorchDynamoException as error:
         raise LawBroken(law, " ".join(str(error).split())[:300]) from error
@@ -186,7 +186,7 @@ def compiled(design: ModelConfig, device: str, dtype: torch.dtype, backend: str 
     return worst
 
 
-def under_autocast(law: str, model: LanguageModel, whole: Callable, tokens: torch.Tensor) -> None:
+def under_autocast(law: str, model: LanguageModel, graph: Callable, tokens: torch.Tensor) -> None:
     """What this finds is not measured with the rest: bfloat16 rounds a thousand times as much."""
 
     def autocast() -> torch.autocast:
@@ -196,7 +196,7 @@ def under_autocast(law: str, model: LanguageModel, whole: Callable, tokens: torc
         with autocast():
             return outcome(list(form(tokens, cu_seqlens=offsets)[0].float()), None)
 
-    got = with_gradients(model, partial(run, whole))
+    got = with_gradients(model, partial(run, graph))
     with input_dtypes(law):
         want = with_gradients(model, partial(run, model))
     agree(law, "training under autocast", got, want, tolerances=AUTOCAST)
@@ -215,15 +215,15 @@ def input_dtypes(law: str) -> Iterator[None]:
     apply = BackwardCFunction.apply
 
     def checked(node: Any, *outputs: Any) -> Any:
-        found = apply(node, *outputs)
-        gradients = found if isinstance(found, tuple) else (found,)
+        result = apply(node, *outputs)
+        gradients = result if isinstance(result, tuple) else (result,)
         wanted = [g for g, needed in zip(gradients, node.needs_input_grad, strict=False) if needed]
         inputs = [(before, number) for before, number in node.next_functions if before is not None]
         for gradient, (before, number) in zip(wanted, inputs, strict=True):
             want = before._input_metadata[number].dtype
             if gradient is not None and gradient.dtype != want:
                 raise LawBroken(law, f"{node.name()}: a gradient is {gradient.dtype}, its input {want}")
-        return found
+        return result
 
     BackwardCFunction.apply = checked  # pyright: ignore[reportAttributeAccessIssue]  # one that watches
     try:

@@ -119,17 +119,19 @@ def spec(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
     law = "spec"
     for model in (subject(design, device, dtype), build(design, device=device, dtype=torch.bfloat16)):
         for batch, length in ((1, 0), (3, 40)):
-            said = model.state_spec(batch, length).nbytes
+            spec_bytes = model.state_spec(batch, length).nbytes
             state = model.init_state(batch, length)
-            if state.nbytes != said:
+            if state.nbytes != spec_bytes:
                 raise LawBroken(
-                    law, f"batch {batch}, length {length}: {state.nbytes:,} bytes, but the spec says {said:,}"
+                    law, f"batch {batch}, length {length}: {state.nbytes:,} bytes, but the spec says {spec_bytes:,}"
                 )
             if length:
                 tokens = torch.stack([some_tokens(design, length, device)] * batch)
                 _, state = model(tokens, state)
-                if state.nbytes != said:
-                    raise LawBroken(law, f"{state.nbytes:,} bytes after {length} tokens, but the spec says {said:,}")
+                if state.nbytes != spec_bytes:
+                    raise LawBroken(
+                        law, f"{state.nbytes:,} bytes after {length} tokens, but the spec says {spec_bytes:,}"
+                    )
         for name, x in state.tensors().items():
             wide = torch.float64 if model.dtype == torch.float64 else torch.float32
             if x.dtype != (wide if name.endswith(".s") else model.dtype):

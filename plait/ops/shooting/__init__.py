@@ -22,7 +22,7 @@ from plait.ops.shooting.cells import SLSTM as SLSTM
 from plait.ops.shooting.cells import Bound as Bound
 from plait.ops.shooting.cells import Cell as Cell
 
-SOLVERS = ("shooting", "deer", "quasi_deer", "elk", "quasi_elk", "sequential")
+SOLVERS = ("shooting", "sequential")
 
 # How far a joint may gape, in units of the state or of 1: a few roundings of what is computed in, or half a rounding of what
 # comes out; twice that where 16-bit products by a matrix round h itself, so that no joint closes further.
@@ -74,7 +74,7 @@ def shooting(
     float64 for float64. The result is within about `tol` (`tolerance`) of the loop over tokens; where `max_passes` do not get
     there, the loop itself is run.
     strict: raise NotConverged instead (waits for the device).
-    solver: "shooting", or for comparison "deer", "quasi_deer", "elk", "quasi_elk" (Newton over all tokens), "sequential".
+    solver: "shooting", or "sequential": the loop over tokens, in torch's operations.
     """
     _check(cell, x, solver)
     if max_passes is not None:

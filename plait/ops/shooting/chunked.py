@@ -154,8 +154,8 @@ class Back:
 
     def __init__(self, cell: Bound, x: Tensor, before: Tensor):
         self.cell, self.x, self.before = cell, x, before
-        found = [partials(cell, x[part], before[part]) for part in slices(x)]
-        self.P, self.Q = (torch.cat(both, 2) for both in zip(*found, strict=True))
+        parts = [partials(cell, x[part], before[part]) for part in slices(x)]
+        self.P, self.Q = (torch.cat(both, 2) for both in zip(*parts, strict=True))
         self.nu = torch.empty_like(before)
 
     def run(self, g: Tensor, mu: Tensor, steps: int) -> Tensor:
@@ -187,9 +187,9 @@ class Back:
                 tokens = self.x[part].detach().requires_grad_()
                 tensors = [w.detach().requires_grad_() for w in self.cell.tensors()]
                 new = self.cell.with_tensors(tensors).step(tokens, self.before[part].detach())
-                found = torch.autograd.grad(new, [tokens, *tensors], self.nu[part])
-            dx[part] = found[0]
-            for total, gradient in zip(totals, found[1:], strict=True):
+                gradients = torch.autograd.grad(new, [tokens, *tensors], self.nu[part])
+            dx[part] = gradients[0]
+            for total, gradient in zip(totals, gradients[1:], strict=True):
                 total += gradient
         return dx, totals
 

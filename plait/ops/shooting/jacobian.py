@@ -38,10 +38,10 @@ def partials(cell: Bound, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         new = cell.cell.step(tokens, tuple(m), tuple(s), weights)
         rows = []
         for i, y in enumerate(new):
-            found = torch.autograd.grad(
+            slopes = torch.autograd.grad(
                 y, [*s, *m], torch.ones_like(y), retain_graph=i + 1 < len(new), allow_unused=True
             )
-            rows.append(torch.stack([torch.zeros_like(y) if g is None else g for g in found]))
+            rows.append(torch.stack([torch.zeros_like(y) if g is None else g for g in slopes]))
     both = torch.stack(rows).detach()
     return both[:, : len(s)], both[:, len(s) :]
 

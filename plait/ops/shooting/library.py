@@ -10,7 +10,7 @@ from plait.ops.graph import gradient
 from plait.ops.kernels import cast
 from plait.ops.operator import operator
 from plait.ops.packing import Packing
-from plait.ops.shooting import chunked, newton, torch_rnn
+from plait.ops.shooting import chunked, torch_rnn
 from plait.ops.shooting.cells import KNOWN, Bound
 
 
@@ -49,7 +49,8 @@ def solve(
         return triton.forward(bound, x, h0, packing, tol, max_passes or triton.passes(tol))
     engine, bound = _engine(kernel), bound.to(h0.dtype)
     tokens = x.to(h0.dtype) if engine is chunked.TORCH else x
-    h, rest, final, record = _forward(bound, tokens, h0, packing, solver, tol, max_passes, engine)
+    in_turn = solver == "sequential"
+    h, rest, final, record = chunked.forward(bound, tokens, h0, packing, tol, max_passes, engine, one_chunk=in_turn)
     info = torch.tensor([record.passes, record.gap, record.fell_back], dtype=torch.float32, device=x.device)
     if record.fell_back and torch_rnn.supports(bound):
         h, final = torch_rnn.run(bound, tokens, h0, packing)  # `rest` is wrong then, and nobody reads it
@@ -64,21 +65,6 @@ def _engine(kernel: str) -> chunked.Engine:
     from plait.ops.shooting.triton.matrices import MATRICES
 
     return MATRICES
-
-
-def _forward(
-    cell: Bound,
-    x: Tensor,
-    h0: Tensor,
-    packing: Packing | None,
-    solver: str,
-    tol: float,
-    max_passes: int | None,
-    engine: chunked.Engine,
-) -> tuple[Tensor, Tensor, Tensor, chunked.Solved]:
-    if solver in ("shooting", "sequential"):
-        return chunked.forward(cell, x, h0, packing, tol, max_passes, engine, one_chunk=solver == "sequential")
-    return newton.forward(cell, x, h0, packing, solver, tol, max_passes)
 
 
 @torch.library.register_fake("plait::shooting")

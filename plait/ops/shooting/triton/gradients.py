@@ -12,7 +12,7 @@ from plait.ops.launch import kernel, launch
 from plait.ops.shooting.triton.joints import hand_back
 from plait.ops.shooting.triton.plan import chunk_tables
 from plait.ops.shooting.triton.states import Work
-from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, wide, write
+from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, to_float32, write
 from plait.ops.shooting.triton.vjp import back, gradients_at, states_at
 
 
@@ -116,9 +116,9 @@ def retreat(
     here -= done * D
     there -= done * ((S - 1) * D)
     for t in range(whole, length):
-        inputs = wide(steps_at(px, exists, stride_g, G, -ST, 0, 1), 0, G)
+        inputs = to_float32(steps_at(px, exists, stride_g, G, -ST, 0, 1), 0, G)
         at = exists & ((t + 1 < length) | (not begins))
-        old = wide(states_at(h, rest, here, there, at, S, D, 1, 1), 0, S)
+        old = to_float32(states_at(h, rest, here, there, at, S, D, 1, 1), 0, S)
         states = ()
         for i in tl.static_range(S):
             states = states + (tl.where(at, old[i], initial[i]),)

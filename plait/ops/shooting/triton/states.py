@@ -15,7 +15,18 @@ from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.triton.cells import DEVICE, constants
 from plait.ops.shooting.triton.joints import close
 from plait.ops.shooting.triton.plan import Layout, Plan, Spans, chunk_tables, row_table
-from plait.ops.shooting.triton.tiles import fetch, identity, lines, place, read, settled, steps_at, times, wide, write
+from plait.ops.shooting.triton.tiles import (
+    fetch,
+    identity,
+    lines,
+    place,
+    read,
+    settled,
+    steps_at,
+    times,
+    to_float32,
+    write,
+)
 
 FETCH = 4  # blocks: some 3000 cycles, three times what memory takes
 
@@ -86,10 +97,10 @@ def advance(
         token_x = steps_at(px, exists, stride_g, G, ST, 0, 1)
         px += ST
         if slopes is not None:
-            s, by = JACOBIAN(wide(token_x, 0, G), s, w, V)
+            s, by = JACOBIAN(to_float32(token_x, 0, G), s, w, V)
             j = times(by, j, S, S)
         else:
-            s = STEP(wide(token_x, 0, G), s, w, V)
+            s = STEP(to_float32(token_x, 0, G), s, w, V)
         if h is not None:
             tl.store(h + here, s[0].to(h.dtype.element_ty), mask=exists)
             for i in tl.static_range(1, S):

@@ -92,7 +92,7 @@ def settled(tiles, N: tl.constexpr):
 
 
 @triton.jit
-def wide(tiles, FIRST: tl.constexpr, N: tl.constexpr):
+def to_float32(tiles, FIRST: tl.constexpr, N: tl.constexpr):
     """N of the tiles in float32."""
     out = ()
     for i in tl.static_range(N):

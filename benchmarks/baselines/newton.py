@@ -1,4 +1,4 @@
-"""Newton's method over all T states at once: what the literature does, as baselines and for research.
+"""Newton's method over all T states at once: what the literature does.
 
 All states h_1 .. h_T are unknowns of h_t = f(h_{t-1}, x_t). A pass evaluates f and its Jacobians J_t along the current
 guess, at every token, and solves the linear model in a scan. With r_t = f(h_{t-1}) - h_t the changes are
@@ -17,27 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plait.ops.packing import Packing
-from plait.ops.shooting import linear
-from plait.ops.shooting.cells import Bound
-from plait.ops.shooting.chunked import Solved
+from baselines import linear
+from plait.ops.shooting import Bound
 from plait.ops.shooting.jacobian import partials
 
 SOLVERS = ("deer", "quasi_deer", "elk", "quasi_elk")
 LARGEST = 1e8  # where deer's code cuts states off, so that a diverged guess stays a number
-
-
-def forward(
-    cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, solver: str, tol: float, max_passes: int | None
-) -> tuple[Tensor, Tensor, Tensor, Solved]:
-    """As `chunked.forward`; `fell_back` says that the states are not within `tol`."""
-    rows, lengths = (x, None) if packing is None else (packing.to_rows(x), packing.lengths)
-    states, passes, gap = solve(cell, rows, h0, solver, tol, max_passes, lengths)
-    solved = Solved(states, passes, float(gap), not gap <= tol)
-    ends = torch.tensor(lengths or [x.shape[1]] * len(rows), device=x.device) - 1
-    final = states[torch.arange(len(rows), device=x.device), ends]
-    states = states if packing is None else packing.from_rows(states)
-    return states[:, :, 0].contiguous(), states[:, :, 1:].contiguous(), final, solved
 
 
 @torch.no_grad()
@@ -48,29 +33,27 @@ def solve(
     solver: str,
     tol: float,
     max_passes: int | None = None,
-    lengths: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, int, Tensor]:
     """x (n, t, g, h, k), h0 (n, s, h, k) -> all states (n, t, s, h, k), passes, and the largest residual left (0-d).
 
     Stops once |f(h_{t-1}) - h_t| / max(1, |h_t|) is at most `tol` everywhere, or after `max_passes`, T by default. T passes
     of deer or quasi_deer always end in the exact states: after k passes the first k are those of the loop. A residual that
-    is no number counts as infinite. Rows may end before t, at `lengths`; what comes back past their ends means nothing.
+    is no number counts as infinite.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
     x = x.detach().transpose(0, 1)  # time first, here and below
-    alive = _alive(x, lengths)
     layout = _Layout(cell, diagonal=solver.startswith("quasi"))
     damping = _Damping(cell) if solver.endswith("elk") else None
     h, passes = first_guess(cell, x), 0
     while True:
         before = torch.cat([h0.detach()[None].to(h), h[:-1]])
         new = cell.step(x, before)
-        residual = torch.where(alive, new - h, 0.0)
+        residual = new - h
         gap = (residual.abs() / h.abs().clamp(min=1.0)).nan_to_num(torch.inf).amax()
         if passes >= (len(x) if max_passes is None else max_passes) or gap <= tol:
             return h.transpose(0, 1), passes, gap
-        J, r = layout.jacobians(x, before, alive), layout.pack(residual)
+        J, r = layout.jacobians(x, before), layout.pack(residual)
         kept = None if damping is None else damping.after(residual)
         d = linear.scan(J, r) if kept is None else filtered(J, r, layout.pack_one(kept))
         new = new + layout.unpack(linear.apply(J, linear.shift(d)))  # not h + d: exact where all before it is
@@ -82,13 +65,6 @@ def solve(
 def first_guess(cell: Bound, x: Tensor) -> Tensor:
     """What each token alone makes of the cell's start: ParaRNN's guess. x (t, n, g, h, k) -> (t, n, s, h, k)."""
     return cell.step(x, cell.cell.start_like(x, x.shape[1]).expand(len(x), -1, -1, -1, -1))
-
-
-def _alive(x: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
-    """Where rows have not ended, (t, n, 1, 1, 1)."""
-    t, n = x.shape[:2]
-    ends = torch.tensor(lengths or (t,) * n, device=x.device)
-    return (torch.arange(t, device=x.device)[:, None] < ends)[..., None, None, None]
 
 
 @dataclass(frozen=True)
@@ -126,8 +102,8 @@ class _Layout:
             return v
         return v[:, 0, ..., None] if self.cell.diagonal else v[:, 0]
 
-    def jacobians(self, x: Tensor, before: Tensor, alive: Tensor) -> Tensor:
-        """df/dh at every token: the step's own derivatives, and R where it reads h. 0 past the rows' ends."""
+    def jacobians(self, x: Tensor, before: Tensor) -> Tensor:
+        """df/dh at every token: the step's own derivatives, and R where it reads h."""
         P, Q = partials(self.cell, x, before)  # (s, s, t, n, h, k), (s, g, t, n, h, k)
         R = self.cell.recurrent
         if self.numbers:
@@ -136,12 +112,12 @@ class _Layout:
             J[..., 0, :, :] += torch.einsum("gtnhk,ghk->tnhk", Q[0], own)
         elif self.cell.diagonal:
             P[:, 0] += torch.einsum("igtnhk,ghk->itnhk", Q, R)
-            J, alive = P.movedim((0, 1), (-2, -1)), alive[..., None]
+            J = P.movedim((0, 1), (-2, -1)).contiguous()
         else:
             J = torch.diag_embed(P.movedim((0, 1), (-3, -2))).transpose(-3, -2).contiguous()  # (t, n, h, s, k, s, k)
             J[..., 0, :] += torch.einsum("igtnhk,ghkl->tnhikl", Q, R)
             J = J.flatten(-2).flatten(-3, -2)
-        return J * alive
+        return J
 
 
 class _Damping:

@@ -1,22 +1,21 @@
 """Newton over all tokens: every solver = the loop, in as many passes as theory says; scans = loops."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
-from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, Cell, linear, newton, reference
-from plait.ops.shooting.newton import SOLVERS, solve
+from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, Cell, reference
+
+with pytest.MonkeyPatch.context() as patch:  # as Python does for a script in that folder
+    patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import solvers
+    from baselines import linear, newton
+    from baselines.newton import SOLVERS, solve
 
 HEADS, K, T = 2, 3, 37  # an odd length has a leftover step at some level of the scan, whatever the level
-CELLS = {
-    "rnn": RNN(),
-    "gru": GRU(),
-    "lstm": LSTM(),
-    "coupled": LSTM(coupled=True),
-    "peephole": LSTM(coupled=True, peephole=True),
-    "slstm": SLSTM(),
-}
+CELLS = {"gru": GRU(), "peephole": LSTM(coupled=True, peephole=True), "slstm": SLSTM()}
 FORMS = ("diagonal", "heads", "dense")
 TOLERANCE = 1e-12
 
@@ -32,9 +31,9 @@ class Affine(Cell):
         return 0.4 * s[0] + c + m[0], c
 
 
-def call(cell, form="diagonal", rows=2, length=T, scale=1.0, seed=0, dtype=torch.float64):
+def call(cell, form="diagonal", length=T, scale=1.0, dtype=torch.float64):
     """A bound cell, inputs and an initial state; at scale 1 the recurrence contracts."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     g, heads, k = len(cell.inputs), *((1, HEADS * K) if form == "dense" else (HEADS, K))
     shape, size = ((k,), 0.5) if form == "diagonal" else ((k, k), k**-0.5)
     bound = cell.bind(
@@ -42,8 +41,8 @@ def call(cell, form="diagonal", rows=2, length=T, scale=1.0, seed=0, dtype=torch
         bias=0.3 * torch.randn(g, heads, k, dtype=dtype),
         weights=tuple(0.3 * torch.randn(heads, k, dtype=dtype) for _ in cell.weights),
     )
-    x = torch.randn(rows, length, g, heads, k, dtype=dtype)
-    return bound, x, 0.5 * torch.randn(rows, len(cell.states), heads, k, dtype=dtype)
+    x = torch.randn(2, length, g, heads, k, dtype=dtype)
+    return bound, x, 0.5 * torch.randn(2, len(cell.states), heads, k, dtype=dtype)
 
 
 def check(got, want):
@@ -58,14 +57,6 @@ def check(got, want):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_equals_the_loop(solver, cell, form):
     bound, x, h0 = call(cell, form)
-    want, _ = reference.run(bound, x, h0, None)
-    check(solve(bound, x, h0, solver, TOLERANCE, 100), want)
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 31, 32, 33])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_lengths_of_time(solver, length):
-    bound, x, h0 = call(LSTM(), "heads", length=length)
     want, _ = reference.run(bound, x, h0, None)
     check(solve(bound, x, h0, solver, TOLERANCE, 100), want)
 
@@ -90,24 +81,15 @@ def test_newton_converges_quadratically(solver):
 
 
 @pytest.mark.parametrize("solver", ["deer", "quasi_deer"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_pass_a_token_is_exact_in_chaos(solver, dtype):
+def test_a_pass_a_token_is_exact_in_chaos(solver):
     """Products of Jacobians leave the range of float32 here; still one more state is exact after each pass."""
-    bound, x, h0 = call(RNN(), "dense", length=100, scale=12, dtype=dtype)
+    bound, x, h0 = call(RNN(), "dense", length=100, scale=12, dtype=torch.float32)
     states, passes, gap = solve(bound, x, h0, solver, 0.0, 50)
     assert states.isfinite().all()
     assert passes == 50 and gap > 0.1  # and says so
     assert residual(bound, x, h0, states)[:, :50].max() == 0
     _, passes, gap = solve(bound, x, h0, solver, 0.0)
     assert gap == 0 and passes <= 100
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_states_that_grow_without_bound_are_cut_off(solver):
-    bound, x, h0 = call(RNN("relu"), "dense", length=100, scale=12, dtype=torch.float32)
-    states, passes, gap = solve(bound, x, h0, solver, TOLERANCE, 20)
-    assert states.isfinite().all()
-    assert passes == 20 and gap > 1
 
 
 def residual(bound, x, h0, states):
@@ -118,40 +100,11 @@ def residual(bound, x, h0, states):
 @pytest.mark.parametrize("solver", ["elk", "quasi_elk"])
 @pytest.mark.parametrize("form", FORMS)
 def test_elk_stays_finite_in_chaos(solver, form):
-    bound, x, h0 = call(LSTM(), form, length=200, scale=8, dtype=torch.float32)
+    bound, x, h0 = call(LSTM(), form, length=100, scale=8, dtype=torch.float32)
     states, passes, gap = solve(bound, x, h0, solver, 1e-6, 10)
     assert states.isfinite().all() and states.abs().max() < newton.LARGEST
     assert passes == 10 or gap <= 1e-6
-    assert gap.isfinite()
     torch.testing.assert_close(gap, (residual(bound, x, h0, states) / states.abs().clamp(min=1)).max())
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_rows_end_at_their_lengths(solver):
-    """What lies past a row's end, NaN here, changes nothing."""
-    lengths = (1, T, 20)
-    bound, x, h0 = call(LSTM(peephole=True), "heads", rows=3)
-    clean = x.clone()
-    for row, end in enumerate(lengths):
-        x[row, end:] = torch.nan
-    states, passes, gap = solve(bound, x, h0, solver, TOLERANCE, 100, lengths)
-    want, _ = reference.run(bound, clean, h0, None)
-    assert passes < 100 and gap <= TOLERANCE
-    for row, end in enumerate(lengths):
-        check((states[row, :end], passes, gap), want[row, :end])
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_no_number_is_no_convergence(solver):
-    bound, x, h0 = call(GRU())
-    x[0, 3] = torch.nan
-    _, passes, gap = solve(bound, x, h0, solver, 1e-3, 5)
-    assert passes == 5 and gap == torch.inf
-
-
-def test_unknown_solver():
-    with pytest.raises(ValueError, match="deer"):
-        solve(*call(RNN()), "newton", 1e-6)
 
 
 @pytest.mark.parametrize("matrix", [False, True], ids=["numbers", "matrices"])
@@ -184,3 +137,15 @@ def test_filter_is_kalmans_loop(form, damping):
     gain = torch.full((2, 1), damping / (1 + damping), dtype=torch.float64)
     got = newton.filtered(J[..., 0] if m == 1 else J, r, gain)
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_the_benchmark_compares_equals():
+    """Every solver ends in the loop's outputs, those that give up too."""
+    for bound, _, _ in (call(GRU()), call(RNN(), "dense", scale=12)):
+        x = torch.randn(1, 64, *bound.recurrent.shape[:3], dtype=torch.float64)
+        want = reference.run(bound, x, bound.cell.start_like(x, 1), None)[0][:, :, 0]
+        rows = solvers.compare(bound, x, want, rounds=1)
+        assert list(rows) == list(solvers.SOLVERS)
+        for row in rows.values():
+            assert row["error"] <= 100 * solvers.TOLERANCE and (row["fell_back"] or row["gap"] <= solvers.TOLERANCE)

@@ -1,0 +1,1 @@
+"""What the literature does, to compare with; nothing in plait uses it."""
