@@ -69,6 +69,6 @@ def check_count(objective: Objective, scored: int, expected: int) -> None:
     """Raise ValueError where a step would be the mean over another number of positions than the objective's loss sums over."""
     if scored != expected:
         raise ValueError(
-            f"{type(objective).__name__} scored {scored} positions of a batch, but its count(batch) says {expected}: a step is the "
-            "mean over what counts, so count must give the positions that the rule scores"
+            f"{type(objective).__name__} scored {scored} positions of a batch, but its count(batch) says {expected}: a step is "
+            "the mean over what counts, so count must give the positions that the rule scores"
         )
