@@ -1,13 +1,21 @@
-"""`plait doctor`: what this machine has, and which form of each op would run here and why."""
+"""`plait doctor`: what this machine has, and which form of each op would run here, or in a design, and why."""
 
 import os
 import platform
-from importlib import import_module, metadata, util
-from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any
+from importlib import metadata, util
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 import plait
-from plait.cli.command import Outcome
+from plait.cli.changes import reach_letters, read_changes
+from plait.cli.command import Outcome, shell
+from plait.design import ModelConfig, load_design
+from plait.design.imports import asked, load_modules
+from plait.design.layers import LETTERS, Layer
+from plait.design.load import find_design
+from plait.design.places import layers
 
 PACKAGES = (
     "torch",
@@ -28,14 +36,40 @@ OPTIONAL = {
 }
 
 
+# what a model does, as a `plait.ops.kernels.Call` sees it
+CALLS: dict[str, dict[str, Any]] = {
+    "decoding": {"tokens": "one", "pooled": True},
+    "drafts": {"tokens": "few", "pooled": True},
+    "prompts": {"tokens": "many", "pooled": True},
+    "training": {"tokens": "many", "gradients": True},
+    "packed training": {"tokens": "many", "gradients": True, "packed": True},
+}
+
+# an op, the sizes that its forms ask about, and when it is called
+Use = tuple[str, Any, tuple[str, ...]]
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def command(screen: "Console") -> Outcome:
-    """Versions, devices, and for each op which form runs here and why the others do not."""
+def command(
+    screen: "Console",
+    spec: Annotated[
+        str | None,
+        typer.Argument(help="A preset, a pattern, a YAML or JSON file, or a model's folder: its ops, and no more."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the design: dim=768 layers.A.heads=4"),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where the design is to run: auto, cpu, cuda.")] = "auto",
+) -> Outcome:
+    """Versions, devices, and for each op, or each of a design, which form runs and why the others do not."""
+    if spec is not None:
+        return of_design(screen, spec, changes or [], device)
     import torch
 
+    types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     data = {
         "plait": plait.__version__,
         "python": platform.python_version(),
@@ -47,10 +81,28 @@ def command(screen: "Console") -> Outcome:
         "devices": devices(),
         "processor": processor(),
         "forced": os.environ.get("PLAIT_KERNELS"),
-        "kernels": kernels(),
+        "kernels": [],
     }
     report(screen, data)
+    for name in types:
+        rows = kernels(list(LETTERS.items()), name)
+        data["kernels"] += rows
+        screen.print(table(rows))
     return Outcome(data, next=["plait selfcheck"])
+
+
+def of_design(screen: "Console", spec: str, changes: list[str], device: str) -> Outcome:
+    """Every op that a design calls, on one device."""
+    from plait.model.device import find_device
+
+    given = read_changes(changes, ModelConfig)
+    load_modules(asked(given))
+    bound = find_design(spec)[0].get("layers") or ()
+    design, place = load_design(spec, **reach_letters(given, bound)), find_device(device)
+    rows = kernels([(node.letter, node.layer) for node in layers(design.slots)], str(place))
+    screen.print(table(rows))
+    data = {"design": design.to_dict(), "hash": design.hash, "device": str(place), "kernels": rows}
+    return Outcome(data, next=[shell("plait", "show", spec, *changes)])
 
 
 def _version(name: str) -> str | None:
@@ -94,34 +146,69 @@ def processor() -> dict[str, Any]:
     }
 
 
-def kernels() -> list[dict[str, str]]:
-    """Every form of every op, for one token and for many, in the dtypes that models are run in."""
+def kernels(asked: list[tuple[str, Layer]], device: str) -> list[dict[str, str]]:
+    """Every form of every op that these layers call, and when it is used, or why not, in the dtype that models are run in on
+    the device."""
     import torch
 
-    from plait import ops
-    from plait.ops.kernels import Call, explain
+    from plait.ops.kernels import Call, explain, kernels_of
 
-    folders = (folder.name for folder in iter_modules(ops.__path__) if folder.ispkg)
-    types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    rows = []
-    for op in folders:
-        module = import_module(f"plait.ops.{op}")
-        for device in types:
-            for tokens in (1, 512):
-                call = Call(tokens, device, torch.bfloat16 if device == "cuda" else torch.float32)
-                for form, reason in explain(module.KERNELS, call):
-                    dtype = str(call.dtype).removeprefix("torch.")
-                    rows.append(
-                        {
-                            "op": op,
-                            "device": device,
-                            "tokens": str(tokens),
-                            "dtype": dtype,
-                            "form": form,
-                            "reason": reason,
-                        }
-                    )
+    place = torch.device(device)
+    cuda = place.type == "cuda"
+    dtype, architecture = (torch.bfloat16, torch.cuda.get_device_capability(place)) if cuda else (torch.float32, None)
+    calls = {when: Call(place.type, dtype, architecture=architecture, **facts) for when, facts in CALLS.items()}
+    rows: list[dict[str, str]] = []
+    for (op, sizes, whens), letters in uses(asked, calls).items():
+        found: dict[tuple[int, str, str], list[str]] = {}
+        for when in whens:
+            for i, row in enumerate(explain(kernels_of(op), calls[when]._replace(sizes=sizes))):
+                found.setdefault((i, *row), []).append(when)
+        rows += [
+            {
+                "op": op,
+                "letters": " ".join(letters),
+                "device": device,
+                "dtype": str(dtype).removeprefix("torch."),
+                "form": form,
+                "reason": reason,
+                "when": "always" if len(group) == len(calls) else ", ".join(group),
+            }
+            for (_, form, reason), group in sorted(found.items(), key=lambda row: row[0][0])
+        ]
     return rows
+
+
+def uses(asked: list[tuple[str, Layer]], calls: dict[str, Any]) -> dict[Use, list[str]]:
+    """The letters that call each op, and in which of `calls`."""
+    from plait.layers.stack import LAYERS
+
+    found: dict[tuple[str, Any, str], list[str]] = {}
+    for (letter, layer), (when, call) in product(asked, calls.items()):
+        for op, sizes in LAYERS[type(layer)].ops(layer, call):
+            whens = found.setdefault((op, sizes, letter), [])
+            if when not in whens:
+                whens.append(when)
+    letters: dict[Use, list[str]] = {}
+    for (op, sizes, letter), whens in found.items():
+        letters.setdefault((op, sizes, tuple(whens)), []).append(letter)
+    return letters
+
+
+def table(rows: list[dict[str, str]]) -> Any:
+    """What `kernels` found on a device."""
+    from rich.table import Table
+
+    grid = Table("op", "form", "used, or why not", "when", title_justify="left")
+    grid.title = f"{rows[0]['device']}, {rows[0]['dtype']}" if rows else "no layer of this design calls an op"
+    before = None
+    for row in rows:
+        op = f"{row['op']} ({row['letters']})" if row["letters"] else row["op"]
+        if op != before:
+            grid.add_section()
+        style = "bold" if row["reason"].startswith("used") else ""
+        grid.add_row("" if op == before else op, row["form"], row["reason"], row["when"], style=style)
+        before = op
+    return grid
 
 
 def report(screen: "Console", data: dict[str, Any]) -> None:
@@ -153,9 +240,5 @@ def report(screen: "Console", data: dict[str, Any]) -> None:
         f"{cpu['demo_minutes']:.1f} minutes of training, then measuring",
     )
     if data["forced"]:
-        facts.add_row("PLAIT_KERNELS", f"{data['forced']}: forced for every op, whatever the table says")
+        facts.add_row("PLAIT_KERNELS", data["forced"])
     screen.print(facts)
-    table = Table(*(("op", "device", "tokens", "dtype", "form", "used, or why not")))
-    for row in data["kernels"]:
-        table.add_row(*row.values(), style="bold" if row["reason"] == "used" else "")
-    screen.print(table)

@@ -12,7 +12,7 @@ from plait.layers.norm import Norm
 from plait.layers.rope import turn
 from plait.ops.attention import attention
 from plait.ops.attention.paged import paged_attention, write_pages
-from plait.ops.kernels import cast
+from plait.ops.kernels import Call, cast
 from plait.state import KV, Pages, State, Window
 
 
@@ -25,6 +25,12 @@ class AttentionLayer(LayerModule):
     q_norm: Norm | None
     k_norm: Norm | None
     value_mix: nn.Parameter | None
+
+    @classmethod
+    def ops(cls, config: Attention, call: Call) -> list[tuple[str, None]]:
+        if call.pooled and (call.tokens == "one" or not config.window):
+            return [("write_pages", None), ("paged_attention", None)]
+        return [("attention", None)]
 
     def __init__(self, config: Attention, design: ModelConfig):
         super().__init__(config, design)

@@ -1,6 +1,6 @@
 """From declared weights to modules: a layer's parameters are made from what its config says it learns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,6 +13,7 @@ from plait.design.norms import Norm as NormConfig
 from plait.design.norms import inner
 from plait.design.weights import FLOAT32, Weight, Weights
 from plait.layers.norm import Norm
+from plait.ops.kernels import Call
 
 
 class Projection(nn.Linear):
@@ -106,6 +107,12 @@ class LayerModule(DeclaredModule):
         self.config = config
         self.assemble(design)
         self.declare(config.weights(design.dim, self.reads(design)), inner(design.norm), self.norms(design))
+
+    @classmethod
+    def ops(cls, config: Any, call: Call) -> Sequence[tuple[str, Any]]:
+        """The ops that a layer of this config runs in such a call, each with the `sizes` that its forms ask about; what
+        `plait doctor` prints."""
+        return ()
 
     def assemble(self, design: ModelConfig) -> None:
         """Make the modules inside that declare their own weights."""

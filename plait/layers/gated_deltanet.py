@@ -13,7 +13,7 @@ from plait.layers.declared import LayerModule
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
 from plait.ops.delta import gated_delta
-from plait.ops.kernels import cast
+from plait.ops.kernels import Call, cast
 from plait.ops.rms_norm import l2norm
 from plait.state import Recurrent, recurrent
 
@@ -28,6 +28,10 @@ class GatedDeltaNetLayer(LayerModule):
     dt_bias: nn.Parameter
     norm: Norm
     out_proj: nn.Linear
+
+    @classmethod
+    def ops(cls, config: GatedDeltaNet, call: Call) -> list[tuple[str, None]]:
+        return [("conv", None), ("delta", None)]
 
     def __init__(self, config: GatedDeltaNet, design: ModelConfig):
         super().__init__(config, design)

@@ -12,7 +12,7 @@ from plait.layers.context import Context
 from plait.layers.declared import LayerModule
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
-from plait.ops.kernels import cast
+from plait.ops.kernels import Call, cast
 from plait.ops.ssd import ssd
 from plait.state import Recurrent, recurrent
 
@@ -29,6 +29,10 @@ class Mamba2Layer(LayerModule):
     D: nn.Parameter
     norm: Norm
     out_proj: nn.Linear
+
+    @classmethod
+    def ops(cls, config: Mamba2, call: Call) -> list[tuple[str, None]]:
+        return [("conv", None), ("ssd", None)]
 
     def __init__(self, config: Mamba2, design: ModelConfig):
         super().__init__(config, design)

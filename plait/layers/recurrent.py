@@ -17,8 +17,9 @@ from plait.layers.norm import Norm
 from plait.layers.start import start
 from plait.ops.conv import causal_conv
 from plait.ops.frame import Rows
+from plait.ops.kernels import Call
 from plait.ops.packing import Packing
-from plait.ops.shooting import Bound, Cell, Info, NotConverged, cells, shooting, torch_rnn
+from plait.ops.shooting import Bound, Cell, Info, NotConverged, Sizes, cells, shooting, torch_rnn
 from plait.state import Recurrent, recurrent
 
 CELLS: dict[type[NonlinearRecurrence], type[Cell]] = {
@@ -155,6 +156,12 @@ class RecurrentLayer(LayerModule):
     gate_proj: nn.Linear | None
     norm: Norm | None
     out_proj: nn.Linear
+
+    @classmethod
+    def ops(cls, config: NonlinearRecurrence, call: Call) -> list[tuple[str, Sizes | None]]:
+        own = len(cell_of(config).weights)
+        sizes = Sizes(CELLS[type(config)], config.recurrence == "diagonal", config.recurrent_bias, own, config.solver)
+        return [*([("conv", None)] if config.conv_width else []), ("shooting", sizes)]
 
     def __init__(self, config: NonlinearRecurrence, design: ModelConfig):
         super().__init__(config, design)

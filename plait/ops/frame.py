@@ -1,27 +1,26 @@
 """What every recurrence does around the form that runs: no autocast, the rows of a pool that a call is about, the dtypes."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from plait.ops.kernels import Kernel, cast, choose, full_precision
+from plait.ops.kernels import Kernels, cast, choose, full_precision
 from plait.ops.packing import Packing
 
 Rows = Int[Tensor, " b"] | slice
 
 
 def recur(
-    kernels: Sequence[Kernel],
+    kernels: Kernels,
     like: Tensor,
     arguments: tuple[Any, ...],
     *,
     state: Tensor | None,
     rows: Rows | None,
     packing: Packing | None,
-    subject: Any = None,
+    sizes: Any = None,
 ) -> tuple[Any, ...]:
     """Outputs in the dtype of `like` (b, t, ...), the state, and what else the form gives.
 
@@ -31,7 +30,7 @@ def recur(
     contiguous and its to overwrite; a form that does so returns it. Rows must be distinct.
     """
     with full_precision(like.device):
-        run = choose(kernels, like, subject).run
+        run = choose(kernels, like, packed=packing is not None, pooled=rows is not None, sizes=sizes).run
         if rows is None:
             y, state, *more = run(*arguments, state=state, packing=packing, own=False)
         else:

@@ -1,30 +1,50 @@
 """Which form of an op runs, and why the others do not.
 
-The choice depends on the tensors' device, dtype and shapes alone, never on what can be imported.
-`PLAIT_KERNELS=reference` (or `chunked`) forces one form everywhere; `forced("reference")` does so for a block of code.
+The choice depends on what a `Call` says alone, never on what can be imported. It is made once for each kind of call; a
+compiled graph holds no choice. `PLAIT_KERNELS=reference` forces one form of every op, `ssd=reference,delta=chunked` of some;
+`forced(...)` does so for a block of code. A form that does not fit a call is refused.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pkgutil import resolve_name
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from plait.design.spelling import suggest
 
-_forced: str | None = os.environ.get("PLAIT_KERNELS")
+Tokens = Literal["one", "few", "many"]
+
+FEW = 16  # tokens a row up to which a call is a draft, or decoding
+
+
+OPS = {
+    "attention": "plait.ops.attention:KERNELS",
+    "paged_attention": "plait.ops.attention.paged:KERNELS",
+    "write_pages": "plait.ops.attention.paged:WRITERS",
+    "conv": "plait.ops.conv:KERNELS",
+    "ssd": "plait.ops.ssd:KERNELS",
+    "delta": "plait.ops.delta:KERNELS",
+    "shooting": "plait.ops.shooting:KERNELS",
+}
 
 
 class Call(NamedTuple):
-    """What a choice may depend on."""
+    """What a choice may depend on: plain values, and no lengths, so that there are few kinds of call."""
 
-    tokens: int
     device: str
     dtype: torch.dtype
-    subject: Any = None  # what else an op's forms ask about, such as the cell of a recurrence; None: the usual one
+    tokens: Tokens
+    gradients: bool = False  # whether they may be asked for
+    packed: bool = False
+    pooled: bool = False  # the state is rows of a pool
+    sizes: Any = None  # what else an op's forms ask about, such as the cell of a recurrence; None: the usual one
+    architecture: tuple[int, int] | None = None  # CUDA's compute capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,52 +58,116 @@ class Kernel:
     within: Callable[[Call], str | None] = lambda call: None
 
 
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """The forms of an op, the preferred one first; the last fits every call."""
+
+    op: str
+    forms: Sequence[Kernel]
+    known: dict[Any, Kernel] = field(default_factory=dict)  # what was chosen for each kind of call
+
+
+def tokens(count: int) -> Tokens:
+    return "one" if count == 1 else "few" if count <= FEW else "many"
+
+
+def kernels_of(op: str) -> Kernels:
+    """By name, one of `OPS`."""
+    return resolve_name(OPS[op])
+
+
 def always(call: Call) -> str | None:
     return None
 
 
 def one_token(call: Call) -> str | None:
-    return None if call.tokens == 1 else "only for a single token"
+    return None if call.tokens == "one" else "only for a single token"
 
 
-def many_tokens(call: Call) -> str | None:
-    return None if call.tokens > 1 else "one token fills no chunk"
+def choose(
+    kernels: Kernels,
+    x: Tensor,
+    *,
+    packed: bool = False,
+    pooled: bool = False,
+    gradients: bool | None = None,
+    sizes: Any = None,
+) -> Kernel:
+    """The first form that fits `x` (b, t, ...) and what the op says beside it. gradients: as autograd's switch says."""
+    device = x.device
+    if gradients is None:
+        gradients = torch.is_grad_enabled()
+    architecture = _architecture(device) if device.type == "cuda" else None
+    call = Call(device.type, x.dtype, tokens(x.shape[1]), gradients, packed, pooled, sizes, architecture)
+    form = forced_form(kernels.op)
+    if torch.compiler.is_compiling():
+        return _find(kernels, call, form)
+    kernel = kernels.known.get((call, form))
+    if kernel is None:
+        kernel = kernels.known[call, form] = _find(kernels, call, form)
+    return kernel
 
 
-def choose(kernels: Sequence[Kernel], x: Tensor, subject: Any = None) -> Kernel:
-    """The first kernel, in order of preference, that fits `x` (b, t, ...) and what the op says beside it."""
-    if _forced is not None:
-        for kernel in kernels:
-            if kernel.name == _forced:
-                return kernel
-        raise ValueError(f"PLAIT_KERNELS={_forced}: no such kernel; {suggest(_forced, [k.name for k in kernels])}")
-    call = Call(x.shape[1], x.device.type, x.dtype, subject)
-    for kernel in kernels:
-        if kernel.supports(call) is None:
+def _find(kernels: Kernels, call: Call, form: str | None) -> Kernel:
+    for kernel in kernels.forms:
+        if form is None and kernel.supports(call) is None:
             return kernel
-    raise AssertionError("the reference fits every call")
+        if kernel.name == form:
+            reason = kernel.supports(call)
+            if reason is not None:
+                raise ValueError(f"PLAIT_KERNELS: {kernels.op}={form} does not fit this call: {reason}")
+            return kernel
+    names = [kernel.name for kernel in kernels.forms]
+    raise ValueError(f"PLAIT_KERNELS: {kernels.op} has no form {form!r}; {suggest(str(form), names)}")
 
 
-def explain(kernels: Sequence[Kernel], call: Call) -> list[tuple[str, str]]:
-    """Each kernel's name, for the one that is used with the library's kernel it comes down to, and "used", or the reason
+@lru_cache
+def _architecture(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def explain(kernels: Kernels, call: Call) -> list[tuple[str, str]]:
+    """Each form's name, for the one that is used with the library's kernel it comes down to, and "used", or the reason
     why not; what `plait doctor` prints."""
-    rows, found = [], False
-    for kernel in kernels:
+    rows, found, form = [], False, forced_form(kernels.op)
+    for kernel in kernels.forms:
         name, reason = kernel.name, kernel.supports(call)
-        if reason is None:
-            reason = "used" if not found else "fits, but a faster form comes first"
-            if not found and (within := kernel.within(call)):
-                name += f" ({within})"
+        if form is not None:
+            fits = "used, forced" if name == form else f"fits, but {form!r} is forced"
+        else:
+            fits = "fits, but a faster form comes first" if found else "used"
+        reason = reason or fits
+        if reason.startswith("used"):
             found = True
+            if within := kernel.within(call):
+                name += f" ({within})"
         rows.append((name, reason))
     return rows
 
 
+def _parsed(text: str | None) -> dict[str, str]:
+    """The forced form of each op; under "" that of all others."""
+    forms = {}
+    for part in filter(None, map(str.strip, (text or "").split(","))):
+        op, _, form = (word.strip() for word in part.rpartition("="))
+        if op and op not in OPS:
+            raise ValueError(f"PLAIT_KERNELS: there is no op {op!r}; {suggest(op, OPS)}")
+        forms[op] = form
+    return forms
+
+
+_forced = _parsed(os.environ.get("PLAIT_KERNELS"))
+
+
+def forced_form(op: str) -> str | None:
+    return _forced.get(op) or _forced.get("")
+
+
 @contextmanager
-def forced(name: str | None) -> Iterator[None]:
-    """Force one form of every op inside the block."""
+def forced(forms: str | None) -> Iterator[None]:
+    """Force forms inside the block, written as in PLAIT_KERNELS; None: leave the choice free."""
     global _forced
-    before, _forced = _forced, name
+    before, _forced = _forced, _parsed(forms)
     try:
         yield
     finally:
@@ -93,8 +177,11 @@ def forced(name: str | None) -> Iterator[None]:
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """No autocast inside the block. Entering torch's own switch costs as much as several small ops."""
     if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
+        return _UNCHANGED
     return torch.autocast(device.type, enabled=False)  # type: ignore[return-value]  # a context manager without a value
+
+
+_UNCHANGED = nullcontext()
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

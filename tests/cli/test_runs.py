@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from plait.cli import demo as demo_command
+from plait.ops.kernels import OPS, forced
 
 
 def test_train_says_how_to_go_on(plait, run_folder):
@@ -86,12 +85,32 @@ def test_generate_samples_by_seed_and_reads_stdin(plait, run_folder, monkeypatch
 def test_doctor_names_every_op_and_form(plait):
     ran = plait("doctor", "--json")
     assert ran.code == 0
-    ops = {path.parent.name for path in Path(demo_command.__file__).parents[1].glob("ops/*/reference.py")}
+    ops = set(OPS)
     forms = {(row["op"], row["form"]) for row in ran.json["kernels"]}
     assert {op for op, _ in forms} == ops
     assert all((op, "reference") in forms for op in ops)
     assert {row["op"] for row in ran.json["kernels"] if row["reason"] == "used"} == ops
     assert ran.json["devices"][0]["device"] == "cpu"
+
+
+def test_doctor_of_a_design_names_its_ops_with_reasons(plait):
+    asked = ("doctor", "M[H|A]F", "dim=64", "--device", "cpu", "--json")
+    ran = plait(*asked)
+    assert ran.code == 0
+    rows = ran.json["kernels"]
+    assert {(row["op"], row["letters"]) for row in rows} == {
+        ("conv", "M H"),
+        ("ssd", "M"),
+        ("shooting", "H"),
+        ("attention", "A"),
+        ("paged_attention", "A"),
+        ("write_pages", "A"),
+    }
+    used = [(row["form"], row["when"]) for row in rows if row["op"] == "ssd" and row["reason"] == "used"]
+    assert used == [("step", "decoding"), ("chunked", "drafts, prompts, training, packed training")]
+    with forced("ssd=step"):
+        refused = [row for row in plait(*asked).json["kernels"] if row["op"] == "ssd" and row["form"] == "step"]
+    assert [row["reason"] for row in refused] == ["used, forced", "only for a single token"]
 
 
 def test_selfcheck_passes_and_fails(plait, monkeypatch):

@@ -13,7 +13,7 @@ SURFACE = {
     ],
     "eval": ["run", "measures", "--text", "--context", "--tokens", "--device", "--import"],
     "demo": ["--text", "--out", "--fresh"],
-    "doctor": [],
+    "doctor": ["spec", "changes", "--device"],
     "selfcheck": ["--device", "--pattern", "--law", "--dtype", "--import"],
 }
 

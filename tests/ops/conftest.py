@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from plait.ops.kernels import Call, Kernel
+from plait.ops.kernels import Call, Kernels, tokens
 from plait.ops.packing import Packing
 
 LENGTHS = (1, 2, 63, 64, 65, 100, 257)
@@ -56,9 +56,10 @@ def run_with_gradients(
     return {str(i): x.detach() for i, x in enumerate(outputs)} | dict(zip(leaves, gradients, strict=True))
 
 
-def forms(kernels: Sequence[Kernel], tokens: int) -> list[str]:
+def forms(kernels: Kernels, count: int) -> list[str]:
     """The names of all forms that fit a call of so many tokens; the reference is the last."""
-    return [kernel.name for kernel in kernels if kernel.supports(Call(tokens, "cpu", torch.float64)) is None]
+    call = Call("cpu", torch.float64, tokens(count))
+    return [kernel.name for kernel in kernels.forms if kernel.supports(call) is None]
 
 
 def packing(lengths=DOCUMENTS) -> Packing:

@@ -147,6 +147,6 @@ def test_the_switch_is_part_of_a_compiled_graph():
 
 
 def test_explain_names_the_kernel_within():
-    (name, reason), _ = explain(KERNELS, Call(1, "cpu", torch.float32))
+    (name, reason), _ = explain(KERNELS, Call("cpu", torch.float32, "one"))
     assert name == "chunked (torch's flash attention kernel)" and reason == "used"
-    assert explain(KERNELS, Call(1, "nowhere", torch.float32))[0] == ("chunked", "used")
+    assert explain(KERNELS, Call("nowhere", torch.float32, "one"))[0] == ("chunked", "used")

@@ -1,6 +1,7 @@
 """Which form runs, and the chunk layout that the fast ones share."""
 
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -9,60 +10,102 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.ops import attention, conv, delta, ssd
+import plait.ops
+from plait.ops import conv, delta
 from plait.ops.decay import chunk_decay
-from plait.ops.kernels import Call, Kernel, always, choose, explain, forced, many_tokens
+from plait.ops.kernels import FEW, OPS, Call, Kernel, Kernels, always, choose, explain, forced, kernels_of, one_token
 from plait.ops.packing import chunks
 from tests.ops.conftest import packing
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
-KERNELS = (Kernel("chunked", lambda: 1, many_tokens), Kernel("reference", lambda: 2, always))
+KERNELS = Kernels("ssd", (Kernel("step", lambda: 1, one_token), Kernel("reference", lambda: 2, always)))
 ONE, MANY = torch.zeros(1, 1, 2, 3), torch.zeros(1, 9, 2, 3)
 
 
 def test_the_first_form_that_fits():
-    assert choose(KERNELS, ONE).name == "reference"
-    assert choose(KERNELS, MANY).name == "chunked"
+    assert choose(KERNELS, ONE).name == "step"
+    assert choose(KERNELS, MANY).name == "reference"
+
+
+def test_a_choice_knows_the_kind_of_call_and_no_lengths():
+    seen = []
+    kernels = Kernels("ssd", (Kernel("all", lambda: 1, lambda call: seen.append(call)),))
+    for tokens in (1, 2, FEW, FEW + 1, 5000, 1, 3, 77):
+        with torch.no_grad():
+            choose(kernels, torch.zeros(2, tokens), packed=tokens > 2, pooled=tokens == 1, sizes=("a size",))
+    assert [call.tokens for call in seen] == ["one", "few", "few", "many"]
+    assert seen[0] == Call("cpu", torch.float32, "one", False, False, True, ("a size",), None)
+    assert [call.packed for call in seen] == [False, False, True, True]
 
 
 def test_explain_says_why_not():
-    (name, why), used = explain(KERNELS, Call(1, "cpu", torch.float32))
-    assert name == "chunked"
-    assert "one token" in why
+    (name, why), used = explain(KERNELS, Call("cpu", torch.float32, "few"))
+    assert name == "step"
+    assert why == "only for a single token"
     assert used == ("reference", "used")
-    assert explain(KERNELS, Call(2, "cpu", torch.float32))[1] == ("reference", "fits, but a faster form comes first")
+    fits = ("reference", "fits, but a faster form comes first")
+    assert explain(KERNELS, Call("cpu", torch.float32, "one"))[1] == fits
 
 
-@pytest.mark.parametrize("op", [attention, conv, delta, ssd])
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_every_call_has_a_form_and_the_reference_is_the_last_resort(op, device):
-    assert op.KERNELS[-1].name == "reference"
-    for tokens in (1, 2, 5000):
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            assert op.KERNELS[-1].supports(Call(tokens, device, dtype)) is None
+@pytest.mark.parametrize("op", OPS)
+def test_every_call_has_a_form_and_the_reference_is_the_last_resort(op):
+    kernels = kernels_of(op)
+    assert kernels.op == op
+    assert kernels.forms[-1].name == "reference"
+    for device in ("cpu", "cuda", "mps"):
+        for tokens in ("one", "few", "many"):
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
+                assert kernels.forms[-1].supports(Call(device, dtype, tokens)) is None
 
 
-def test_forced_form_and_back():
+def test_every_op_is_listed():
+    folders = {module.name for module in pkgutil.walk_packages(plait.ops.__path__, "plait.ops.") if module.ispkg}
+    folders -= {name for name in folders if name.endswith(".triton")}
+    assert {place.partition(":")[0] for place in OPS.values()} == folders
+
+
+def test_forced_forms_and_back():
     with forced("reference"):
-        assert choose(KERNELS, MANY).name == "reference"
+        assert choose(KERNELS, ONE).name == "reference"
+        with forced("delta=chunked, ssd=step"):
+            assert choose(KERNELS, ONE).name == "step"
+            assert choose(delta.KERNELS, ONE).name == "chunked"
+            assert choose(conv.KERNELS, ONE).name == "step"
+        with forced("reference,ssd=step"):
+            assert choose(KERNELS, ONE).name == "step"
+            assert choose(conv.KERNELS, ONE).name == "reference"
         with forced(None):
-            assert choose(KERNELS, MANY).name == "chunked"
-    assert choose(KERNELS, MANY).name == "chunked"
+            assert choose(KERNELS, ONE).name == "step"
+    assert choose(KERNELS, ONE).name == "step"
 
 
 def test_forced_by_the_environment():
-    script = "import torch; from plait.ops.delta import KERNELS; from plait.ops.kernels import choose; "
-    script += "print(choose(KERNELS, torch.zeros(1, 9, 2, 3)).name)"
-    environment = os.environ | {"PLAIT_KERNELS": "reference"}
+    script = "import torch; from plait.ops import conv, delta; from plait.ops.kernels import choose; "
+    script += "print(*(choose(op.KERNELS, torch.zeros(1, 9, 2, 3)).name for op in (conv, delta)))"
+    environment = os.environ | {"PLAIT_KERNELS": "delta=reference"}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "reference"
+    assert run.stdout.strip() == "chunked reference"
 
 
-def test_a_form_that_does_not_exist():
-    with forced("referense"), pytest.raises(ValueError, match="no such kernel; did you mean 'reference'"):
+@pytest.mark.parametrize(
+    ("forms", "message"),
+    [
+        ("referense", "ssd has no form 'referense'; did you mean 'reference'"),
+        ("sdd=step", "there is no op 'sdd'; did you mean 'ssd'"),
+        ("ssd=step", "ssd=step does not fit this call: only for a single token"),
+    ],
+)
+def test_forms_that_cannot_be_forced(forms, message):
+    with pytest.raises(ValueError, match=f"PLAIT_KERNELS: {message}"), forced(forms):
         choose(KERNELS, MANY)
+
+
+def test_explain_knows_what_is_forced():
+    with forced("ssd=reference"):
+        rows = explain(KERNELS, Call("cpu", torch.float32, "one"))
+        assert rows == [("step", "fits, but 'reference' is forced"), ("reference", "used, forced")]
 
 
 @given(lengths, st.integers(1, 50))

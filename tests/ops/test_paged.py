@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 
 from plait.ops.attention import attention
-from plait.ops.attention.paged import KERNELS, WRITERS, gathered, paged_attention, reference, sliced, write, write_pages
-from plait.ops.kernels import explain, forced
+from plait.ops.attention.paged import (
+    KERNELS,
+    WRITERS,
+    gathered,
+    paged_attention,
+    reference,
+    sizes_of,
+    sliced,
+    write,
+    write_pages,
+)
+from plait.ops.kernels import Call, explain, forced, tokens
 
 FORMS = {"gathered": gathered.run, "sliced": sliced.run}
 
@@ -146,14 +156,11 @@ def test_why_not_triton():
         pool = Pool(**{"dtype": torch.float32} | change)
         assert reason in dict(explain(KERNELS, call(pool)._replace(device="cuda")))["triton"]
     assert dict(explain(KERNELS, call(Pool(dtype=torch.float32))._replace(device="cuda")))["triton"] == "used"
-    assert dict(explain(WRITERS, call(pool)))["gathered"] == "used"
+    assert dict(explain(WRITERS, call(pool)))["reference"] == "used"
 
 
 def call(pool: Pool):
-    from plait.ops.attention.paged import _subject
-    from plait.ops.kernels import Call
-
-    return Call(pool.t, "cpu", pool.dtype, _subject(pool.q, pool.k, pool.v))
+    return Call("cpu", pool.dtype, tokens(pool.t), pooled=True, sizes=sizes_of(pool.q, pool.k, pool.v))
 
 
 def test_kernels_in_the_interpreter(run_checks_in_the_interpreter):

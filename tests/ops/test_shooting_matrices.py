@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from plait.ops.kernels import Call
 from plait.ops.packing import Packing
-from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, chunked, reference
+from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, chunked, reference, sizes_of
 
 # float32: some roundings of sums over 60 tokens, measured 5e-7. bfloat16: inputs, matrices and what goes through them have 8
 # bits, measured 7e-3
@@ -29,7 +30,7 @@ def check_matrices(cell, heads, k, lengths, dtype):
     recurrent, bias = torch.randn(g, heads, k, k) / (2 * k**0.5), torch.randn(g, heads, k) / 10
     x, h0 = torch.randn(b, t, g, heads, k).to(dtype), torch.randn(n, s, heads, k) / 3
     bound, tol = cell.bind(recurrent, bias=bias), 1e-6 if dtype == torch.float32 else 1e-3
-    assert supports(bound, x) is None
+    assert supports(Call("cuda", dtype, "many", sizes=sizes_of(bound, x, "shooting"))) is None
     grad, grad_final = torch.randn(b, t, heads, k), torch.randn(n, s, heads, k)
     h, rest, final, solved = chunked.forward(bound, x, h0, packing, tol, None, MATRICES)
     assert not solved.fell_back

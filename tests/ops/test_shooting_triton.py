@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from plait.ops.kernels import Call
 from plait.ops.packing import Packing
-from plait.ops.shooting import reference
+from plait.ops.shooting import reference, sizes_of
 from plait.ops.shooting.cells import EMPTY, GRU, LSTM, RNN, SLSTM, Bound, Cell
 
 CELLS = {
@@ -26,6 +27,10 @@ CELLS = {
 }
 KINDS = ("sequential", "grid")
 HARD = {"C": 4, "BD": 4}
+
+
+def call(bound: Bound, x: Tensor) -> Call:
+    return Call("cuda", x.dtype, "many", sizes=sizes_of(bound, x, "shooting"))
 
 
 def test_kernels_in_the_interpreter(run_checks_in_the_interpreter):
@@ -75,7 +80,7 @@ class Problem:
     def run(self, tol: float, max_passes: int) -> tuple[list[Tensor], Tensor]:
         from plait.ops.shooting import triton
 
-        assert triton.supports(self.bound, self.x) is None
+        assert triton.supports(call(self.bound, self.x)) is None
         h, rest, final, info = triton.forward(self.bound, self.x, self.h0, self.packing, tol, max_passes)
         assert h.is_contiguous() and h.dtype == self.dtype and rest.is_contiguous()
         dx, dh0, rest_of_it = triton.backward(self.bound, self.x, self.h0, h, rest, self.dh, self.dfinal, self.packing)
@@ -188,7 +193,10 @@ def check_plans():
 
 
 def check_what_is_not_supported():
-    from plait.ops.shooting.triton import supports
+    from plait.ops.shooting import triton
+
+    def supports(bound, x):
+        return triton.supports(call(bound, x))
 
     bound, x = Problem(GRU()).bound, Problem(GRU()).x
     assert "matrix" in str(supports(GRU().bind(torch.zeros(3, 1, 3, 3)), x))

@@ -41,7 +41,8 @@ def _holds(what: str, cell: Bound, x: Tensor, max_passes: int | None) -> float:
     if not info.fell_back and not info.gap <= tol:
         raise LawBroken(law, f"{what}: a gap of {float(info.gap):.1e} was left without a word")
     with forced("reference"):
-        want = shooting(cell, x, state=start)
+        want, last, _ = shooting(cell, x, state=start)
+    assert final is not None and last is not None  # a state was given
     values = {"h": h, "final": final}
     try:
         strict = shooting(cell, x, max_passes=max_passes, strict=True)
@@ -52,4 +53,4 @@ def _holds(what: str, cell: Bound, x: Tensor, max_passes: int | None) -> float:
         if info.fell_back:
             raise LawBroken(law, f"{what}: strict mode let a fall-back pass")
         agree(law, f"{what}, strict", {"h": strict[0]}, {"h": h}, exactly=True)
-    return agree(law, what, values, {"h": want[0], "final": want[1]})
+    return agree(law, what, values, {"h": want, "final": last})

@@ -10,10 +10,12 @@ from torch import Tensor
 from plait.ops.attention import chunked, reference
 from plait.ops.attention.fused import chosen, for_any_length, may_plan
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, always, choose
+from plait.ops.kernels import Kernel, Kernels, always, choose
 from plait.ops.packing import Packing
 
-KERNELS = (Kernel("chunked", chunked.run, always, chosen), Kernel("reference", reference.run, always))
+KERNELS = Kernels(
+    "attention", (Kernel("chunked", chunked.run, always, chosen), Kernel("reference", reference.run, always))
+)
 
 Start = int | Int[Tensor, " b"]
 
@@ -36,7 +38,7 @@ def attention(
     A query sees keys from position 0 up to its own; with `window`, only the last `window` of them. `softcap` c turns
     logits x into c tanh(x / c). With `packing` there is no past: each document attends to itself.
     """
-    run: Callable[..., Tensor] = choose(KERNELS, q).run
+    run: Callable[..., Tensor] = choose(KERNELS, q, packed=packing is not None).run
     arguments: tuple[Any, ...] = (q, k, v, q_start, k_start, window, softcap)
     if packing is not None:
         run, arguments = _packed, (run, q, k, v, window, softcap, packing)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from plait.ops.kernels import Call
+from plait.ops.kernels import FEW, Call
 
 T = TypeVar("T")
 
 DEVICES = ("cuda",)  # where cuDNN is
-FEW = 64  # queries up to which a call is decoding, or a draft
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -44,8 +43,9 @@ def for_any_length(run: Callable[..., T], *args: Any) -> T:
 
 def chosen(call: Call) -> str | None:
     """The kernel that torch picks for full attention of so many queries without gradients, where it can be asked."""
+    count = {"one": 1, "few": FEW, "many": 512}[call.tokens]
     try:
-        q = torch.empty(1, 4, call.tokens, 64, dtype=call.dtype, device=call.device)
+        q = torch.empty(1, 4, count, 64, dtype=call.dtype, device=call.device)
         number = for_any_length(torch._fused_sdp_choice, q, q, q)
     except (RuntimeError, NotImplementedError, AssertionError):  # no such device here, or one that does not say
         return None

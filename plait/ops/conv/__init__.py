@@ -9,7 +9,7 @@ from torch import Tensor
 from plait.ops.conv import chunked, reference, step
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, always, cast, many_tokens, one_token
+from plait.ops.kernels import Kernel, Kernels, always, cast, one_token
 from plait.ops.packing import Packing
 
 
@@ -43,10 +43,13 @@ def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | No
     return form
 
 
-KERNELS = (
-    Kernel("step", _form(step.run), one_token),
-    Kernel("chunked", _form(chunked.run), many_tokens),
-    Kernel("reference", _form(reference.run), always),
+KERNELS = Kernels(
+    "conv",
+    (
+        Kernel("step", _form(step.run), one_token),
+        Kernel("chunked", _form(chunked.run), always),
+        Kernel("reference", _form(reference.run), always),
+    ),
 )
 
 

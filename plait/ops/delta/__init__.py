@@ -6,13 +6,16 @@ from torch import Tensor
 from plait.ops.delta import chunked, reference, step
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, always, many_tokens, one_token, wide
+from plait.ops.kernels import Kernel, Kernels, always, one_token, wide
 from plait.ops.packing import Packing
 
-KERNELS = (
-    Kernel("step", step.run, one_token),
-    Kernel("chunked", chunked.run, many_tokens),
-    Kernel("reference", reference.run, always),
+KERNELS = Kernels(
+    "delta",
+    (
+        Kernel("step", step.run, one_token),
+        Kernel("chunked", chunked.run, always),
+        Kernel("reference", reference.run, always),
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from plait.design.spelling import suggest
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Call, Kernel, always, cast, many_tokens, one_token, wide
+from plait.ops.kernels import Call, Kernel, Kernels, always, cast, one_token, wide
 from plait.ops.numbers import whole_number
 from plait.ops.packing import Packing
 from plait.ops.shooting import library, reference
@@ -22,6 +22,7 @@ from plait.ops.shooting.cells import SLSTM as SLSTM
 from plait.ops.shooting.cells import Bound as Bound
 from plait.ops.shooting.cells import Cell as Cell
 
+ARCHITECTURE = (8, 0)  # the first of NVIDIA's that computes in bfloat16
 SOLVERS = ("shooting", "sequential")
 
 # How far a joint may gape, in units of the state or of 1: a few roundings of what is computed in, or half a rounding of what
@@ -46,6 +47,27 @@ class Info(NamedTuple):
 
 class NotConverged(RuntimeError):
     """Raised in strict mode only."""
+
+
+class Sizes(NamedTuple):
+    """What forms ask about a recurrence: its cell, whether it is a number per unit, has a bias, how many further weights a
+    unit has, the solver, and what keeps kernels from reading the inputs where they lie."""
+
+    cell: type[Cell]
+    diagonal: bool
+    bias: bool
+    weights: int
+    solver: str = "shooting"
+    memory: str | None = None
+
+
+def sizes_of(cell: Bound, x: Tensor, solver: str) -> Sizes:
+    memory = None
+    if not x.numel():
+        memory = "no tokens"
+    elif x.stride(-1) != 1 and x.shape[-1] > 1:
+        memory = "the last dimension of x is not contiguous"
+    return Sizes(type(cell.cell), cell.diagonal, cell.bias is not None, len(cell.weights), solver, memory)
 
 
 class Options(NamedTuple):
@@ -84,8 +106,8 @@ def shooting(
     if state is not None:
         _check_state(cell, x, state, rows, packing)
     options = Options(solver, tolerance(cell, x.dtype) if tol is None else tol, max_passes)
-    subject = cell, x, solver
-    h, state, info = recur(KERNELS, x, (cell, x, options), state=state, rows=rows, packing=packing, subject=subject)
+    sizes = sizes_of(cell, x, solver)
+    h, state, info = recur(KERNELS, x, (cell, x, options), state=state, rows=rows, packing=packing, sizes=sizes)
     if strict and bool(info[2] > 0):
         raise NotConverged(
             f"{type(cell.cell).__name__}: a gap of {float(info[1]):.1e} is left after {int(info[0])} passes, "
@@ -163,35 +185,40 @@ def _solver(kernel: str):
 def _on_gpu(call: Call) -> str | None:
     if call.device != "cuda":
         return "needs an NVIDIA GPU"
-    if call.tokens == 1:
+    if call.architecture is not None and call.architecture < ARCHITECTURE:
+        return "needs compute capability {}.{}, this is {}.{}".format(*ARCHITECTURE, *call.architecture)
+    if call.tokens == "one":
         return "one token fills no chunk"
-    return None if call.subject is None or call.subject[2] == "shooting" else f"the solver is {call.subject[2]}"
+    return None if call.sizes is None or call.sizes.solver == "shooting" else f"the solver is {call.sizes.solver}"
 
 
 def _diagonal(call: Call) -> str | None:
     reason = _on_gpu(call)
-    if reason is not None or call.subject is None:
+    if reason is not None or call.sizes is None:
         return reason
     from plait.ops.shooting import triton
 
-    return triton.supports(*call.subject[:2])
+    return triton.supports(call)
 
 
 def _matrices(call: Call) -> str | None:
     reason = _on_gpu(call)
     if reason is not None:
         return reason
-    if call.subject is None or call.subject[0].diagonal:
+    if call.sizes is None or call.sizes.diagonal:
         return "for recurrences with a matrix per head"
     from plait.ops.shooting.triton import matrices
 
-    return matrices.supports(*call.subject[:2])
+    return matrices.supports(call)
 
 
-KERNELS = (
-    Kernel("step", _form(_step), one_token),
-    Kernel("triton", _form(_solver("triton")), _diagonal),
-    Kernel("matrices", _form(_solver("matrices")), _matrices),
-    Kernel("chunked", _form(_solver("chunked")), many_tokens),
-    Kernel("reference", _form(_reference), always),
+KERNELS = Kernels(
+    "shooting",
+    (
+        Kernel("step", _form(_step), one_token),
+        Kernel("triton", _form(_solver("triton")), _diagonal),
+        Kernel("matrices", _form(_solver("matrices")), _matrices),
+        Kernel("chunked", _form(_solver("chunked")), always),
+        Kernel("reference", _form(_reference), always),
+    ),
 )

@@ -5,14 +5,17 @@ from torch import Tensor
 
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, always, many_tokens, one_token, wide
+from plait.ops.kernels import Kernel, Kernels, always, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.ssd import chunked, reference, step
 
-KERNELS = (
-    Kernel("step", step.run, one_token),
-    Kernel("chunked", chunked.run, many_tokens),
-    Kernel("reference", reference.run, always),
+KERNELS = Kernels(
+    "ssd",
+    (
+        Kernel("step", step.run, one_token),
+        Kernel("chunked", chunked.run, always),
+        Kernel("reference", reference.run, always),
+    ),
 )
 
 

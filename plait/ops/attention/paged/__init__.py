@@ -11,20 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.ops.attention.paged import gathered, reference, sliced, write
-from plait.ops.kernels import Call, Kernel, always, choose
+from plait.ops.kernels import FEW, Call, Kernel, Kernels, always, choose
 from plait.ops.operator import operator
-
-FEW = 16  # queries of a row up to which a call is decoding, or a draft
 
 
 class Paged(NamedTuple):
-    """What the forms ask about a call beside its tokens, device and dtype."""
+    """What the forms ask about a call's sizes."""
 
     key: int  # size of a head
     value: int
     stored: torch.dtype
     contiguous: bool  # the channels of a head, in all tensors
-    gradients: bool
 
 
 @operator("paged_attention")
@@ -68,21 +65,19 @@ LARGEST = 256
 def _triton(call: Call) -> str | None:
     if call.device != "cuda":
         return "needs an NVIDIA GPU"
-    if call.tokens > FEW:
+    if call.tokens == "many":
         return f"for at most {FEW} new tokens a row"
-    return _fits(call)
+    return "it has no gradients" if call.gradients else _fits(call)
 
 
 def _fits(call: Call) -> str | None:
-    if (paged := call.subject) is None:
+    if (paged := call.sizes) is None:
         return None
     if not {call.dtype, paged.stored} <= set(DTYPES):
         return f"no kernel for {call.dtype} with pages of {paged.stored}"
     if max(paged.key, paged.value) > LARGEST:
         return f"heads of {max(paged.key, paged.value)} are above {LARGEST}"
-    if not paged.contiguous:
-        return "a head's channels are not contiguous"
-    return "it has no gradients" if paged.gradients else None
+    return None if paged.contiguous else "a head's channels are not contiguous"
 
 
 def _host(call: Call) -> str | None:
@@ -91,13 +86,16 @@ def _host(call: Call) -> str | None:
     return "a compiled graph is for all lengths" if torch.compiler.is_compiling() else None
 
 
-KERNELS = (
-    Kernel("triton", _attention, _triton),
-    Kernel("sliced", sliced.run, _host),
-    Kernel("gathered", gathered.run, always),
-    Kernel("reference", reference.run, always),
+KERNELS = Kernels(
+    "paged_attention",
+    (
+        Kernel("triton", _attention, _triton),
+        Kernel("sliced", sliced.run, _host),
+        Kernel("gathered", gathered.run, always),
+        Kernel("reference", reference.run, always),
+    ),
 )
-WRITERS = (Kernel("triton", _write, _triton), Kernel("gathered", write.run, always))
+WRITERS = Kernels("write_pages", (Kernel("triton", _write, _triton), Kernel("reference", write.run, always)))
 
 
 def paged_attention(
@@ -121,8 +119,7 @@ def paged_attention(
     What pages hold past a row's length must be finite, unless the kernel is "triton", which does not read it.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    kernel = choose(KERNELS, q, _subject(q, k, v))
-    return kernel.run(q, k, v, table, lengths, scale, window, softcap, sinks)
+    return _chosen(KERNELS, q, k, v).run(q, k, v, table, lengths, scale, window, softcap, sinks)
 
 
 def write_pages(
@@ -138,10 +135,16 @@ def write_pages(
     Rows that are not alive write too: their table should point at a page that nobody reads. Positions past the table's end are
     its last, so whoever writes further has to see to it that there is room.
     """
-    choose(WRITERS, k, _subject(k, k_pages, v_pages, v)).run(k_pages, v_pages, k, v, table, lengths)
+    _chosen(WRITERS, k, k_pages, v_pages, v).run(k_pages, v_pages, k, v, table, lengths)
 
 
-def _subject(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Paged:
-    tensors = (q, k, v, *others)
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return Paged(k.shape[3], v.shape[3], k.dtype, all(x.stride(-1) == 1 for x in tensors), gradients)
+def _chosen(kernels: Kernels, x: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Kernel:
+    """For new tokens x (b, t, ...) and the pages."""
+    tensors = (x, k, v, *others)
+    gradients = torch.is_grad_enabled() and any(y.requires_grad for y in tensors)
+    return choose(kernels, x, pooled=True, gradients=gradients, sizes=sizes_of(*tensors))
+
+
+def sizes_of(x: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Paged:
+    contiguous = all(y.stride(-1) == 1 for y in (x, k, v, *others))
+    return Paged(k.shape[3], v.shape[3], k.dtype, contiguous)

@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from plait.ops.kernels import Call
 from plait.ops.packing import Packing
 from plait.ops.shooting.cells import Bound
 from plait.ops.shooting.triton import states
@@ -25,19 +26,18 @@ def passes(tol: float) -> int:
     return 3 if tol > 1e-5 else 5
 
 
-def supports(cell: Bound, x: Tensor) -> str | None:
+def supports(call: Call) -> str | None:
     """None, or why these kernels do not fit the call."""
-    if type(cell.cell) not in DEVICE:
-        return f"no kernel for {type(cell.cell).__name__}"
-    if not cell.diagonal:
+    sizes = call.sizes
+    if sizes.cell not in DEVICE:
+        return f"no kernel for {sizes.cell.__name__}"
+    if not sizes.diagonal:
         return "the recurrence is a matrix"
-    if cell.bias is not None:
+    if sizes.bias:
         return "the recurrence has a bias"
-    if x.dtype not in DTYPES:
-        return f"no kernel for {x.dtype}"
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        return "the last dimension of x is not contiguous"
-    return None if x.numel() else "no tokens"
+    if call.dtype not in DTYPES:
+        return f"no kernel for {call.dtype}"
+    return sizes.memory
 
 
 def forward(

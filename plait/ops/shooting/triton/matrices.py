@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plait.ops.kernels import Call
 from plait.ops.launch import kernel, launch
 from plait.ops.shooting import cells
 from plait.ops.shooting.cells import Bound
@@ -116,13 +117,13 @@ def _without_mixing(old, S: tl.constexpr):
     return out
 
 
-def supports(cell: Bound, x: Tensor) -> str | None:
+def supports(call: Call) -> str | None:
     """None, or why these kernels do not fit the call."""
-    if type(cell.cell) not in DEVICE:
-        return f"no kernel for {type(cell.cell).__name__}"
-    if cell.cell.weights:
+    if call.sizes.cell not in DEVICE:
+        return f"no kernel for {call.sizes.cell.__name__}"
+    if call.sizes.weights:
         return "peepholes beside a matrix"
-    return None if x.dtype in (torch.bfloat16, torch.float16, torch.float32) else f"no kernel for {x.dtype}"
+    return None if call.dtype in (torch.bfloat16, torch.float16, torch.float32) else f"no kernel for {call.dtype}"
 
 
 class _Shape:

@@ -1,0 +1,27 @@
+"""The ops that a layer says it runs are those that it runs."""
+
+import pytest
+import torch
+
+import plait
+from plait.design import load_design
+from plait.design.layers import LETTERS
+from plait.design.places import layers
+from plait.layers.stack import LAYERS
+from plait.ops.kernels import OPS, Call, kernels_of, tokens
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+@torch.no_grad()
+def test_declared_ops(letter):
+    design = load_design(letter, dim=64, vocab=16)
+    model = plait.build(design)
+    (place,) = layers(design.slots)
+    known = {op: kernels_of(op).known for op in OPS}
+    for count in (1, 3):
+        for choices in known.values():
+            choices.clear()
+        model(torch.zeros(1, count, dtype=torch.int64))
+        called = {(op, call.sizes) for op, choices in known.items() for call, _ in choices}
+        call = Call("cpu", torch.float32, tokens(count))
+        assert called == set(LAYERS[type(place.layer)].ops(place.layer, call))
