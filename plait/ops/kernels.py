@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple
 
@@ -50,12 +49,18 @@ class Call(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """One form of an op. `supports` gives None, or the reason why this form does not fit the call; `within` says which of a
-    library's kernels the form comes down to, where that is not plait's own choice."""
+    library's kernels the form comes down to, where that is not plait's own choice.
+
+    wide: the form wants a recurrence's inputs in float32 at least and its q scaled, rather than as they are and `scale`.
+    rows: it reads and writes a pool's rows itself.
+    """
 
     name: str
     run: Callable[..., Any]
     supports: Callable[[Call], str | None]
     within: Callable[[Call], str | None] = lambda call: None
+    wide: bool = False
+    rows: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +70,6 @@ class Kernels:
     op: str
     forms: Sequence[Kernel]
     known: dict[Any, Kernel] = field(default_factory=dict)  # what was chosen for each kind of call
-
-
-def tokens(count: int) -> Tokens:
-    return "one" if count == 1 else "few" if count <= FEW else "many"
 
 
 def kernels_of(op: str) -> Kernels:
@@ -94,18 +95,22 @@ def choose(
     sizes: Any = None,
 ) -> Kernel:
     """The first form that fits `x` (b, t, ...) and what the op says beside it. gradients: as autograd's switch says."""
-    device = x.device
+    count = x.shape[1]
+    kind: Tokens = "one" if count == 1 else "few" if count <= FEW else "many"
     if gradients is None:
         gradients = torch.is_grad_enabled()
-    architecture = _architecture(device) if device.type == "cuda" else None
-    call = Call(device.type, x.dtype, tokens(x.shape[1]), gradients, packed, pooled, sizes, architecture)
-    form = forced_form(kernels.op)
+    facts = x.device, x.dtype, kind, gradients, packed, pooled, sizes
+    form = forced_form(kernels.op) if _forced else None
     if torch.compiler.is_compiling():
-        return _find(kernels, call, form)
-    kernel = kernels.known.get((call, form))
+        return _find(kernels, _call(*facts), form)
+    kernel = kernels.known.get((facts, form))
     if kernel is None:
-        kernel = kernels.known[call, form] = _find(kernels, call, form)
+        kernel = kernels.known[facts, form] = _find(kernels, _call(*facts), form)
     return kernel
+
+
+def _call(device: torch.device, *facts: Any) -> Call:
+    return Call(device.type, *facts, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
 
 def _find(kernels: Kernels, call: Call, form: str | None) -> Kernel:
@@ -119,11 +124,6 @@ def _find(kernels: Kernels, call: Call, form: str | None) -> Kernel:
             return kernel
     names = [kernel.name for kernel in kernels.forms]
     raise ValueError(f"PLAIT_KERNELS: {kernels.op} has no form {form!r}; {suggest(str(form), names)}")
-
-
-@lru_cache
-def _architecture(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def explain(kernels: Kernels, call: Call) -> list[tuple[str, str]]:
@@ -189,6 +189,9 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+WIDE = (torch.float32, torch.float64)
+
+
 def wide(x: Tensor) -> Tensor:
     """At least float32: what recurrences and norms compute in."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in WIDE else x.float()

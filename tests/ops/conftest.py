@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plait.ops.kernels import Call, Kernels, tokens
+from plait.ops.kernels import FEW, Call, Kernels
 from plait.ops.packing import Packing
 
 LENGTHS = (1, 2, 63, 64, 65, 100, 257)
@@ -56,9 +56,14 @@ def run_with_gradients(
     return {str(i): x.detach() for i, x in enumerate(outputs)} | dict(zip(leaves, gradients, strict=True))
 
 
+def kind(tokens: int) -> str:
+    """As a `Call` has it."""
+    return "one" if tokens == 1 else "few" if tokens <= FEW else "many"
+
+
 def forms(kernels: Kernels, count: int) -> list[str]:
     """The names of all forms that fit a call of so many tokens; the reference is the last."""
-    call = Call("cpu", torch.float64, tokens(count))
+    call = Call("cpu", torch.float64, kind(count))
     return [kernel.name for kernel in kernels.forms if kernel.supports(call) is None]
 
 

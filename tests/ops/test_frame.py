@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from plait.ops.conv import causal_conv
 from plait.ops.delta import gated_delta
-from plait.ops.kernels import forced
+from plait.ops.frame import recur
+from plait.ops.kernels import Kernel, Kernels, always, forced
 from plait.ops.shooting import LSTM, SLSTM, shooting
 from plait.ops.ssd import ssd
 from tests.ops.conftest import packing
@@ -168,3 +169,28 @@ def test_every_form_takes_rows(name):
         got, same = op(state=pool, rows=slice(0, B))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(same, wanted)
+
+
+@pytest.mark.parametrize("op", [ssd, gated_delta])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_is_on_queries_in_full_precision(op, dtype):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 9, G, K, dtype=dtype), torch.randn(2, 9, G, K), torch.randn(2, 9, H, V)
+    gates = [-torch.rand(2, 9, H), *([torch.rand(2, 9, H)] if op is gated_delta else [])]
+    assert torch.equal(op(q, k, v, *gates, scale=0.3)[0], op(q.float() * 0.3, k, v, *gates)[0])
+
+
+def test_a_form_may_take_the_pool_and_narrow_inputs_itself():
+    """As kernels on a GPU do that read and write where the rows lie."""
+    seen = {}
+
+    def run(x, **given):
+        seen.update(given)
+        return x, given["state"]
+
+    kernels = Kernels("ssd", (Kernel("own", run, always, rows=True),))
+    x, pool, rows = torch.ones(2, 1, 3, dtype=torch.bfloat16), torch.zeros(4, 3), torch.tensor([2, 0])
+    with torch.no_grad():
+        y, state = recur(kernels, x, (x,), pool, rows, None, scale=0.5)
+    assert y is x and state is pool
+    assert seen == {"state": pool, "rows": rows, "scale": 0.5}

@@ -22,7 +22,7 @@ from plait.ops.attention.paged import (
     write,
     write_pages,
 )
-from plait.ops.kernels import Call, explain, forced, tokens
+from plait.ops.kernels import Call, explain, forced
 
 FORMS = {"gathered": gathered.run, "sliced": sliced.run}
 
@@ -160,7 +160,7 @@ def test_why_not_triton():
 
 
 def call(pool: Pool):
-    return Call("cpu", pool.dtype, tokens(pool.t), pooled=True, sizes=sizes_of(pool.q, pool.k, pool.v))
+    return Call("cpu", pool.dtype, kind(pool.t), pooled=True, sizes=sizes_of(pool.q, pool.k, pool.v))
 
 
 def test_kernels_in_the_interpreter(run_checks_in_the_interpreter):

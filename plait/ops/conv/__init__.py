@@ -13,11 +13,6 @@ from plait.ops.kernels import Kernel, Kernels, always, cast, one_token
 from plait.ops.packing import Packing
 
 
-def _after(state: Tensor, x: Tensor) -> Tensor:
-    """What stands before the tokens, and they."""
-    return torch.cat([cast(state, x.dtype), x], 1)
-
-
 def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """A form that takes a state, of one that looks back within `x` only."""
 
@@ -33,11 +28,10 @@ def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | No
         if state is None:
             return run(x, weight, bias, None, packing), None
         tail = state.shape[1]
-        if packing is None:
-            past = _after(state, x)
-            return run(past, weight, bias, tail, None), cast(past.narrow(1, x.shape[1], tail), state.dtype)
-        past = _after(state, packing.to_rows(x))  # (n, tail + t, d)
+        past = torch.cat([cast(state, x.dtype), x if packing is None else packing.to_rows(x)], 1)  # (n, tail + t, d)
         y = run(past, weight, bias, tail, None)
+        if packing is None:
+            return y, cast(past.narrow(1, x.shape[1], tail), state.dtype)
         return packing.from_rows(y), packing.last(past, tail).to(state.dtype)
 
     return form
@@ -46,7 +40,7 @@ def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | No
 KERNELS = Kernels(
     "conv",
     (
-        Kernel("step", _form(step.run), one_token),
+        Kernel("step", step.run, one_token),
         Kernel("chunked", _form(chunked.run), always),
         Kernel("reference", _form(reference.run), always),
     ),
@@ -68,5 +62,5 @@ def causal_conv(
     Before the start of a sequence stands its state, else zeros. n is the batch, or the number of packed documents. With
     `rows`, `state` is a pool's (`plait.ops.frame`).
     """
-    y, state = recur(KERNELS, x, (x, weight, bias), state=state, rows=rows, packing=packing)
+    y, state = recur(KERNELS, x, (x, weight, bias), state, rows, packing)
     return y, state

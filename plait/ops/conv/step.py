@@ -1,15 +1,21 @@
 """The convolution at a single token: one weighted sum over what it sees."""
 
+import torch
 from torch import Tensor
 
 from plait.ops.kernels import cast
 from plait.ops.packing import Packing
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor | None, skip: int | None, packing: Packing | None) -> Tensor:
-    """Shapes as in `reference.run`; all but the last token are there to be looked back at."""
+def run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor | None, packing: Packing | None, own: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Shapes as in `causal_conv` with t = 1, so packed or not there is one sequence per row."""
+    past = x if state is None else torch.cat([cast(state, x.dtype), x], 1)
     taps = cast(weight, x.dtype).T  # (w, d), the token's own last
-    if x.shape[1] < len(taps):
-        taps = taps[-x.shape[1] :]
-    y = (x * taps).sum(1, keepdim=True)  # (b, 1, d)
-    return y if bias is None else y + cast(bias, x.dtype)
+    if past.shape[1] < len(taps):
+        taps = taps[-past.shape[1] :]
+    y = (past * taps).sum(1, keepdim=True)  # (b, 1, d)
+    if bias is not None:
+        y = y + cast(bias, x.dtype)
+    return y, None if state is None else cast(past.narrow(1, 1, state.shape[1]), state.dtype)

@@ -6,15 +6,15 @@ from torch import Tensor
 from plait.ops.delta import chunked, reference, step
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, Kernels, always, one_token, wide
+from plait.ops.kernels import Kernel, Kernels, always, one_token
 from plait.ops.packing import Packing
 
 KERNELS = Kernels(
     "delta",
     (
-        Kernel("step", step.run, one_token),
-        Kernel("chunked", chunked.run, always),
-        Kernel("reference", reference.run, always),
+        Kernel("step", step.run, one_token, wide=True),
+        Kernel("chunked", chunked.run, always, wide=True),
+        Kernel("reference", reference.run, always, wide=True),
     ),
 )
 
@@ -27,6 +27,7 @@ def gated_delta(
     g: Float[Tensor, "b t h"],
     beta: Float[Tensor, "b t h"],
     *,
+    scale: float | None = None,
     state: Float[Tensor, "n h v k"] | None = None,
     rows: Rows | None = None,
     packing: Packing | None = None,
@@ -34,9 +35,8 @@ def gated_delta(
     """Outputs and, where a state was given, the state after the last token.
 
     g is the log decay, log a <= 0. `g` key heads serve h value heads in order (h a multiple). Computed in float32, or
-    float64 for float64 inputs. n is the batch, or the number of documents with `packing`. With `rows`, `state` is a
-    pool's (`plait.ops.frame`).
+    float64 for float64 inputs. n is the batch, or the number of documents with `packing`. scale: on q, 1 if
+    left out. With `rows`, `state` is a pool's (`plait.ops.frame`).
     """
-    inputs = wide(q), wide(k), wide(v), wide(g), wide(beta)
-    o, state = recur(KERNELS, v, inputs, state=state, rows=rows, packing=packing)
+    o, state = recur(KERNELS, v, (q, k, v, g, beta), state, rows, packing, scale=scale)
     return o, state

@@ -107,7 +107,7 @@ def shooting(
         _check_state(cell, x, state, rows, packing)
     options = Options(solver, tolerance(cell, x.dtype) if tol is None else tol, max_passes)
     sizes = sizes_of(cell, x, solver)
-    h, state, info = recur(KERNELS, x, (cell, x, options), state=state, rows=rows, packing=packing, sizes=sizes)
+    h, state, info = recur(KERNELS, x, (cell, x, options), state, rows, packing, sizes=sizes)
     if strict and bool(info[2] > 0):
         raise NotConverged(
             f"{type(cell.cell).__name__}: a gap of {float(info[1]):.1e} is left after {int(info[0])} passes, "

@@ -5,16 +5,16 @@ from torch import Tensor
 
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, Kernels, always, one_token, wide
+from plait.ops.kernels import Kernel, Kernels, always, one_token
 from plait.ops.packing import Packing
 from plait.ops.ssd import chunked, reference, step
 
 KERNELS = Kernels(
     "ssd",
     (
-        Kernel("step", step.run, one_token),
-        Kernel("chunked", chunked.run, always),
-        Kernel("reference", reference.run, always),
+        Kernel("step", step.run, one_token, wide=True),
+        Kernel("chunked", chunked.run, always, wide=True),
+        Kernel("reference", reference.run, always, wide=True),
     ),
 )
 
@@ -26,6 +26,7 @@ def ssd(
     v: Float[Tensor, "b t h v"],
     g: Float[Tensor, "b t h"],
     *,
+    scale: float | None = None,
     state: Float[Tensor, "n h v k"] | None = None,
     rows: Rows | None = None,
     packing: Packing | None = None,
@@ -34,8 +35,7 @@ def ssd(
 
     In Mamba-2's letters q is C, k is B, v is dt x and g = dt A, the log decay, one per head. `g` groups of q and k serve
     h heads in order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the documents
-    packed. With `rows`, `state` is a pool's (`plait.ops.frame`).
+    packed. scale: on q, 1 if left out. With `rows`, `state` is a pool's (`plait.ops.frame`).
     """
-    inputs = wide(q), wide(k), wide(v), wide(g)
-    o, state = recur(KERNELS, v, inputs, state=state, rows=rows, packing=packing)
+    o, state = recur(KERNELS, v, (q, k, v, g), state, rows, packing, scale=scale)
     return o, state
