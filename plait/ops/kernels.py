@@ -110,7 +110,8 @@ def choose(
 
 
 def _call(device: torch.device, *facts: Any) -> Call:
-    return Call(device.type, *facts, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+    architecture = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return Call._make((device.type, *facts, architecture))
 
 
 def _find(kernels: Kernels, call: Call, form: str | None) -> Kernel:

@@ -23,6 +23,7 @@ from plait.ops.attention.paged import (
     write_pages,
 )
 from plait.ops.kernels import Call, explain, forced
+from tests.ops.conftest import kind
 
 FORMS = {"gathered": gathered.run, "sliced": sliced.run}
 
