@@ -26,6 +26,11 @@ def chunk_decay(
     return _exp(G.to(g.dtype)), pairs, to_end
 
 
+def decay_of(logs: Tensor) -> Tensor:
+    """exp(x) for x <= 0, 0 below the floor; differentiable."""
+    return torch.where(logs < FLOOR[logs.dtype], 0.0, logs.exp())
+
+
 def _exp(x: Tensor) -> Tensor:
     """exp(x) in place for x <= 0, 0 below the floor. Infinities would do the same, but exp is slow on them."""
     floor = FLOOR[x.dtype]

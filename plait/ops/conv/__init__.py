@@ -11,6 +11,7 @@ from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, Kernels, always, cast, one_token
 from plait.ops.packing import Packing
+from plait.ops.summary import Tail
 
 
 def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -64,3 +65,9 @@ def causal_conv(
     """
     y, state = recur(KERNELS, x, (x, weight, bias), state, rows, packing)
     return y, state
+
+
+def summary(x: Float[Tensor, "b t d"], width: int) -> Tail:
+    """What `causal_conv` with a filter of `width` does to any state before these tokens."""
+    kept = min(width - 1, x.shape[1])
+    return Tail(x.narrow(1, x.shape[1] - kept, kept), width - 1)

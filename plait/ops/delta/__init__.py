@@ -1,13 +1,15 @@
 """The gated delta rule (arXiv 2412.06464, eq. 10): S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from plait.ops.delta import chunked, reference, step
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, Kernels, always, one_token
+from plait.ops.kernels import Kernel, Kernels, always, one_token, wide
 from plait.ops.packing import Packing
+from plait.ops.summary import Summary
 
 KERNELS = Kernels(
     "delta",
@@ -40,3 +42,19 @@ def gated_delta(
     """
     o, state = recur(KERNELS, v, (q, k, v, g, beta), state, rows, packing, scale=scale)
     return o, state
+
+
+def summary(
+    k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"], g: Float[Tensor, "b t h"], beta: Float[Tensor, "b t h"]
+) -> Summary:
+    """What `gated_delta` of these tokens does to any state before them: it takes the identity, with nothing written to it, to
+    the transition, beside the state that starts from zero."""
+    k, v = wide(k), wide(v)
+    (b, t, h, dv), dk = v.shape, k.shape[3]
+    state = torch.cat(
+        [v.new_zeros(b, h, dv, dk), torch.eye(dk, dtype=v.dtype, device=v.device).expand(b, h, dk, dk)], 2
+    )
+    _, last = gated_delta(k, k, torch.cat([v, v.new_zeros(b, t, h, dk)], 3), g, beta, state=state)
+    assert last is not None  # a state was given
+    final, transition = last.split_with_sizes((dv, dk), 2)
+    return Summary(transition, final)

@@ -3,11 +3,13 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.ops.decay import decay_of
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, Kernels, always, one_token
+from plait.ops.kernels import Kernel, Kernels, always, full_precision, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.ssd import chunked, reference, step
+from plait.ops.summary import Summary
 
 KERNELS = Kernels(
     "ssd",
@@ -39,3 +41,14 @@ def ssd(
     """
     o, state = recur(KERNELS, v, (q, k, v, g), state, rows, packing, scale=scale)
     return o, state
+
+
+def summary(k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"], g: Float[Tensor, "b t h"]) -> Summary:
+    """What `ssd` of these tokens does to any state before them: one product over all of them, no loop."""
+    with full_precision(k.device):
+        k, v, g = wide(k), wide(v), wide(g)
+        G = g.double().cumsum(1)  # as in `chunk_decay`: large sums would lose the gentle steps
+        to_end = decay_of((G[:, -1:] - G).to(g.dtype))
+        written = (v * to_end[..., None]).unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 4, 1)  # (b, g, h/g, v, t)
+        final = written.flatten(2, 3) @ k.transpose(1, 2)
+        return Summary(decay_of(G[:, -1].to(g.dtype)), final.view(v.shape[0], *v.shape[2:], k.shape[3]))

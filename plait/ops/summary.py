@@ -1,0 +1,53 @@
+"""What a run of tokens does to any state that stands before it, so that runs may be worked on apart: on several devices, each
+gives its summary on, and starts from those before it (context parallelism)."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.ops.kernels import cast, full_precision
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """Of a linear recurrence: S becomes S A + F. `transition` A is a number or a matrix per head, `final` F the state that the
+    run leads to from zero."""
+
+    transition: Float[Tensor, "b h *kk"]
+    final: Float[Tensor, "b h v k"]
+
+    def apply(self, state: Float[Tensor, "b h v k"]) -> Float[Tensor, "b h v k"]:
+        """The state after the run from the one before it."""
+        return self._moved(state) + self.final
+
+    def combine(self, then: Self) -> Self:
+        """The summary of this run and the next one together."""
+        A = then._moved(self.transition) if then.transition.ndim == 4 else self.transition * then.transition
+        return type(self)(A, then.apply(self.final))
+
+    def _moved(self, x: Float[Tensor, "b h n k"]) -> Float[Tensor, "b h n k"]:
+        """x A."""
+        with full_precision(x.device):
+            return x @ self.transition if self.transition.ndim == 4 else x * self.transition[..., None, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """Of a convolution: the last inputs of the run, no more of them than it looks back at."""
+
+    last: Float[Tensor, "b n d"]
+    count: int  # of inputs that it looks back at
+
+    def apply(self, state: Float[Tensor, "b count d"]) -> Float[Tensor, "b count d"]:
+        """The state after the run from the one before it."""
+        return self._last(torch.cat([state, cast(self.last, state.dtype)], 1))
+
+    def combine(self, then: Self) -> Self:
+        """The summary of this run and the next one together."""
+        return type(self)(self._last(torch.cat([self.last, then.last], 1)), self.count)
+
+    def _last(self, x: Tensor) -> Tensor:
+        return x.narrow(1, max(0, x.shape[1] - self.count), min(self.count, x.shape[1]))
