@@ -1,0 +1,49 @@
+"""The scalar-decay recurrence for a single token on the rows of a pool, as a Triton kernel: states are read once and written
+once."""
+
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
+# (it reads kernels as Python, in which triton's functions only raise)
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plait.ops.launch import kernel, launch
+
+ROWS = 16  # of a state in a program: 8 KB at 128 keys, and 128 programs for a single token of 32 heads of 64
+
+
+@kernel
+def advance(
+    S, rows, q, k, v, g, o, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h,
+    H: tl.constexpr, TIMES: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """A program advances BV rows of the state of one head of one token."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    block, head, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks % H, tl.program_id(0) // (blocks * H)
+    token = b.to(tl.int64)
+    row = token if rows is None else tl.load(rows + b)
+    c, d = tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    there = S + row * S_b + (head * V + d[:, None]) * K + c[None, :]
+    exists = (d < V)[:, None] & (c < K)[None, :]
+    state = tl.load(there, mask=exists, other=0.0)
+    queries = tl.load(q + token * q_b + head // TIMES * q_g + c, mask=c < K, other=0.0).to(tl.float32)
+    keys = tl.load(k + token * k_b + head // TIMES * k_g + c, mask=c < K, other=0.0).to(tl.float32)
+    values = tl.load(v + token * v_b + head * v_h + d, mask=d < V, other=0.0).to(tl.float32)
+    decay = tl.exp(tl.load(g + token * g_b + head * g_h).to(tl.float32))
+
+    state = state * decay + values[:, None] * keys[None, :]
+    tl.store(there, state, mask=exists)
+    out = tl.sum(state * queries[None, :], 1)
+    tl.store(o + (token * H + head) * V + d, out.to(o.dtype.element_ty), mask=d < V)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, rows: Tensor | None, out: Tensor) -> None:
+    """Shapes as in `ssd` with t = 1; `rows` None: the rows of `state` are those of the call."""
+    (b, _, H, V), (G, K) = v.shape, k.shape[2:]
+    BV, BK = min(ROWS, triton.next_power_of_2(V)), triton.next_power_of_2(K)
+    launch(
+        advance, b * H * -(-V // BV), state, rows, q, k, v, g, out, state.stride(0),
+        *(stride for x in (q, k, v, g) for stride in (x.stride(0), x.stride(2))),
+        H=H, TIMES=H // G, K=K, V=V, BK=BK, BV=BV, num_warps=max(1, BV * BK // 512),
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""A single token on the rows of a pool: the Triton kernels, in Triton's interpreter, against the definitions in float64.
+
+The interpreter has to be chosen before triton is first imported, so the checks run in a process of their own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from plait.ops.conv import reference as conv
+from plait.ops.delta import reference as delta
+from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, reference
+from plait.ops.shooting.cells import Bound, Cell
+from plait.ops.ssd import reference as ssd
+
+B, POOL = 3, 7
+ROWS = {"any order": torch.tensor([5, 0, 3]), "a slice": slice(1, 7, 2)}
+WITHIN = {
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,
+}  # of the largest value: sums over 20 numbers, outputs of 24 and 11 bits
+
+
+def test_kernels_in_the_interpreter(run_checks_in_the_interpreter):
+    run_checks_in_the_interpreter(__file__)
+
+
+def agrees(kernel: Callable[..., Any], truth: Callable[..., Any], pool: Tensor, out: Tensor) -> None:
+    """`kernel(state, rows, out)` works in place, `truth(state)` gives outputs and new states. Nothing else is written."""
+    for rows in ROWS.values():
+        got, want = pool.clone(), pool.double()
+        out.fill_(float("nan"))
+        kernel(got[rows], None, out) if isinstance(rows, slice) else kernel(got, rows, out)
+        y, want[rows] = truth(pool[rows].double())
+        for one, other in ((out, y), (got, want)):
+            assert (one.double() - other).abs().max() <= WITHIN[one.dtype] * other.abs().max()
+        others = torch.ones(POOL, dtype=torch.bool).index_fill(0, torch.arange(POOL)[rows], False)
+        assert torch.equal(got[others], pool[others])
+
+
+def parts(dtype: torch.dtype, heads: int, *sizes: int) -> tuple[Tensor, ...]:
+    """(b, 1, heads, size) each, cut out of one projection."""
+    torch.manual_seed(0)
+    return torch.randn(B, 1, heads, sum(sizes)).to(dtype).split_with_sizes(sizes, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("h", "g", "k", "v"), [(4, 2, 6, 20), (2, 2, 16, 5)])
+def check_linear(h: int, g: int, k: int, v: int, dtype: torch.dtype):
+    from plait.ops.delta import triton as delta_triton
+    from plait.ops.ssd import triton as ssd_triton
+
+    q, keys = parts(dtype, g, k, k)
+    values, gate = parts(dtype, h, v, 1)
+    gates = -gate[..., 0].float().exp(), gate[..., 0].float().sigmoid()
+    keys = keys / keys.norm(dim=-1, keepdim=True)
+    for definition, module, inputs in (
+        (delta, delta_triton, (q, keys, values, *gates)),
+        (ssd, ssd_triton, (q, keys, values, gates[0])),
+    ):
+
+        def kernel(*rest: Any, module=module, inputs=inputs) -> None:
+            module.run(*inputs, *rest)
+
+        def truth(state: Tensor, definition=definition, inputs=inputs) -> Any:
+            return definition.run(*(x.double() for x in inputs), state=state, packing=None)
+
+        agrees(kernel, truth, torch.randn(POOL, h, v, k), torch.empty(B, 1, h, v, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("channels", "width", "bias"), [(300, 4, True), (7, 2, False)])
+def check_conv(channels: int, width: int, bias: bool, dtype: torch.dtype):
+    from plait.ops.conv import triton
+
+    torch.manual_seed(0)
+    x = torch.randn(B, 1, channels + 3).to(dtype)[..., :channels]
+    weight, b = torch.randn(channels, width), torch.randn(channels) if bias else None
+
+    def truth(tail: Tensor) -> Any:
+        past = torch.cat([tail, x.double()], 1)
+        y = conv.run(past, weight.double(), None if b is None else b.double(), width - 1, None)
+        return y, past[:, 1:]
+
+    tails = torch.randn(POOL, width - 1, channels).to(dtype)
+    agrees(lambda *rest: triton.run(x, weight, b, *rest), truth, tails, torch.empty(B, 1, channels, dtype=dtype))
+
+
+CELLS = (RNN(), RNN("relu"), GRU(), LSTM(), LSTM(True, True), SLSTM())
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: type(cell).__name__)
+def check_cells(cell: Cell):
+    from plait.ops.shooting.triton import step
+
+    torch.manual_seed(0)
+    g, heads, k = len(cell.inputs), 2, 70
+    x = torch.randn(heads, B, 1, g, k).permute(1, 2, 3, 0, 4)
+    bound = cell.bind(torch.randn(g, heads, k), weights=tuple(torch.randn(heads, k) for _ in cell.weights))
+    double = Bound(cell, bound.recurrent.double(), None, tuple(w.double() for w in bound.weights))
+
+    def truth(state: Tensor) -> Any:
+        states, final = reference.run(double, x.double(), state, None)
+        return states[:, :, 0], final
+
+    pool = torch.randn(POOL, len(cell.states), heads, k)
+    agrees(lambda *rest: step.run(bound, x, *rest), truth, pool, torch.empty(B, 1, heads, k))
