@@ -23,9 +23,17 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from plait.ops import conv, delta, shooting
+from plait.ops import ssd as ssd_room
 from plait.ops.attention.paged import gathered, reference, write
 from plait.ops.attention.paged import triton as paged
 from plait.ops.attention.paged.plan import forced_plan
+from plait.ops.conv import triton as conv_step
+from plait.ops.delta import gated_delta
+from plait.ops.delta import triton as delta_step
+from plait.ops.shooting.triton import step as cell_step
+from plait.ops.ssd import ssd
+from plait.ops.ssd import triton as ssd_step
 
 SETS_BYTES, MOST_SETS = 200e6, 24  # four times the cache of an H100; the layers of a model
 # rounding of what comes out, and in attention of the weights, to 8 or 11 bits; float32 sums over some thousands of terms
@@ -347,10 +355,157 @@ def write_cases() -> Iterator[Case]:
         yield Case("write", str(shape), moved, put(paged.write, shape), {}, {"gathered": put(write.run, shape)})
 
 
+# --- a token on the rows of a pool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One op on b rows of a pool. `sizes`: of "delta" and "ssd" heads, key heads, key and value; of "conv" channels and width;
+    of a cell heads and units."""
+
+    op: str
+    b: int
+    sizes: tuple[int, ...]
+    dtype: torch.dtype = BF16
+
+    def __str__(self) -> str:
+        return f"b {self.b} of {' x '.join(map(str, self.sizes))}, {str(self.dtype).removeprefix('torch.')}"
+
+
+class Token:
+    """A call of such a step: `kernel` in place, `truth` in float64, `torch` what plait's torch forms do. The inputs of a call
+    are cut out of one projection, the pool's rows in no order."""
+
+    def __init__(self, step: Step, seed: int = 0) -> None:
+        self.step, self.generator = step, torch.Generator(DEVICE).manual_seed(seed)
+        self.rows = torch.randperm(step.b + 3, device=DEVICE, generator=self.generator)[: step.b]
+        getattr(self, step.op if step.op in ("conv", "delta", "ssd") else "cell")(*step.sizes)
+
+    def normal(self, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
+        return torch.randn(*shape, device=DEVICE, generator=self.generator, dtype=dtype)
+
+    def cut(self, heads: int, *sizes: int) -> list[Tensor]:
+        parts = self.normal(self.step.b, 1, heads * sum(sizes) + 16, dtype=self.step.dtype)[..., 16:]
+        return [x.unflatten(2, (heads, -1)) for x in parts.split_with_sizes([heads * size for size in sizes], 2)]
+
+    def delta(self, h: int, g: int, k: int, v: int) -> None:
+        self.linear(delta, delta_step, gated_delta, h, g, k, v)
+
+    def ssd(self, h: int, g: int, k: int, v: int) -> None:
+        self.linear(ssd_room, ssd_step, ssd, h, g, k, v)
+
+    def linear(self, room: Any, kernel: Any, op: Callable[..., Any], h: int, g: int, k: int, v: int) -> None:
+        (q, keys), (values,), b = self.cut(g, k, k), self.cut(h, v), self.step.b
+        gates = (-self.normal(b, 1, h).exp(), *([self.normal(b, 1, h).sigmoid()] if room is delta else []))
+        self.inputs = (q, F.normalize(keys, dim=-1), values, *gates)
+        self.state, self.out = self.normal(b + 3, h, v, k), self.normal(b, 1, h, v, dtype=self.step.dtype)
+        self.kernel = partial(kernel.run, *self.inputs, self.state, self.rows, self.out)
+        self.torch = partial(op, *self.inputs, state=self.state, rows=self.rows)
+        double = [x.double() for x in self.inputs]
+        self.truth = lambda state: room.reference.run(*double, state=state, packing=None)
+
+    def conv(self, channels: int, width: int) -> None:
+        b, dtype = self.step.b, self.step.dtype
+        x, weight, bias = self.cut(1, channels)[0][:, :, 0], self.normal(channels, width), self.normal(channels)
+        self.state, self.out = self.normal(b + 3, width - 1, channels, dtype=dtype), torch.empty_like(x)
+        self.inputs = x, weight, bias
+        self.kernel = partial(conv_step.run, x, weight, bias, self.state, self.rows, self.out)
+        self.torch = partial(conv.causal_conv, x, weight, bias, state=self.state, rows=self.rows)
+
+        def truth(tail: Tensor) -> tuple[Tensor, Tensor]:
+            past = torch.cat([tail, x.double()], 1)
+            return conv.reference.run(past, weight.double(), bias.double(), width - 1, None), past[:, 1:]
+
+        self.truth = truth
+
+    def cell(self, heads: int, units: int) -> None:
+        cell, b = CELLS[self.step.op], self.step.b
+        g, s = len(cell.inputs), len(cell.states)
+        x = torch.stack(self.cut(heads, *[units] * g), 2)
+        weights = tuple(self.normal(heads, units) for _ in cell.weights)
+        bound = cell.bind(self.normal(g, heads, units), weights=weights)
+        double = cell.bind(bound.recurrent.double(), weights=tuple(w.double() for w in weights))
+        self.state, self.out = self.normal(b + 3, s, heads, units), torch.empty_like(x[:, :, 0])
+        self.inputs = (x,)
+        self.kernel = partial(cell_step.run, bound, x, self.state, self.rows, self.out)
+        self.torch = partial(shooting.shooting, bound, x, state=self.state, rows=self.rows)
+
+        def truth(state: Tensor) -> tuple[Tensor, Tensor]:
+            states, final = shooting.reference.run(double, x.double(), state, None)
+            return states[:, :, 0], final
+
+        self.truth = truth
+
+    def bytes(self) -> int:
+        """States twice, inputs, outputs."""
+        states = 2 * self.state.nbytes // len(self.state) * self.step.b
+        return states + sum(x.nbytes for x in self.inputs) + self.out.nbytes
+
+
+CELLS: dict[str, shooting.Cell] = {"gru": shooting.GRU(), "lstm": shooting.LSTM(True, True), "slstm": shooting.SLSTM()}
+
+STEPS = {
+    "delta": ((16, 8, 64, 128), (16, 16, 128, 128)),  # the last is Qwen3-Next's
+    "ssd": ((32, 1, 128, 64),),
+    "conv": ((4096, 4),),
+    "gru": ((1, 2048),),
+    "lstm": ((1, 2048),),
+    "slstm": ((4, 512),),
+}
+ODD_STEPS = {
+    "delta": ((6, 2, 96, 80), (3, 3, 7, 33), (4, 1, 256, 256)),
+    "ssd": ((6, 2, 96, 80), (3, 3, 7, 33), (4, 1, 256, 256)),
+    "conv": ((77, 2), (1025, 8), (2048, 4)),
+    "gru": ((3, 77),),
+    "lstm": ((3, 77),),
+    "slstm": ((3, 77),),
+}
+
+
+def check_step(step: Step) -> float:
+    """Three tokens on, and a row alone gives the same bits."""
+    token, worst = Token(step), 0.0
+    others = torch.ones(len(token.state), dtype=torch.bool, device=DEVICE).index_fill(0, token.rows, False)
+    untouched = token.state[others].clone()
+    for _ in range(3):
+        y, new = token.truth(token.state[token.rows].double())
+        before = token.state.clone()
+        token.out.fill_(float("nan"))
+        token.kernel()
+        limits = LIMITS[step.dtype], LIMITS[token.state.dtype]
+        errors = apart(token.out, y), apart(token.state[token.rows], new)
+        require(
+            all(e <= limit for e, limit in zip(errors, limits, strict=True)), f"{errors} from float64: {step.op} {step}"
+        )
+        worst = max(worst, *(e / limit for e, limit in zip(errors, limits, strict=True)))
+    out, after = token.out.clone(), token.state.clone()
+    token.state.copy_(before)
+    token.kernel()
+    require(torch.equal(out, token.out) and torch.equal(after, token.state), f"two runs differ: {step.op} {step}")
+    require(torch.equal(untouched, token.state[others]), f"others' states changed: {step.op} {step}")
+    return worst
+
+
+def check_steps(op: str) -> float:
+    shapes = ((b, sizes) for sizes in ODD_STEPS[op] + STEPS[op] for b in (1, 5))
+    return max(check_step(Step(op, b, sizes, dtype)) for b, sizes in shapes for dtype in (BF16, FP32))
+
+
+def tokens(step: Step, way: str) -> Sets:
+    return lambda n: [getattr(Token(step, seed), way) for seed in range(n)]
+
+
+def step_cases(op: str) -> Iterator[Case]:
+    for step in (Step(op, b, sizes) for sizes in STEPS[op] for b in (1, 32)):
+        rivals = {"torch": tokens(step, "torch")} if op not in CELLS else {}  # a cell's copies a number from the host
+        yield Case(op, str(step), Token(step).bytes(), tokens(step, "kernel"), {}, rivals)
+
+
 # --- all of it
 
 
 KERNELS = {"paged": (check_all_paged, paged_cases), "write": (check_all_writes, write_cases)}
+KERNELS |= {op: (partial(check_steps, op), partial(step_cases, op)) for op in STEPS}
 
 
 def measured(case: Case, speed: float, sweep: bool) -> dict[str, Any]:
