@@ -6,7 +6,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from plait.ops.attention.fused import for_any_length
-from plait.ops.attention.reference import positions, visible
 from plait.ops.kernels import cast, wide
 
 
@@ -23,17 +22,27 @@ def run(
 ) -> Tensor:
     """Shapes as in `paged_attention`. All keys of the table, or of the pages that a window can touch, are read."""
     (b, t), page = q.shape[:2], k.shape[1]
-    start = (lengths - t).clamp(min=0)
+    first = None
     if table is None:
-        keys, values, first = k[:b], v[:b], 0
+        keys, values = k[:b], v[:b]
     else:
-        first = 0
         if window is not None and (count := touched(window + t - 1, page)) < table.shape[1]:
-            index = ((start - window + 1).clamp(min=0) // page)[:, None] + torch.arange(count, device=q.device)
-            table, first = table.gather(1, index.clamp(max=table.shape[1] - 1)), index[:, 0] * page
+            index = ((lengths - t - window + 1).clamp(min=0) // page)[:, None] + torch.arange(count, device=q.device)
+            table, first = table.gather(1, index.clamp(max=table.shape[1] - 1)), index[:, :1] * page
         keys, values = pages(k, table), pages(v, table)
-    mask = visible(positions(start, t, q.device), positions(first, keys.shape[1], q.device), window)
+    at = torch.arange(keys.shape[1], device=q.device)
+    mask = visible(lengths, t, at if first is None else first + at, window)
     return attend(q, keys, values, mask, scale, softcap, sinks)
+
+
+def visible(lengths: Tensor, t: int, at: Tensor, window: int | None) -> Bool[Tensor, "b one t s"]:
+    """Which keys, at the positions `at` (s or b s), each row's last t tokens see."""
+    ends = lengths.clamp(min=t)[:, None]
+    if t > 1:
+        ends = ends - torch.arange(t - 1, -1, -1, device=lengths.device)
+    gap = ends[..., None] - (at + 1 if at.ndim == 1 else (at + 1)[:, None])  # (b, t, s)
+    seen = gap >= 0
+    return (seen if window is None else seen & (gap < window))[:, None]
 
 
 def touched(tokens: int, page: int) -> int:
@@ -56,16 +65,19 @@ def attend(
     sinks: Float[Tensor, " h"] | None,
 ) -> Float[Tensor, "b t h v"]:
     """The heads that share a key head are as good as queries of it, and its keys are read once for all."""
-    t, g = q.shape[1], keys.shape[2]
-    rows = q.unflatten(2, (g, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (b, g, h/g t, k)
+    (b, t, h, _), g = q.shape, keys.shape[2]
+    rows = q.reshape(b, t, g, h // g, -1)
+    rows = rows[:, 0] if t == 1 else rows.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (b, g, h/g t, k)
     keys, values = (cast(x, q.dtype).transpose(1, 2) for x in (keys, values))
     if mask is not None and t > 1:
-        mask = mask.repeat(1, 1, rows.shape[2] // t, 1)
-    if softcap is None and sinks is None:
+        mask = mask.repeat(1, 1, h // g, 1)
+    if softcap is not None or sinks is not None:
+        o = _weigh(rows, keys, values, mask, scale, softcap, sinks)
+    elif q.device.type == "cuda":
         o = for_any_length(_fused, rows, keys, values, mask, scale)
     else:
-        o = _weigh(rows, keys, values, mask, scale, softcap, sinks)
-    return o.unflatten(2, (-1, t)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        o = _fused(rows, keys, values, mask, scale)
+    return o.reshape(b, 1, h, -1) if t == 1 else o.unflatten(2, (-1, t)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

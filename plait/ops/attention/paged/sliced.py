@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from plait.ops.attention.paged.gathered import attend, pages
-from plait.ops.attention.reference import positions, visible
+from plait.ops.attention.paged.gathered import attend, pages, visible
 
 
 def run(
@@ -29,6 +28,5 @@ def run(
         keys, values = (pages(x, table)[:, before : before + high - low] for x in (k, v))
     if t == 1 and min(ends) == high:  # all see all of it
         return attend(q, keys, values, None, scale, softcap, sinks)
-    start = torch.tensor([end - t for end in ends], device=q.device)
-    mask = visible(positions(start, t, q.device), positions(low, high - low, q.device), window)
+    mask = visible(lengths, t, torch.arange(low, high, device=q.device), window)
     return attend(q, keys, values, mask, scale, softcap, sinks)
