@@ -31,6 +31,7 @@ from plait.ops.attention.paged.plan import forced_plan
 from plait.ops.conv import triton as conv_step
 from plait.ops.delta import gated_delta
 from plait.ops.delta import triton as delta_step
+from plait.ops.rms_norm import l2norm
 from plait.ops.shooting.triton import step as cell_step
 from plait.ops.ssd import ssd
 from plait.ops.ssd import triton as ssd_step
@@ -403,6 +404,22 @@ class Token:
         self.torch = partial(op, *self.inputs, state=self.state, rows=self.rows)
         double = [x.double() for x in self.inputs]
         self.truth = lambda state: room.reference.run(*double, state=state, packing=None)
+        A_log, dt_bias, D = self.normal(h), self.normal(h), self.normal(h)
+        if room is delta:
+            self.whole = partial(self.kernel, A_log, dt_bias, 1e-6)
+        else:
+            self.whole = partial(self.kernel, A_log, dt_bias, D)
+
+        def whole_truth(state: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, v, a, *b = double
+            dt = F.softplus(a + dt_bias.double())
+            g = -A_log.double().exp() * dt
+            if room is delta:
+                return room.reference.run(l2norm(q), l2norm(k), v, g, b[0].sigmoid(), state=state, packing=None)
+            y, state = room.reference.run(q, k, v * dt[..., None], g, state=state, packing=None)
+            return y + v * D[:, None].double(), state
+
+        self.whole_truth = whole_truth
 
     def conv(self, channels: int, width: int) -> None:
         b, dtype = self.step.b, self.step.dtype
@@ -463,15 +480,18 @@ ODD_STEPS = {
 
 
 def check_step(step: Step) -> float:
-    """Three tokens on, and a row alone gives the same bits."""
+    """Some tokens on; two runs give the same bits, and nothing else is written."""
     token, worst = Token(step), 0.0
     others = torch.ones(len(token.state), dtype=torch.bool, device=DEVICE).index_fill(0, token.rows, False)
     untouched = token.state[others].clone()
-    for _ in range(3):
-        y, new = token.truth(token.state[token.rows].double())
+    ways = [(token.kernel, token.truth)] * 3
+    if step.op in ("delta", "ssd"):
+        ways.append((token.whole, token.whole_truth))
+    for kernel, truth in ways:
+        y, new = truth(token.state[token.rows].double())
         before = token.state.clone()
         token.out.fill_(float("nan"))
-        token.kernel()
+        kernel()
         limits = LIMITS[step.dtype], LIMITS[token.state.dtype]
         errors = apart(token.out, y), apart(token.state[token.rows], new)
         require(
@@ -480,7 +500,7 @@ def check_step(step: Step) -> float:
         worst = max(worst, *(e / limit for e, limit in zip(errors, limits, strict=True)))
     out, after = token.out.clone(), token.state.clone()
     token.state.copy_(before)
-    token.kernel()
+    kernel()
     require(torch.equal(out, token.out) and torch.equal(after, token.state), f"two runs differ: {step.op} {step}")
     require(torch.equal(untouched, token.state[others]), f"others' states changed: {step.op} {step}")
     return worst
@@ -498,6 +518,8 @@ def tokens(step: Step, way: str) -> Sets:
 def step_cases(op: str) -> Iterator[Case]:
     for step in (Step(op, b, sizes) for sizes in STEPS[op] for b in (1, 32)):
         rivals = {"torch": tokens(step, "torch")} if op not in CELLS else {}  # a cell's copies a number from the host
+        if op in ("delta", "ssd"):
+            rivals["with gates"] = tokens(step, "whole")
         yield Case(op, str(step), Token(step).bytes(), tokens(step, "kernel"), {}, rivals)
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from plait.ops.conv import reference as conv
 from plait.ops.delta import reference as delta
+from plait.ops.rms_norm import l2norm
 from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, reference
 from plait.ops.shooting.cells import Bound, Cell
 from plait.ops.ssd import reference as ssd
@@ -71,6 +73,42 @@ def check_linear(h: int, g: int, k: int, v: int, dtype: torch.dtype):
         agrees(kernel, truth, torch.randn(POOL, h, v, k), torch.empty(B, 1, h, v, dtype=dtype))
 
 
+def check_a_layers_own_way_to_delta():
+    from plait.ops.delta import triton
+
+    (q, k), (v, b, a) = parts(torch.float32, 2, 6, 6), parts(torch.float32, 4, 9, 1, 1)
+    a, b = 30 * a[..., 0], b[..., 0]  # with a softplus that is linear, too
+    A_log, dt_bias = torch.randn(4), torch.randn(4)
+
+    def truth(state: Tensor) -> Any:
+        g = -A_log.double().exp() * F.softplus(a.double() + dt_bias.double())
+        inputs = l2norm(q.double()), l2norm(k.double()), v.double(), g, b.double().sigmoid()
+        return delta.run(*inputs, state=state, packing=None)
+
+    def kernel(*rest: Any) -> None:
+        triton.run(q, k, v, a, b, *rest, A_log, dt_bias, 1e-6)
+
+    agrees(kernel, truth, torch.randn(POOL, 4, 9, 6), torch.empty(B, 1, 4, 9))
+
+
+def check_a_layers_own_way_to_ssd():
+    from plait.ops.ssd import triton
+
+    (q, k), (v, dt) = parts(torch.float32, 2, 6, 6), parts(torch.float32, 4, 9, 1)
+    dt, A_log, dt_bias, D = 30 * dt[..., 0], torch.randn(4), torch.randn(4), torch.randn(4)
+
+    def truth(state: Tensor) -> Any:
+        step = F.softplus(dt.double() + dt_bias.double())
+        inputs = q.double(), k.double(), v.double() * step[..., None], -A_log.double().exp() * step
+        y, state = ssd.run(*inputs, state=state, packing=None)
+        return y + v * D[:, None].double(), state
+
+    def kernel(*rest: Any) -> None:
+        triton.run(q, k, v, dt, *rest, A_log, dt_bias, D)
+
+    agrees(kernel, truth, torch.randn(POOL, 4, 9, 6), torch.empty(B, 1, 4, 9))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("channels", "width", "bias"), [(300, 4, True), (7, 2, False)])
 def check_conv(channels: int, width: int, bias: bool, dtype: torch.dtype):
@@ -83,10 +121,12 @@ def check_conv(channels: int, width: int, bias: bool, dtype: torch.dtype):
     def truth(tail: Tensor) -> Any:
         past = torch.cat([tail, x.double()], 1)
         y = conv.run(past, weight.double(), None if b is None else b.double(), width - 1, None)
-        return y, past[:, 1:]
+        return (F.silu(y) if bias else y), past[:, 1:]
 
     tails = torch.randn(POOL, width - 1, channels).to(dtype)
-    agrees(lambda *rest: triton.run(x, weight, b, *rest), truth, tails, torch.empty(B, 1, channels, dtype=dtype))
+    agrees(
+        lambda *rest: triton.run(x, weight, b, *rest, silu=bias), truth, tails, torch.empty(B, 1, channels, dtype=dtype)
+    )
 
 
 CELLS = (RNN(), RNN("relu"), GRU(), LSTM(), LSTM(True, True), SLSTM())

@@ -15,7 +15,7 @@ CHANNELS = 256  # of a program
 @kernel
 def advance(
     tails, rows, x, weight, bias, y, tails_b, tails_t, x_b,
-    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A program does BD channels of one token."""
     blocks: tl.constexpr = (D + BD - 1) // BD
@@ -34,14 +34,24 @@ def advance(
         if i > 0:
             tl.store(here + (i - 1) * tails_t, old, mask=d < D)
     tl.store(here + (W - 2) * tails_t, new.to(tails.dtype.element_ty), mask=d < D)
+    if SILU:
+        total *= tl.sigmoid(total)
     tl.store(y + token * D + d, total.to(y.dtype.element_ty), mask=d < D)
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, rows: Tensor | None, out: Tensor) -> None:
-    """Shapes as in `causal_conv` with t = 1; `rows` None: the rows of `state` are those of the call."""
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    rows: Tensor | None,
+    out: Tensor,
+    silu: bool = False,
+) -> None:
+    """Shapes as in `causal_conv` with t = 1; `rows` None: the rows of `state` are those of the call. silu: of the outputs."""
     (b, _, D), W = x.shape, weight.shape[1]
     BD = min(CHANNELS, triton.next_power_of_2(D))
     launch(
         advance, b * -(-D // BD), state, rows, x, weight, bias, out, *state.stride()[:2], x.stride(0),
-        D=D, W=W, BD=BD, num_warps=4,
+        D=D, W=W, SILU=silu, BD=BD, num_warps=4,
     )  # fmt: skip

@@ -1,6 +1,9 @@
 """The gated delta rule for a single token on the rows of a pool, as a Triton kernel: states are read once and written once.
 
 S' = a S + e k^T   with   e = b (v - a S k),   o = S' q
+
+A layer's own way there may be part of it: with `eps`, q and k are divided by their norms; with `A_log` and `dt_bias`, g and
+beta come as the projections they are made of.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
@@ -15,9 +18,14 @@ from plait.ops.launch import kernel, launch
 ROWS = 16  # of a state in a program: 8 KB at 128 keys, and 128 programs for a single token of 16 heads of 128
 
 
+@triton.jit
+def softplus(x):
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+
+
 @kernel
 def advance(
-    S, rows, q, k, v, g, beta, o, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h, beta_b, beta_h,
+    S, rows, q, k, v, g, beta, A_log, dt_bias, o, eps, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h, beta_b, beta_h,
     H: tl.constexpr, TIMES: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """A program advances BV rows of the state of one head of one token."""
@@ -32,10 +40,17 @@ def advance(
     queries = tl.load(q + token * q_b + head // TIMES * q_g + c, mask=c < K, other=0.0).to(tl.float32)
     keys = tl.load(k + token * k_b + head // TIMES * k_g + c, mask=c < K, other=0.0).to(tl.float32)
     values = tl.load(v + token * v_b + head * v_h + d, mask=d < V, other=0.0).to(tl.float32)
-    decay = tl.exp(tl.load(g + token * g_b + head * g_h).to(tl.float32))
+    log_decay = tl.load(g + token * g_b + head * g_h).to(tl.float32)
     strength = tl.load(beta + token * beta_b + head * beta_h).to(tl.float32)
+    if eps is not None:
+        queries *= tl.rsqrt(tl.sum(queries * queries, 0) + eps)
+        keys *= tl.rsqrt(tl.sum(keys * keys, 0) + eps)
+    if A_log is not None:
+        dt = softplus(log_decay + tl.load(dt_bias + head).to(tl.float32))
+        log_decay = -tl.exp(tl.load(A_log + head).to(tl.float32)) * dt
+        strength = tl.sigmoid(strength)
 
-    state *= decay
+    state *= tl.exp(log_decay)
     error = strength * (values - tl.sum(state * keys[None, :], 1))
     state += error[:, None] * keys[None, :]
     tl.store(there, state, mask=exists)
@@ -44,13 +59,23 @@ def advance(
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, rows: Tensor | None, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    rows: Tensor | None,
+    out: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    eps: float | None = None,
 ) -> None:
     """Shapes as in `gated_delta` with t = 1; `rows` None: the rows of `state` are those of the call."""
     (b, _, H, V), (G, K) = v.shape, k.shape[2:]
     BV, BK = min(ROWS, triton.next_power_of_2(V)), triton.next_power_of_2(K)
     launch(
-        advance, b * H * -(-V // BV), state, rows, q, k, v, g, beta, out, state.stride(0),
+        advance, b * H * -(-V // BV), state, rows, q, k, v, g, beta, A_log, dt_bias, out, eps, state.stride(0),
         *(stride for x in (q, k, v, g, beta) for stride in (x.stride(0), x.stride(2))),
         H=H, TIMES=H // G, K=K, V=V, BK=BK, BV=BV, num_warps=max(1, BV * BK // 512),
     )  # fmt: skip
