@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 WAVES = 2  # programs per multiprocessor that a single row's keys are cut into
-TILE = 16 * 1024  # bytes of keys that a program has in flight per stage
+MOST = 128  # splits: what more of them save, joining costs
+TILE = 16 * 1024  # numbers of a tile of keys, where no registers are short
 
 _force: dict[str, int] = {}
 
@@ -18,7 +19,7 @@ class Plan(NamedTuple):
     BN: int
     splits: int
     num_warps: int = 4
-    STAGES: int = 3
+    STAGES: int = 3  # with a table, whose entries are a stage of their own
 
 
 @contextmanager
@@ -32,14 +33,15 @@ def forced_plan(**sizes: int) -> Iterator[None]:
         _force = before
 
 
-def plan(queries: int, groups: int, head: int, itemsize: int, keys: int, sms: int) -> Plan:
+def plan(queries: int, groups: int, head: int, itemsize: int, keys: int, table: bool, sms: int) -> Plan:
     """queries: of a group of heads. groups: heads of keys. head: the larger size of a key and a value. keys: how many may be
     visible at most, whatever the lengths."""
     BM = min(64, max(16, power(queries)))
-    BN = max(16, min(128, TILE // (power(head) * itemsize)))
-    chosen = Plan(BM, BN, 1)._replace(**_force)
+    short = (BM > 16) + (power(head) > 128) + 2 * (itemsize > 2)  # of registers
+    BN = max(16, min(128, (TILE >> short) // power(head)))
+    chosen = Plan(BM, BN, 1, STAGES=3 if table else 2)._replace(**_force)
     programs = groups * -(-queries // chosen.BM)
-    splits = min(-(-keys // chosen.BN), -(-WAVES * sms // programs))
+    splits = min(-(-keys // chosen.BN), -(-WAVES * sms // programs), MOST)
     return chosen if "splits" in _force else chosen._replace(splits=max(1, splits))
 
 

@@ -19,7 +19,7 @@ from plait.ops.attention.paged.plan import plan, power
 from plait.ops.launch import kernel, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
-JOINED = 16  # splits that are joined at once
+JOINED = 64  # splits that are joined at once, and channels of them
 
 
 @triton.jit
@@ -120,13 +120,14 @@ def join(
     T: tl.constexpr, TIMES: tl.constexpr, G: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """A program joins the splits of one query of one head, always in the same order."""
-    unit = tl.program_id(0)
+    """A program joins the splits of BV channels of one query of one head, always in the same order."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    unit = tl.program_id(0) // blocks
     query, g, row = unit % (TIMES * T), unit // (TIMES * T) % G, unit // (TIMES * T * G)
     head, token = g * TIMES + query // T, query % T
     start, first, tiles, each = _span(lengths, row, capacity, splits, T, WINDOW, BN)
     used = (tiles + each - 1) // each
-    d, s = tl.arange(0, BV), tl.arange(0, BS)
+    d, s = tl.program_id(0) % blocks * BV + tl.arange(0, BV), tl.arange(0, BS)
     best, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
     if sinks is not None:
         best = tl.zeros((1,), tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2E
@@ -189,21 +190,26 @@ def run(
     (b, t, h, K), (page, G, V) = q.shape, v.shape[1:]
     capacity, n = (page, 0) if table is None else (page * table.shape[1], table.shape[1])
     visible = capacity if window is None else min(capacity, window + t - 1)
-    chosen = plan(h // G * t, G, max(K, V), q.element_size(), visible, multiprocessors(q.device))
+    chosen = plan(h // G * t, G, max(K, V), q.element_size(), visible, table is not None, multiprocessors(q.device))
     out, splits = q.new_empty(b, t, h, V), chosen.splits
     parts = sums = None
     if splits > 1:
         parts, sums = (q.new_empty(b * h * t, splits, size, dtype=torch.float32) for size in (V, 2))
-    sizes = {"T": t, "TIMES": h // G, "G": G, "V": V, "WINDOW": window or 0, "BN": chosen.BN, "BV": max(16, power(V))}
+    sizes = {"T": t, "TIMES": h // G, "G": G, "V": V, "WINDOW": window or 0, "BN": chosen.BN}
     blocks = -(-(h // G * t) // chosen.BM)
     launch(
         attend, b * splits * G * blocks, q, k, v, table, lengths, sinks, out, parts, sums,
         scale * LOG2E.value / (softcap or 1.0), softcap and softcap * LOG2E.value,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], capacity, n, splits,
-        **sizes, K=K, PAGE=page, BM=chosen.BM, BK=max(16, power(K)), STAGES=chosen.STAGES, num_warps=chosen.num_warps,
+        **sizes, K=K, PAGE=page, BM=chosen.BM, BK=max(16, power(K)), BV=max(16, power(V)),
+        STAGES=chosen.STAGES, num_warps=chosen.num_warps,
     )  # fmt: skip
     if splits > 1:
-        launch(join, b * h * t, lengths, sinks, out, parts, sums, capacity, splits, **sizes, BS=JOINED, num_warps=2)
+        BV = min(JOINED, power(V))
+        launch(
+            join, b * h * t * -(-V // BV), lengths, sinks, out, parts, sums, capacity, splits,
+            **sizes, BV=BV, BS=min(JOINED, power(splits)), num_warps=4,
+        )  # fmt: skip
     return out
 
 
