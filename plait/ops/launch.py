@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 # what follows a call's length or batch; compiled in, every new length would be compiled for, which takes seconds
-LENGTHS = ("stride_b", "stride_h", "dx_b", "dx_h", "tokens", "number", "n", "capacity", "splits")
+LENGTHS = ("stride_b", "stride_h", "dx_b", "dx_h", "tokens", "number", "n", "capacity", "splits", "inner")
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.ops.conv import reference as conv
 from plait.ops.delta import reference as delta
-from plait.ops.rms_norm import l2norm
+from plait.ops.rms_norm import gated_rms_norm, l2norm, rms_norm
 from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, reference
 from plait.ops.shooting.cells import Bound, Cell
 from plait.ops.ssd import reference as ssd
@@ -148,3 +148,29 @@ def check_cells(cell: Cell):
 
     pool = torch.randn(POOL, len(cell.states), heads, k)
     agrees(lambda *rest: step.run(bound, x, *rest), truth, pool, torch.empty(B, 1, heads, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("gate_first", [False, True])
+def check_norms(gate_first: bool, dtype: torch.dtype):
+    """Of all channels, of each head with one weight, of each group with weights of its own; a gate cut out of a projection."""
+    from plait.ops.rms_norm import _rows
+
+    torch.manual_seed(0)
+    x, gate = (x[..., :3, :].to(dtype) for x in torch.randn(2, B, 2, 4, 40))
+    for weights, shape, zero_centered in (
+        (40, (B, 2, 3, 40), True),
+        (120, (B, 2, 3, 40), False),
+        (40, (B, 2, 40), True),
+    ):
+        rows, gates, weight = x.reshape(B, 2, -1)[..., : shape[-1] * 3].view(B, 2, 3, 40), gate, torch.randn(weights)
+        if len(shape) == 3:
+            rows, gates = rows[:, :, 0], gates[:, :, 1]
+        options = {"eps": 1e-3, "zero_centered": zero_centered}
+        want = gated_rms_norm(rows.double(), gates.double(), weight.double(), gate_first=gate_first, **options)
+        got = _rows(rows, weight, gates, *options.values(), gate_first)
+        assert (got.double() - want).abs().max() <= WITHIN[dtype] * want.abs().max()
+        if weights == 40:
+            want = rms_norm(rows.double(), weight.double(), **options)
+            got = _rows(rows, weight, None, *options.values(), False)
+            assert (got.double() - want).abs().max() <= WITHIN[dtype] * want.abs().max()

@@ -1,7 +1,7 @@
 """RMSNorm (arXiv 1910.07467): y = x / sqrt(mean(x^2) + eps) * w over the last axis; and x / |x|.
 
 torch has a fused kernel for devices but composes it from many passes on the CPU; here a norm takes the fewest passes
-that torch's ops allow, and has its own gradient.
+that torch's ops allow, and has its own gradient. The few rows of a decoding step on a GPU are one kernel, gate and all.
 """
 
 from functools import cache
@@ -12,12 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.ops.graph import gradient, one_step
+from plait.ops.operator import operator
+
+FEW = 4096  # rows that a step may have; from there on torch's kernels fill the chip
+WIDEST = 8192
 
 
 def rms_norm(
     x: Float[Tensor, "*n d"], weight: Float[Tensor, " d"], eps: float, zero_centered: bool = False
 ) -> Float[Tensor, "*n d"]:
     """The sum of squares is taken in float32 at least; the result has x's dtype. `zero_centered`: times 1 + w."""
+    if _few(x):
+        return _rows(x, weight, None, eps, zero_centered, False)
     if not _by_hand(x):
         weight = 1 + weight if zero_centered else weight
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
@@ -26,6 +32,29 @@ def rms_norm(
         return _rms_norm(x, 1 + weight if zero_centered else weight, eps)
     y = x * _scale(x, eps, 1 / x.shape[-1])
     return y.addcmul_(y, weight) if zero_centered else y.mul_(weight)
+
+
+def gated_rms_norm(
+    x: Float[Tensor, "*n i d"],
+    gate: Float[Tensor, "*n i d"],
+    weight: Float[Tensor, " w"],
+    eps: float,
+    *,
+    zero_centered: bool = False,
+    gate_first: bool = False,
+) -> Float[Tensor, "*n i d"]:
+    """rms_norm(x) silu(gate); `gate_first`: rms_norm(x silu(gate)). The weight is one for all i (d), or for each its own
+    (i d), as where groups of channels are normed alone."""
+    if _few(x, gate):
+        return _rows(x, weight, gate, eps, zero_centered, gate_first)
+    if gate_first:
+        x = x * F.silu(gate)
+    if len(weight) == x.shape[-1]:
+        y = rms_norm(x, weight, eps, zero_centered)
+    else:
+        factor = weight.to(x.dtype).view(x.shape[-2:])
+        y = F.rms_norm(x, x.shape[-1:], eps=eps) * (1 + factor if zero_centered else factor)
+    return y if gate_first else y * F.silu(gate)
 
 
 def l2norm(x: Float[Tensor, "*n k"], eps: float = 1e-6) -> Float[Tensor, "*n k"]:
@@ -37,6 +66,34 @@ def l2norm(x: Float[Tensor, "*n k"], eps: float = 1e-6) -> Float[Tensor, "*n k"]
 
 def _by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+
+
+def _few(x: Tensor, *others: Tensor) -> bool:
+    """Whether a call is that of a decoding step, and no compiler would do better by fusing it with what is around."""
+    return (
+        x.device.type == "cuda"
+        and 0 < x.numel() <= FEW * x.shape[-1]
+        and x.shape[-1] <= WIDEST
+        and x.dtype != torch.float64
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(y.stride(-1) == 1 for y in (x, *others))
+    )
+
+
+@operator("rms_norm")
+def _rows(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, zero_centered: bool, gate_first: bool) -> Tensor:
+    from plait.ops.rms_norm import triton
+
+    rows = [y if y is None else y.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, x.shape[-1]) for y in (x, gate)]
+    out = x.new_empty(x.shape)
+    triton.run(rows[0], weight, rows[1], out.view(rows[0].shape), eps, zero_centered, gate_first)
+    return out
+
+
+@torch.library.register_fake("plait::rms_norm")
+def _(x, weight, gate, eps, zero_centered, gate_first):
+    return x.new_empty(x.shape)
 
 
 def _scale(x: Float[Tensor, "*n d"], eps: float, part: float) -> Float[Tensor, "*n 1"]:
