@@ -406,9 +406,9 @@ class Token:
         self.truth = lambda state: room.reference.run(*double, state=state, packing=None)
         A_log, dt_bias, D = self.normal(h), self.normal(h), self.normal(h)
         if room is delta:
-            self.whole = partial(self.kernel, A_log, dt_bias, 1e-6)
+            self.whole = partial(self.kernel, 1.0, A_log, dt_bias, 1e-6)
         else:
-            self.whole = partial(self.kernel, A_log, dt_bias, D)
+            self.whole = partial(self.kernel, 1.0, A_log, dt_bias, D)
 
         def whole_truth(state: Tensor) -> tuple[Tensor, Tensor]:
             q, k, v, a, *b = double

@@ -82,11 +82,11 @@ def check_a_layers_own_way_to_delta():
 
     def truth(state: Tensor) -> Any:
         g = -A_log.double().exp() * F.softplus(a.double() + dt_bias.double())
-        inputs = l2norm(q.double()), l2norm(k.double()), v.double(), g, b.double().sigmoid()
+        inputs = l2norm(q.double()) / 2, l2norm(k.double()), v.double(), g, b.double().sigmoid()
         return delta.run(*inputs, state=state, packing=None)
 
     def kernel(*rest: Any) -> None:
-        triton.run(q, k, v, a, b, *rest, A_log, dt_bias, 1e-6)
+        triton.run(q, k, v, a, b, *rest, 0.5, A_log, dt_bias, 1e-6)
 
     agrees(kernel, truth, torch.randn(POOL, 4, 9, 6), torch.empty(B, 1, 4, 9))
 
@@ -99,12 +99,12 @@ def check_a_layers_own_way_to_ssd():
 
     def truth(state: Tensor) -> Any:
         step = F.softplus(dt.double() + dt_bias.double())
-        inputs = q.double(), k.double(), v.double() * step[..., None], -A_log.double().exp() * step
+        inputs = q.double() / 2, k.double(), v.double() * step[..., None], -A_log.double().exp() * step
         y, state = ssd.run(*inputs, state=state, packing=None)
         return y + v * D[:, None].double(), state
 
     def kernel(*rest: Any) -> None:
-        triton.run(q, k, v, dt, *rest, A_log, dt_bias, D)
+        triton.run(q, k, v, dt, *rest, 0.5, A_log, dt_bias, D)
 
     agrees(kernel, truth, torch.randn(POOL, 4, 9, 6), torch.empty(B, 1, 4, 9))
 

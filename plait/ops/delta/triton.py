@@ -25,7 +25,7 @@ def softplus(x):
 
 @kernel
 def advance(
-    S, rows, q, k, v, g, beta, A_log, dt_bias, o, eps, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h, beta_b, beta_h,
+    S, rows, q, k, v, g, beta, A_log, dt_bias, o, scale, eps, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h, beta_b, beta_h,
     H: tl.constexpr, TIMES: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """A program advances BV rows of the state of one head of one token."""
@@ -54,7 +54,7 @@ def advance(
     error = strength * (values - tl.sum(state * keys[None, :], 1))
     state += error[:, None] * keys[None, :]
     tl.store(there, state, mask=exists)
-    out = tl.sum(state * queries[None, :], 1)
+    out = tl.sum(state * queries[None, :], 1) * scale
     tl.store(o + (token * H + head) * V + d, out.to(o.dtype.element_ty), mask=d < V)
 
 
@@ -67,6 +67,7 @@ def run(
     state: Tensor,
     rows: Tensor | None,
     out: Tensor,
+    scale: float = 1.0,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     eps: float | None = None,
@@ -75,7 +76,7 @@ def run(
     (b, _, H, V), (G, K) = v.shape, k.shape[2:]
     BV, BK = min(ROWS, triton.next_power_of_2(V)), triton.next_power_of_2(K)
     launch(
-        advance, b * H * -(-V // BV), state, rows, q, k, v, g, beta, A_log, dt_bias, out, eps, state.stride(0),
+        advance, b * H * -(-V // BV), state, rows, q, k, v, g, beta, A_log, dt_bias, out, scale, eps, state.stride(0),
         *(stride for x in (q, k, v, g, beta) for stride in (x.stride(0), x.stride(2))),
         H=H, TIMES=H // G, K=K, V=V, BK=BK, BV=BV, num_warps=max(1, BV * BK // 512),
     )  # fmt: skip

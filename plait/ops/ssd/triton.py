@@ -20,7 +20,7 @@ ROWS = 16  # of a state in a program: 8 KB at 128 keys, and 128 programs for a s
 
 @kernel
 def advance(
-    S, rows, q, k, v, g, A_log, dt_bias, D, o, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h,
+    S, rows, q, k, v, g, A_log, dt_bias, D, o, scale, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h,
     H: tl.constexpr, TIMES: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """A program advances BV rows of the state of one head of one token."""
@@ -44,7 +44,7 @@ def advance(
 
     state = state * tl.exp(log_decay) + added[:, None] * keys[None, :]
     tl.store(there, state, mask=exists)
-    out = tl.sum(state * queries[None, :], 1)
+    out = tl.sum(state * queries[None, :], 1) * scale
     if D is not None:
         out += values * tl.load(D + head).to(tl.float32)
     tl.store(o + (token * H + head) * V + d, out.to(o.dtype.element_ty), mask=d < V)
@@ -58,6 +58,7 @@ def run(
     state: Tensor,
     rows: Tensor | None,
     out: Tensor,
+    scale: float = 1.0,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     D: Tensor | None = None,
@@ -66,7 +67,7 @@ def run(
     (b, _, H, V), (G, K) = v.shape, k.shape[2:]
     BV, BK = min(ROWS, triton.next_power_of_2(V)), triton.next_power_of_2(K)
     launch(
-        advance, b * H * -(-V // BV), state, rows, q, k, v, g, A_log, dt_bias, D, out, state.stride(0),
+        advance, b * H * -(-V // BV), state, rows, q, k, v, g, A_log, dt_bias, D, out, scale, state.stride(0),
         *(stride for x in (q, k, v, g) for stride in (x.stride(0), x.stride(2))),
         H=H, TIMES=H // G, K=K, V=V, BK=BK, BV=BV, num_warps=max(1, BV * BK // 512),
     )  # fmt: skip
