@@ -31,7 +31,8 @@ from plait.ops.attention.paged.plan import forced_plan
 from plait.ops.conv import triton as conv_step
 from plait.ops.delta import gated_delta
 from plait.ops.delta import triton as delta_step
-from plait.ops.rms_norm import l2norm
+from plait.ops.kernels import forced
+from plait.ops.rms_norm import gated_rms_norm, l2norm, rms_norm
 from plait.ops.shooting.triton import step as cell_step
 from plait.ops.ssd import ssd
 from plait.ops.ssd import triton as ssd_step
@@ -389,6 +390,15 @@ class Token:
         parts = self.normal(self.step.b, 1, heads * sum(sizes) + 16, dtype=self.step.dtype)[..., 16:]
         return [x.unflatten(2, (heads, -1)) for x in parts.split_with_sizes([heads * size for size in sizes], 2)]
 
+    def form(self, name: str, op: Callable[..., Any], *inputs: Any) -> Run:
+        """The op by this form of it."""
+
+        def run() -> Any:
+            with forced(name):
+                return op(*inputs, state=self.state, rows=self.rows)
+
+        return run
+
     def delta(self, h: int, g: int, k: int, v: int) -> None:
         self.linear(delta, delta_step, gated_delta, h, g, k, v)
 
@@ -401,7 +411,7 @@ class Token:
         self.inputs = (q, F.normalize(keys, dim=-1), values, *gates)
         self.state, self.out = self.normal(b + 3, h, v, k), self.normal(b, 1, h, v, dtype=self.step.dtype)
         self.kernel = partial(kernel.run, *self.inputs, self.state, self.rows, self.out)
-        self.torch = partial(op, *self.inputs, state=self.state, rows=self.rows)
+        self.torch = self.form("step", op, *self.inputs)
         double = [x.double() for x in self.inputs]
         self.truth = lambda state: room.reference.run(*double, state=state, packing=None)
         A_log, dt_bias, D = self.normal(h), self.normal(h), self.normal(h)
@@ -427,7 +437,7 @@ class Token:
         self.state, self.out = self.normal(b + 3, width - 1, channels, dtype=dtype), torch.empty_like(x)
         self.inputs = x, weight, bias
         self.kernel = partial(conv_step.run, x, weight, bias, self.state, self.rows, self.out)
-        self.torch = partial(conv.causal_conv, x, weight, bias, state=self.state, rows=self.rows)
+        self.torch = self.form("step", conv.causal_conv, x, weight, bias)
 
         def truth(tail: Tensor) -> tuple[Tensor, Tensor]:
             past = torch.cat([tail, x.double()], 1)
@@ -445,7 +455,7 @@ class Token:
         self.state, self.out = self.normal(b + 3, s, heads, units), torch.empty_like(x[:, :, 0])
         self.inputs = (x,)
         self.kernel = partial(cell_step.run, bound, x, self.state, self.rows, self.out)
-        self.torch = partial(shooting.shooting, bound, x, state=self.state, rows=self.rows)
+        self.torch = self.form("step", shooting.shooting, bound, x)
 
         def truth(state: Tensor) -> tuple[Tensor, Tensor]:
             states, final = shooting.reference.run(double, x.double(), state, None)
@@ -523,10 +533,68 @@ def step_cases(op: str) -> Iterator[Case]:
         yield Case(op, str(step), Token(step).bytes(), tokens(step, "kernel"), {}, rivals)
 
 
+# --- norms
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of `groups` times d channels, with or without a gate."""
+
+    b: int
+    groups: int
+    d: int
+    gated: bool
+    dtype: torch.dtype = BF16
+
+    def __str__(self) -> str:
+        gate = ", gated" if self.gated else ""
+        return f"b {self.b} of {self.groups} x {self.d}{gate}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def norm_inputs(rows: Rows, seed: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    both = torch.randn(2, rows.b, 1, rows.groups, rows.d, device=DEVICE, generator=generator).to(rows.dtype)
+    weight = torch.randn(rows.d, device=DEVICE, generator=generator)
+    return both[0], weight, 1e-6, *([both[1]] if rows.gated else [])
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+    return rms_norm(x, weight, eps) if gate is None else gated_rms_norm(x, gate, weight, eps)
+
+
+def by_torch(*inputs: Any) -> Tensor:
+    with torch.enable_grad():  # what training runs
+        return norm(*inputs)
+
+
+def check_norms() -> float:
+    worst = 0.0
+    for shape in ((3, 5, 77), (1, 16, 128), (2, 1, 1024), (5, 1, 8192)):
+        for gated in (False, True):
+            for dtype in (BF16, FP32):
+                inputs = norm_inputs(Rows(*shape, gated, dtype))
+                want = norm(*(x.double() if isinstance(x, Tensor) else x for x in inputs))
+                worst = max(worst, apart(norm(*inputs), want) / LIMITS[dtype])
+    require(worst <= 1, f"norms are {worst:.1f} times further from float64 than they may")
+    return worst
+
+
+def norms(form: Callable[..., Tensor], rows: Rows) -> Sets:
+    return lambda n: [partial(form, *norm_inputs(rows, seed)) for seed in range(n)]
+
+
+def norm_cases() -> Iterator[Case]:
+    for sizes in ((1, 1024, False), (16, 128, True), (1, 2048, True)):
+        for rows in (Rows(b, *sizes) for b in (1, 32)):
+            moved = (2 + rows.gated) * rows.b * rows.groups * rows.d * 2
+            yield Case("norm", str(rows), moved, norms(norm, rows), {}, {"torch": norms(by_torch, rows)})
+
+
 # --- all of it
 
 
 KERNELS = {"paged": (check_all_paged, paged_cases), "write": (check_all_writes, write_cases)}
+KERNELS["norm"] = check_norms, norm_cases
 KERNELS |= {op: (partial(check_steps, op), partial(step_cases, op)) for op in STEPS}
 
 

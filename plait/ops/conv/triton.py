@@ -50,6 +50,7 @@ def run(
 ) -> None:
     """Shapes as in `causal_conv` with t = 1; `rows` None: the rows of `state` are those of the call. silu: of the outputs."""
     (b, _, D), W = x.shape, weight.shape[1]
+    x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
     BD = min(CHANNELS, triton.next_power_of_2(D))
     launch(
         advance, b * -(-D // BD), state, rows, x, weight, bias, out, *state.stride()[:2], x.stride(0),

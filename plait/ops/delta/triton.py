@@ -74,6 +74,7 @@ def run(
 ) -> None:
     """Shapes as in `gated_delta` with t = 1; `rows` None: the rows of `state` are those of the call."""
     (b, _, H, V), (G, K) = v.shape, k.shape[2:]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     BV, BK = min(ROWS, triton.next_power_of_2(V)), triton.next_power_of_2(K)
     launch(
         advance, b * H * -(-V // BV), state, rows, q, k, v, g, beta, A_log, dt_bias, out, scale, eps, state.stride(0),

@@ -1,0 +1,53 @@
+"""What kernels for a single token on the rows of a pool ask about a call."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plait.ops.kernels import Call
+
+ARCHITECTURE = (8, 0)  # the first of NVIDIA's that computes in bfloat16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDEST = 256  # keys of a head
+
+
+class Held(NamedTuple):
+    """A pool's tensor: its dtype, whether a row lies in one piece, and how many numbers lie side by side in it."""
+
+    dtype: torch.dtype
+    whole: bool
+    width: int
+
+
+def held(state: Tensor | None) -> Held | None:
+    if state is None:
+        return None
+    return Held(state.dtype, state[:1].is_contiguous(), state.shape[-1])
+
+
+def on_gpu(call: Call) -> str | None:
+    """None, or why no kernel fits."""
+    if call.device != "cuda":
+        return "needs an NVIDIA GPU"
+    if call.architecture is not None and call.architecture < ARCHITECTURE:
+        return "needs compute capability {}.{}, this is {}.{}".format(*ARCHITECTURE, *call.architecture)
+    if call.tokens != "one":
+        return "only for a single token"
+    if not call.pooled:
+        return "only for rows of a pool"
+    if call.dtype not in DTYPES:
+        return f"no kernel for {call.dtype}"
+    return None
+
+
+def linear(call: Call) -> str | None:
+    """Of a recurrence whose state is a matrix."""
+    reason, state = on_gpu(call), call.sizes
+    if reason is not None or state is None:
+        return reason
+    if state.dtype != torch.float32:
+        return f"states are {state.dtype}"
+    if state.width > WIDEST:
+        return f"keys of {state.width} are above {WIDEST}"
+    return None if state.whole else "a row of the pool does not lie in one piece"
