@@ -454,7 +454,7 @@ class Token:
         double = cell.bind(bound.recurrent.double(), weights=tuple(w.double() for w in weights))
         self.state, self.out = self.normal(b + 3, s, heads, units), torch.empty_like(x[:, :, 0])
         self.inputs = (x,)
-        self.kernel = partial(cell_step.run, bound, x, self.state, self.rows, self.out)
+        self.kernel = partial(cell_step.run, bound, x, self.state, self.rows, self.out, torch.empty(3, device=DEVICE))
         self.torch = self.form("step", shooting.shooting, bound, x)
 
         def truth(state: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """The gated DeltaNet layer."""
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,9 +10,8 @@ from plait.layers.context import Context
 from plait.layers.declared import LayerModule
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
-from plait.ops.delta import gated_delta
-from plait.ops.kernels import Call, cast
-from plait.ops.rms_norm import l2norm
+from plait.ops.delta import Gates, gated_delta
+from plait.ops.kernels import Call
 from plait.state import Recurrent, recurrent
 
 
@@ -47,15 +44,11 @@ class GatedDeltaNetLayer(LayerModule):
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         qkv, z, b, a = self.in_proj(x).split_with_sizes(self.widths, -1)
-        qkv, conv = causal_conv(
-            qkv, self.conv1d_weight, state=state and state.conv, rows=context.rows, packing=context.packing
-        )
-        qk, v = F.silu(qkv).split_with_sizes(self.conv_widths, -1)
-        q, k = l2norm(qk.unflatten(-1, (2, -1, self.config.head_dim))).unbind(2)  # (b, t, g, k)
-        v = v.unflatten(-1, (-1, self.config.value_head_dim))  # (b, t, h, v)
-        A_log = self.A_log
-        g = -A_log.exp() * F.softplus(cast(a, A_log.dtype) + self.dt_bias)
-        beta = torch.sigmoid(cast(b, A_log.dtype))
-        o, s = gated_delta(q, k, v, g, beta, state=state and state.s, rows=context.rows, packing=context.packing)
-        o = self.norm(o) * F.silu(z.unflatten(-1, (-1, self.config.value_head_dim)))
-        return self.out_proj(o.flatten(2)), recurrent(s, conv)
+        where = {"rows": context.rows, "packing": context.packing}
+        qkv, conv = causal_conv(qkv, self.conv1d_weight, silu=True, state=state and state.conv, **where)
+        qk, v = qkv.split_with_sizes(self.conv_widths, -1)
+        q, k = qk.unflatten(-1, (2, -1, self.config.head_dim)).unbind(2)  # (b, t, g, k)
+        v, z = (y.unflatten(-1, (-1, self.config.value_head_dim)) for y in (v, z))  # (b, t, h, v)
+        gates = Gates(self.A_log, self.dt_bias)
+        o, s = gated_delta(q, k, v, a, b, gates=gates, state=state and state.s, **where)
+        return self.out_proj(self.norm(o, z).flatten(2)), recurrent(s, conv)

@@ -1,7 +1,5 @@
 """The Mamba-2 layer."""
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,8 +10,9 @@ from plait.layers.context import Context
 from plait.layers.declared import LayerModule
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
-from plait.ops.kernels import Call, cast
-from plait.ops.ssd import ssd
+from plait.ops.kernels import Call
+from plait.ops.rms_norm import gated_rms_norm
+from plait.ops.ssd import Gates, ssd
 from plait.state import Recurrent, recurrent
 
 
@@ -49,36 +48,20 @@ class Mamba2Layer(LayerModule):
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c = self.config
         z, xBC, dt = self.in_proj(u).split_with_sizes(self.widths, -1)
-        xBC, conv = causal_conv(
-            xBC,
-            self.conv1d_weight,
-            self.conv1d_bias,
-            state=state and state.conv,
-            rows=context.rows,
-            packing=context.packing,
-        )
-        x, B, C = F.silu(xBC).split_with_sizes(self.conv_widths, -1)
+        where = {"rows": context.rows, "packing": context.packing}
+        conv1d = self.conv1d_weight, self.conv1d_bias
+        xBC, conv = causal_conv(xBC, *conv1d, silu=True, state=state and state.conv, **where)
+        x, B, C = xBC.split_with_sizes(self.conv_widths, -1)
         x = x.unflatten(-1, (-1, c.head_dim))  # (b, t, h, p)
         B, C = (y.unflatten(-1, (c.groups, -1)) for y in (B, C))  # (b, t, g, n)
-        dt = F.softplus(cast(dt, self.dt_bias.dtype) + self.dt_bias)  # (b, t, h)
-        g = -self.A_log.exp() * dt
-        y, s = ssd(
-            C,
-            B,
-            x * cast(dt[..., None], x.dtype),
-            g,
-            state=state and state.s,
-            rows=context.rows,
-            packing=context.packing,
-        )
-        y = torch.addcmul(y, x, cast(self.D[:, None], x.dtype)).flatten(2)
-        out = self.out_proj(norm_per_group(y * F.silu(z), self.norm, c.groups))
-        return out, recurrent(s, conv)
+        gates = Gates(self.A_log, self.dt_bias, self.D)
+        y, s = ssd(C, B, x, dt, gates=gates, state=state and state.s, **where)
+        return self.out_proj(norm_per_group(y.flatten(2), z, self.norm, c.groups)), recurrent(s, conv)
 
 
-def norm_per_group(x: Float[Tensor, "b t d"], norm: Norm, groups: int) -> Float[Tensor, "b t d"]:
-    """Each group's channels normed alone, as in the published models."""
+def norm_per_group(x: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"], norm: Norm, groups: int) -> Tensor:
+    """norm(x silu(z)), each group's channels normed alone, as in the published models."""
     if groups == 1:
-        return norm(x)
-    x = x.unflatten(-1, (groups, -1))
-    return F.rms_norm(x, x.shape[-1:], eps=norm.config.eps).flatten(-2) * norm.weight.to(x.dtype)
+        return norm(x, z, gate_first=True)
+    x, z = (y.unflatten(-1, (groups, -1)) for y in (x, z))
+    return gated_rms_norm(x, z, norm.weight, norm.config.eps, gate_first=True).flatten(-2)

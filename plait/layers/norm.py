@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.design.norms import LayerNorm, RMSNorm
-from plait.ops.rms_norm import rms_norm
+from plait.ops.rms_norm import gated_rms_norm, rms_norm
 
 
 class Norm(nn.Module):
@@ -21,9 +21,16 @@ class Norm(nn.Module):
         biased = isinstance(config, LayerNorm) and config.bias
         self.bias = nn.Parameter(torch.zeros(width, dtype=torch.float32)) if biased else None
 
-    def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    def forward(
+        self, x: Float[Tensor, "*n d"], gate: Float[Tensor, "*n d"] | None = None, gate_first: bool = False
+    ) -> Float[Tensor, "*n d"]:
+        """With a gate, norm(x) silu(gate); or with `gate_first` norm(x silu(gate))."""
         c = self.config
         if isinstance(c, RMSNorm):
-            return rms_norm(x, self.weight, c.eps, c.zero_centered)
+            if gate is None:
+                return rms_norm(x, self.weight, c.eps, c.zero_centered)
+            return gated_rms_norm(x, gate, self.weight, c.eps, zero_centered=c.zero_centered, gate_first=gate_first)
+        if gate is not None:
+            return self(x * F.silu(gate)) if gate_first else self(x) * F.silu(gate)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, c.eps)

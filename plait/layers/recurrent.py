@@ -4,7 +4,6 @@ from dataclasses import fields
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -185,15 +184,13 @@ class RecurrentLayer(LayerModule):
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         u, conv = x, state and state.conv
         if self.conv1d_weight is not None:
-            u, conv = causal_conv(
-                x, self.conv1d_weight, self.conv1d_bias, state=conv, rows=context.rows, packing=context.packing
-            )
-            u = F.silu(u)
+            conv1d, where = (self.conv1d_weight, self.conv1d_bias), {"rows": context.rows, "packing": context.packing}
+            u, conv = causal_conv(x, *conv1d, silu=True, state=conv, **where)
         solve = self._strictly if self.cell.config.strict else self._solve
         h, s, info = solve(u, context, state)
         context.stat("solver", info, "max")
         if self.norm is not None and self.gate_proj is not None:
-            h = self.norm(h) * F.silu(self.gate_proj(x))
+            h = self.norm(h, self.gate_proj(x))
         return self.out_proj(h), recurrent(s, conv)
 
     def _solve(self, u: Tensor, context: Context, state: Recurrent | None) -> tuple[Tensor, Tensor | None, Info]:

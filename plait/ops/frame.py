@@ -2,16 +2,27 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from plait.ops.kernels import Kernels, cast, choose, full_precision, wide
+from plait.ops.kernels import Kernel, Kernels, cast, choose, full_precision, wide
 from plait.ops.packing import Packing
 
 Rows = Int[Tensor, " b"] | slice
+
+
+class Around(Protocol):
+    """What a layer does to an op's inputs before, and to its outputs after: a NamedTuple of its weights. A form that takes rows
+    has its own way to the same, and gets the weights by name."""
+
+    def before(self, *inputs: Any) -> tuple[Any, ...]: ...
+
+    def after(self, y: Tensor, *inputs: Any) -> Tensor: ...
+
+    def _asdict(self) -> dict[str, Any]: ...
 
 
 def recur(
@@ -24,8 +35,9 @@ def recur(
     *,
     scale: float | None = None,
     sizes: Any = None,
+    around: Around | None = None,
 ) -> tuple[Any, ...]:
-    """Outputs in the dtype of `like` (b, t, ...), the state, and what else the form gives.
+    """Outputs in the dtype of `like` (b, t, ...), the state, and what else the form gives; `around` them what a layer does.
 
     A form is called as `run(*inputs, state, packing, own)` and gives (y, new state or None, ...); one that takes no wide inputs
     gets `scale` too where there is one. Without `rows`, `state` (n, ...) is a value, which no form writes to. With them it is a
@@ -33,11 +45,29 @@ def recur(
     back. `own` tells a form that `state` is contiguous and its to overwrite; a form that does so returns it. Rows must be
     distinct.
     """
+    kernel = choose(kernels, like, packed=packing is not None, pooled=rows is not None, sizes=sizes)
+    run, given = kernel.run, inputs
+    if around is not None and kernel.rows:
+        run, around = partial(run, **around._asdict()), None
+    if around is not None:
+        inputs = around.before(*inputs)
+    y, state, *more = _computed(kernel, run, like, inputs, state, rows, packing, scale)
+    return y if around is None else around.after(y, *given), state, *more
+
+
+def _computed(
+    kernel: Kernel,
+    run: Callable[..., tuple[Any, ...]],
+    like: Tensor,
+    inputs: tuple[Any, ...],
+    state: Tensor | None,
+    rows: Rows | None,
+    packing: Packing | None,
+    scale: float | None,
+) -> tuple[Any, ...]:
     if torch.is_autocast_enabled(like.device.type):  # asked here, since a `with` costs as much as some steps do
         with full_precision(like.device):
-            return recur(kernels, like, inputs, state, rows, packing, scale=scale, sizes=sizes)
-    kernel = choose(kernels, like, packed=packing is not None, pooled=rows is not None, sizes=sizes)
-    run = kernel.run
+            return _computed(kernel, run, like, inputs, state, rows, packing, scale)
     if kernel.wide:
         inputs = tuple([wide(x) for x in inputs])
         if scale is not None:

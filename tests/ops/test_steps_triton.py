@@ -147,7 +147,9 @@ def check_cells(cell: Cell):
         return states[:, :, 0], final
 
     pool = torch.randn(POOL, len(cell.states), heads, k)
-    agrees(lambda *rest: step.run(bound, x, *rest), truth, pool, torch.empty(B, 1, heads, k))
+    info = torch.empty(3)
+    agrees(lambda *rest: step.run(bound, x, *rest, info), truth, pool, torch.empty(B, 1, heads, k))
+    assert info.tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

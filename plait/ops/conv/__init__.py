@@ -1,12 +1,14 @@
 """Causal depthwise convolution over time: y_t = sum_i w_i x_{t-i}, one short filter per channel."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.ops.conv import chunked, reference, step
+from plait.ops.conv import chunked, pooled, reference, step
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, Kernels, always, cast, one_token
@@ -38,9 +40,22 @@ def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | No
     return form
 
 
+class Activation(NamedTuple):
+    """SiLU of what comes out."""
+
+    silu: bool = True
+
+    def before(self, *inputs: Any) -> tuple[Any, ...]:
+        return inputs
+
+    def after(self, y: Tensor, *inputs: Any) -> Tensor:
+        return F.silu(y)
+
+
 KERNELS = Kernels(
     "conv",
     (
+        Kernel("triton", pooled.run, pooled.supports, rows=True),
         Kernel("step", step.run, one_token),
         Kernel("chunked", _form(chunked.run), always),
         Kernel("reference", _form(reference.run), always),
@@ -54,16 +69,19 @@ def causal_conv(
     weight: Float[Tensor, "d w"],
     bias: Float[Tensor, " d"] | None = None,
     *,
+    silu: bool = False,
     state: Float[Tensor, "n tail d"] | None = None,
     rows: Rows | None = None,
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n tail d"] | None]:
     """Outputs and, where a state was given, each sequence's last w - 1 inputs. `weight[:, -1]` is the token's own tap.
 
-    Before the start of a sequence stands its state, else zeros. n is the batch, or the number of packed documents. With
-    `rows`, `state` is a pool's (`plait.ops.frame`).
+    Before the start of a sequence stands its state, else zeros. n is the batch, or the number of packed documents. silu: of
+    the outputs. With `rows`, `state` is a pool's (`plait.ops.frame`).
     """
-    y, state = recur(KERNELS, x, (x, weight, bias), state, rows, packing)
+    sizes = pooled.sizes_of(state, weight) if rows is not None else None
+    around = Activation() if silu else None
+    y, state = recur(KERNELS, x, (x, weight, bias), state, rows, packing, sizes=sizes, around=around)
     return y, state
 
 

@@ -1,24 +1,46 @@
 """The gated delta rule (arXiv 2412.06464, eq. 10): S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t."""
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.ops.delta import chunked, reference, step
+from plait.ops.delta import chunked, pooled, reference, step
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, Kernels, always, one_token, wide
+from plait.ops.kernels import Kernel, Kernels, always, cast, one_token, wide
 from plait.ops.packing import Packing
+from plait.ops.rms_norm import l2norm
 from plait.ops.summary import Summary
+from plait.ops.token import held, linear
 
 KERNELS = Kernels(
     "delta",
     (
+        Kernel("triton", pooled.run, linear, rows=True),
         Kernel("step", step.run, one_token, wide=True),
         Kernel("chunked", chunked.run, always, wide=True),
         Kernel("reference", reference.run, always, wide=True),
     ),
 )
+
+
+class Gates(NamedTuple):
+    """A layer's way to the rule (arXiv 2412.06464, section 3.4): q and k of length 1, decays and strengths from projections."""
+
+    A_log: Float[Tensor, " h"]
+    dt_bias: Float[Tensor, " h"]
+    eps: float = 1e-6  # below which a length counts as 0
+
+    def before(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        A_log = self.A_log
+        g = -A_log.exp() * F.softplus(cast(a, A_log.dtype) + self.dt_bias)
+        return l2norm(q, self.eps), l2norm(k, self.eps), v, g, torch.sigmoid(cast(b, A_log.dtype))
+
+    def after(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        return y
 
 
 @by_documents
@@ -30,6 +52,7 @@ def gated_delta(
     beta: Float[Tensor, "b t h"],
     *,
     scale: float | None = None,
+    gates: Gates | None = None,
     state: Float[Tensor, "n h v k"] | None = None,
     rows: Rows | None = None,
     packing: Packing | None = None,
@@ -38,9 +61,11 @@ def gated_delta(
 
     g is the log decay, log a <= 0. `g` key heads serve h value heads in order (h a multiple). Computed in float32, or
     float64 for float64 inputs. n is the batch, or the number of documents with `packing`. scale: on q, 1 if
-    left out. With `rows`, `state` is a pool's (`plait.ops.frame`).
+    left out. With `gates`, g and beta come as the projections that those are made of. With `rows`, `state` is a pool's
+    (`plait.ops.frame`).
     """
-    o, state = recur(KERNELS, v, (q, k, v, g, beta), state, rows, packing, scale=scale)
+    sizes, inputs = held(state) if rows is not None else None, (q, k, v, g, beta)
+    o, state = recur(KERNELS, v, inputs, state, rows, packing, scale=scale, sizes=sizes, around=gates)
     return o, state
 
 

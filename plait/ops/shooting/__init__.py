@@ -13,7 +13,7 @@ from plait.ops.graph import by_documents
 from plait.ops.kernels import Call, Kernel, Kernels, always, cast, one_token, wide
 from plait.ops.numbers import whole_number
 from plait.ops.packing import Packing
-from plait.ops.shooting import library, reference
+from plait.ops.shooting import library, pooled, reference
 from plait.ops.shooting.cells import EMPTY as EMPTY
 from plait.ops.shooting.cells import GRU as GRU
 from plait.ops.shooting.cells import LSTM as LSTM
@@ -215,6 +215,7 @@ def _matrices(call: Call) -> str | None:
 KERNELS = Kernels(
     "shooting",
     (
+        Kernel("triton step", pooled.run, pooled.supports, rows=True),
         Kernel("step", _form(_step), one_token),
         Kernel("triton", _form(_solver("triton")), _diagonal),
         Kernel("matrices", _form(_solver("matrices")), _matrices),

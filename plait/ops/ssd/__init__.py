@@ -1,24 +1,45 @@
 """State space duality (Mamba-2, arXiv 2405.21060, section 6): S_t = a_t S_{t-1} + v_t k_t^T, o_t = S_t q_t."""
 
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from plait.ops.decay import decay_of
 from plait.ops.frame import Rows, recur
 from plait.ops.graph import by_documents
-from plait.ops.kernels import Kernel, Kernels, always, full_precision, one_token, wide
+from plait.ops.kernels import Kernel, Kernels, always, cast, full_precision, one_token, wide
 from plait.ops.packing import Packing
-from plait.ops.ssd import chunked, reference, step
+from plait.ops.ssd import chunked, pooled, reference, step
 from plait.ops.summary import Summary
+from plait.ops.token import held, linear
 
 KERNELS = Kernels(
     "ssd",
     (
+        Kernel("triton", pooled.run, linear, rows=True),
         Kernel("step", step.run, one_token, wide=True),
         Kernel("chunked", chunked.run, always, wide=True),
         Kernel("reference", reference.run, always, wide=True),
     ),
 )
+
+
+class Gates(NamedTuple):
+    """Mamba-2's way to the recurrence (arXiv 2405.21060, section 7): steps dt from a projection, and x past it by D."""
+
+    A_log: Float[Tensor, " h"]
+    dt_bias: Float[Tensor, " h"]
+    D: Float[Tensor, " h"]
+
+    def before(self, C: Tensor, B: Tensor, x: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+        dt = F.softplus(cast(dt, self.dt_bias.dtype) + self.dt_bias)  # (b, t, h)
+        return C, B, x * cast(dt[..., None], x.dtype), -self.A_log.exp() * dt
+
+    def after(self, y: Tensor, C: Tensor, B: Tensor, x: Tensor, dt: Tensor) -> Tensor:
+        return torch.addcmul(y, x, cast(self.D[:, None], x.dtype))
 
 
 @by_documents
@@ -29,6 +50,7 @@ def ssd(
     g: Float[Tensor, "b t h"],
     *,
     scale: float | None = None,
+    gates: Gates | None = None,
     state: Float[Tensor, "n h v k"] | None = None,
     rows: Rows | None = None,
     packing: Packing | None = None,
@@ -37,9 +59,11 @@ def ssd(
 
     In Mamba-2's letters q is C, k is B, v is dt x and g = dt A, the log decay, one per head. `g` groups of q and k serve
     h heads in order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the documents
-    packed. scale: on q, 1 if left out. With `rows`, `state` is a pool's (`plait.ops.frame`).
+    packed. scale: on q, 1 if left out. With `gates`, v is x and g the projection that dt is made of. With `rows`, `state` is
+    a pool's (`plait.ops.frame`).
     """
-    o, state = recur(KERNELS, v, (q, k, v, g), state, rows, packing, scale=scale)
+    sizes = held(state) if rows is not None else None
+    o, state = recur(KERNELS, v, (q, k, v, g), state, rows, packing, scale=scale, sizes=sizes, around=gates)
     return o, state
 
 

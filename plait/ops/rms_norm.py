@@ -83,11 +83,11 @@ def _few(x: Tensor, *others: Tensor) -> bool:
 
 @operator("rms_norm")
 def _rows(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, zero_centered: bool, gate_first: bool) -> Tensor:
-    from plait.ops.rms_norm import triton
+    from plait.ops import rms_norm_triton
 
     rows = [y if y is None else y.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, x.shape[-1]) for y in (x, gate)]
     out = x.new_empty(x.shape)
-    triton.run(rows[0], weight, rows[1], out.view(rows[0].shape), eps, zero_centered, gate_first)
+    rms_norm_triton.run(rows[0], weight, rows[1], out.view(rows[0].shape), eps, zero_centered, gate_first)
     return out
 
 
