@@ -85,9 +85,10 @@ def _few(x: Tensor, *others: Tensor) -> bool:
 def _rows(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, zero_centered: bool, gate_first: bool) -> Tensor:
     from plait.ops import rms_norm_triton
 
-    rows = [y if y is None else y.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, x.shape[-1]) for y in (x, gate)]
-    out = x.new_empty(x.shape)
-    rms_norm_triton.run(rows[0], weight, rows[1], out.view(rows[0].shape), eps, zero_centered, gate_first)
+    inner, d = x.shape[-2] if x.ndim > 1 else 1, x.shape[-1]
+    out, rows = x.new_empty(x.shape), x.reshape(-1, inner, d)
+    gates = None if gate is None else gate.reshape(-1, inner, d)
+    rms_norm_triton.run(rows, weight, gates, out.view(rows.shape), eps, zero_centered, gate_first)
     return out
 
 

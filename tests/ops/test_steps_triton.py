@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import plait.ops.delta as delta_op
+import plait.ops.ssd as ssd_op
 from plait.ops.conv import reference as conv
 from plait.ops.delta import reference as delta
-from plait.ops.rms_norm import gated_rms_norm, l2norm, rms_norm
+from plait.ops.rms_norm import gated_rms_norm, rms_norm
 from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, reference
 from plait.ops.shooting.cells import Bound, Cell
 from plait.ops.ssd import reference as ssd
@@ -73,40 +75,37 @@ def check_linear(h: int, g: int, k: int, v: int, dtype: torch.dtype):
         agrees(kernel, truth, torch.randn(POOL, h, v, k), torch.empty(B, 1, h, v, dtype=dtype))
 
 
-def check_a_layers_own_way_to_delta():
-    from plait.ops.delta import triton
+def double(*values: Any) -> Any:
+    """All tensors among them in float64."""
+    return [x.double() if isinstance(x, Tensor) else x for x in values]
 
+
+def delta_layer() -> tuple[Any, ...]:
     (q, k), (v, b, a) = parts(torch.float32, 2, 6, 6), parts(torch.float32, 4, 9, 1, 1)
-    a, b = 30 * a[..., 0], b[..., 0]  # with a softplus that is linear, too
-    A_log, dt_bias = torch.randn(4), torch.randn(4)
-
-    def truth(state: Tensor) -> Any:
-        g = -A_log.double().exp() * F.softplus(a.double() + dt_bias.double())
-        inputs = l2norm(q.double()) / 2, l2norm(k.double()), v.double(), g, b.double().sigmoid()
-        return delta.run(*inputs, state=state, packing=None)
-
-    def kernel(*rest: Any) -> None:
-        triton.run(q, k, v, a, b, *rest, 0.5, A_log, dt_bias, 1e-6)
-
-    agrees(kernel, truth, torch.randn(POOL, 4, 9, 6), torch.empty(B, 1, 4, 9))
+    return delta_op, (q, k, v, 30 * a[..., 0], b[..., 0]), delta_op.Gates(torch.randn(4), torch.randn(4)), (4, 9, 6)
 
 
-def check_a_layers_own_way_to_ssd():
-    from plait.ops.ssd import triton
-
+def ssd_layer() -> tuple[Any, ...]:
     (q, k), (v, dt) = parts(torch.float32, 2, 6, 6), parts(torch.float32, 4, 9, 1)
-    dt, A_log, dt_bias, D = 30 * dt[..., 0], torch.randn(4), torch.randn(4), torch.randn(4)
+    return ssd_op, (q, k, v, 30 * dt[..., 0]), ssd_op.Gates(*torch.randn(3, 4)), (4, 9, 6)
 
-    def truth(state: Tensor) -> Any:
-        step = F.softplus(dt.double() + dt_bias.double())
-        inputs = q.double() / 2, k.double(), v.double() * step[..., None], -A_log.double().exp() * step
-        y, state = ssd.run(*inputs, state=state, packing=None)
-        return y + v * D[:, None].double(), state
 
-    def kernel(*rest: Any) -> None:
-        triton.run(q, k, v, dt, *rest, 0.5, A_log, dt_bias, D)
-
-    agrees(kernel, truth, torch.randn(POOL, 4, 9, 6), torch.empty(B, 1, 4, 9))
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("make", [delta_layer, ssd_layer])
+@torch.no_grad()
+def check_a_layers_way(make: Callable[..., Any], rows: Any):
+    """With its gates inside, by the op in float64; in a compiled graph, too. Steps of 30 are where a softplus is linear."""
+    op, inputs, gates, shape = make()
+    run = {delta_op: delta_op.gated_delta, ssd_op: ssd_op.ssd}[op]
+    got = torch.randn(POOL, *shape)
+    want, compiled = got.double(), got.clone()
+    y, _ = run(*double(*inputs), gates=type(gates)(*double(*gates)), scale=0.5, state=want, rows=rows)
+    whole = torch.compile(op.pooled.run, fullgraph=True, backend="aot_eager")
+    for form, state in ((op.pooled.run, got), (whole, compiled)):
+        out, same = form(*inputs, state=state, rows=rows, scale=0.5, **gates._asdict())
+        assert same is state
+        for one, other in ((out, y), (state, want)):
+            assert (one.double() - other).abs().max() <= WITHIN[one.dtype] * other.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
