@@ -4,6 +4,7 @@ The interpreter has to be chosen before triton is first imported, so the checks 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,14 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import plait.ops.delta as delta_op
-import plait.ops.ssd as ssd_op
-from plait.ops.conv import reference as conv
-from plait.ops.delta import reference as delta
+from plait.ops import conv, delta, ssd
 from plait.ops.rms_norm import gated_rms_norm, rms_norm
-from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, reference
-from plait.ops.shooting.cells import Bound, Cell
-from plait.ops.ssd import reference as ssd
+from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, pooled, reference
+from plait.ops.shooting.cells import Cell
 
 B, POOL = 3, 7
 ROWS = {"any order": torch.tensor([5, 0, 3]), "a slice": slice(1, 7, 2)}
@@ -32,13 +29,14 @@ def test_kernels_in_the_interpreter(run_checks_in_the_interpreter):
     run_checks_in_the_interpreter(__file__)
 
 
-def agrees(kernel: Callable[..., Any], truth: Callable[..., Any], pool: Tensor, out: Tensor) -> None:
-    """`kernel(state, rows, out)` works in place, `truth(state)` gives outputs and new states. Nothing else is written."""
+def agrees(form: Callable[..., Any], truth: Callable[..., Any], pool: Tensor) -> None:
+    """`form(state=, rows=)` works in place, `truth(state)` gives outputs and new states. Nothing else is written."""
     for rows in ROWS.values():
         got, want = pool.clone(), pool.double()
-        out.fill_(float("nan"))
-        kernel(got[rows], None, out) if isinstance(rows, slice) else kernel(got, rows, out)
         y, want[rows] = truth(pool[rows].double())
+        out, same, *info = form(state=got, rows=rows)
+        assert same is got
+        assert all(numbers.tolist() == [1, 0, 0] for numbers in info)  # of a cell: one pass, no gap, no fall-back
         for one, other in ((out, y), (got, want)):
             assert (one.double() - other).abs().max() <= WITHIN[one.dtype] * other.abs().max()
         others = torch.ones(POOL, dtype=torch.bool).index_fill(0, torch.arange(POOL)[rows], False)
@@ -53,26 +51,17 @@ def parts(dtype: torch.dtype, heads: int, *sizes: int) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("h", "g", "k", "v"), [(4, 2, 6, 20), (2, 2, 16, 5)])
+@torch.no_grad()
 def check_linear(h: int, g: int, k: int, v: int, dtype: torch.dtype):
-    from plait.ops.delta import triton as delta_triton
-    from plait.ops.ssd import triton as ssd_triton
-
     q, keys = parts(dtype, g, k, k)
     values, gate = parts(dtype, h, v, 1)
     gates = -gate[..., 0].float().exp(), gate[..., 0].float().sigmoid()
-    keys = keys / keys.norm(dim=-1, keepdim=True)
-    for definition, module, inputs in (
-        (delta, delta_triton, (q, keys, values, *gates)),
-        (ssd, ssd_triton, (q, keys, values, gates[0])),
-    ):
-
-        def kernel(*rest: Any, module=module, inputs=inputs) -> None:
-            module.run(*inputs, *rest)
-
-        def truth(state: Tensor, definition=definition, inputs=inputs) -> Any:
-            return definition.run(*(x.double() for x in inputs), state=state, packing=None)
-
-        agrees(kernel, truth, torch.randn(POOL, h, v, k), torch.empty(B, 1, h, v, dtype=dtype))
+    inputs = q, keys / keys.norm(dim=-1, keepdim=True), values, *gates
+    for op, given in ((delta, inputs), (ssd, inputs[:4])):
+        truth = partial(op.reference.run, *double(*given), packing=None)
+        agrees(
+            partial(op.pooled.run, *given), lambda state, truth=truth: truth(state=state), torch.randn(POOL, h, v, k)
+        )
 
 
 def double(*values: Any) -> Any:
@@ -82,12 +71,12 @@ def double(*values: Any) -> Any:
 
 def delta_layer() -> tuple[Any, ...]:
     (q, k), (v, b, a) = parts(torch.float32, 2, 6, 6), parts(torch.float32, 4, 9, 1, 1)
-    return delta_op, (q, k, v, 30 * a[..., 0], b[..., 0]), delta_op.Gates(torch.randn(4), torch.randn(4)), (4, 9, 6)
+    return delta, (q, k, v, 30 * a[..., 0], b[..., 0]), delta.Gates(torch.randn(4), torch.randn(4)), (4, 9, 6)
 
 
 def ssd_layer() -> tuple[Any, ...]:
     (q, k), (v, dt) = parts(torch.float32, 2, 6, 6), parts(torch.float32, 4, 9, 1)
-    return ssd_op, (q, k, v, 30 * dt[..., 0]), ssd_op.Gates(*torch.randn(3, 4)), (4, 9, 6)
+    return ssd, (q, k, v, 30 * dt[..., 0]), ssd.Gates(*torch.randn(3, 4)), (4, 9, 6)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
@@ -96,7 +85,7 @@ def ssd_layer() -> tuple[Any, ...]:
 def check_a_layers_way(make: Callable[..., Any], rows: Any):
     """With its gates inside, by the op in float64; in a compiled graph, too. Steps of 30 are where a softplus is linear."""
     op, inputs, gates, shape = make()
-    run = {delta_op: delta_op.gated_delta, ssd_op: ssd_op.ssd}[op]
+    run = {delta: delta.gated_delta, ssd: ssd.ssd}[op]
     got = torch.randn(POOL, *shape)
     want, compiled = got.double(), got.clone()
     y, _ = run(*double(*inputs), gates=type(gates)(*double(*gates)), scale=0.5, state=want, rows=rows)
@@ -110,45 +99,36 @@ def check_a_layers_way(make: Callable[..., Any], rows: Any):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("channels", "width", "bias"), [(300, 4, True), (7, 2, False)])
+@torch.no_grad()
 def check_conv(channels: int, width: int, bias: bool, dtype: torch.dtype):
-    from plait.ops.conv import triton
-
     torch.manual_seed(0)
     x = torch.randn(B, 1, channels + 3).to(dtype)[..., :channels]
-    weight, b = torch.randn(channels, width), torch.randn(channels) if bias else None
+    inputs = x, torch.randn(channels, width), torch.randn(channels) if bias else None
 
     def truth(tail: Tensor) -> Any:
         past = torch.cat([tail, x.double()], 1)
-        y = conv.run(past, weight.double(), None if b is None else b.double(), width - 1, None)
+        y = conv.reference.run(past, *double(*inputs[1:]), width - 1, None)
         return (F.silu(y) if bias else y), past[:, 1:]
 
-    tails = torch.randn(POOL, width - 1, channels).to(dtype)
-    agrees(
-        lambda *rest: triton.run(x, weight, b, *rest, silu=bias), truth, tails, torch.empty(B, 1, channels, dtype=dtype)
-    )
+    agrees(partial(conv.pooled.run, *inputs, silu=bias), truth, torch.randn(POOL, width - 1, channels).to(dtype))
 
 
 CELLS = (RNN(), RNN("relu"), GRU(), LSTM(), LSTM(True, True), SLSTM())
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: type(cell).__name__)
+@torch.no_grad()
 def check_cells(cell: Cell):
-    from plait.ops.shooting.triton import step
-
     torch.manual_seed(0)
     g, heads, k = len(cell.inputs), 2, 70
     x = torch.randn(heads, B, 1, g, k).permute(1, 2, 3, 0, 4)
     bound = cell.bind(torch.randn(g, heads, k), weights=tuple(torch.randn(heads, k) for _ in cell.weights))
-    double = Bound(cell, bound.recurrent.double(), None, tuple(w.double() for w in bound.weights))
 
     def truth(state: Tensor) -> Any:
-        states, final = reference.run(double, x.double(), state, None)
+        states, final = reference.run(bound.with_tensors(double(*bound.tensors())), x.double(), state, None)
         return states[:, :, 0], final
 
-    pool = torch.randn(POOL, len(cell.states), heads, k)
-    info = torch.empty(3)
-    agrees(lambda *rest: step.run(bound, x, *rest, info), truth, pool, torch.empty(B, 1, heads, k))
-    assert info.tolist() == [1, 0, 0]
+    agrees(partial(pooled.run, bound, x, None), truth, torch.randn(POOL, len(cell.states), heads, k))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
