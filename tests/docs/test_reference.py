@@ -15,4 +15,4 @@ def test_the_reference_tells_of_runs_layers_and_functions(tmp_path, monkeypatch)
     text = (tmp_path / "reference.md").read_text(encoding="utf-8")
     for line in ("## Runs", "`steps` = 1000", "### `GatedDeltaNet, kind: gated_deltanet`", "### `plait.engine.stream`"):
         assert line in text
-    assert "features(tokens: Shaped[Tensor, 'b t ...'], state: S | None" in text
+    assert "features(tokens: Shaped[Tensor, 'b t ...'], state: Optional[S] = None" in text

@@ -38,8 +38,8 @@ def advance(
         inputs = inputs + (tl.load(x + at, mask=exists, other=0.0).to(tl.float32),)
     s = STEP(inputs, s, w, V)
     if tl.program_id(0) == 0:  # one pass, no gap, no fall-back
-        i = tl.arange(0, 4)
-        tl.store(info + i, tl.where(i == 0, 1.0, 0.0), mask=i < 3)
+        number = tl.arange(0, 4)
+        tl.store(info + number, tl.where(number == 0, 1.0, 0.0), mask=number < 3)
     write(states + row * states_b, unit, s, exists, S, D)
     tl.store(h + token * D + unit, s[0].to(h.dtype.element_ty), mask=exists)
 
