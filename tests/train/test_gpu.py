@@ -11,6 +11,9 @@ from plait.train.late import Late
 
 pytestmark = [
     pytest.mark.gpu,
+    # torch's own doing: Dynamo looks at a slot's input; autograd's thread begins without a CUDA context
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
