@@ -68,13 +68,15 @@ def train(
     """
     run = run if start is None else run.replace(start=str(start))
     folder, ranks = Path(run.folder), ranks or One()
-    console = (console or Console(stderr=True)) if ranks.rank == 0 else Console(quiet=True)
-    with Display(console, run.steps) as display, alone_in(folder) if ranks.rank == 0 else nullcontext():
+    writes = ranks.rank == 0
+    console = (console or Console(stderr=True)) if writes else Console(quiet=True)
+    with Display(console, run.steps) as display, alone_in(folder) if writes else nullcontext():
         with ranks.in_turn():
             before = _open_folder(run)
-            kept = None if before is None else folder / "tokenizer"
-            own = batches is not None
-            inputs = own_inputs(run, batches, heldout) if own else text_inputs(run, kept, ranks, display.reading)
+            if batches is not None:
+                inputs = own_inputs(run, batches, heldout)
+            else:
+                inputs = text_inputs(run, before and folder / "tokenizer", ranks, display.reading)
         run = run.replace(design=inputs.design.to_dict())
         device = find_device(run.device)
         if before is None:
@@ -87,16 +89,11 @@ def train(
         if before is not None:
             before.restore(optimizers, inputs.batches)
         introduce(display, run, model, inputs, before)
-        if (
-            position.step < run.steps and ranks.rank == 0
-        ):  # else nothing will happen here, and the run stays what it was
+        if writes and position.step < run.steps:  # else nothing will happen here, and the run stays what it was
             if inputs.tokenizer is not None:
                 inputs.tokenizer.save(folder / "tokenizer")
             write_text(folder / CONFIG, to_yaml(stored(run)))
-        with (
-            Signals() as signals,
-            MetricsLog(folder / METRICS, position.step) if ranks.rank == 0 else nullcontext(NoLog()) as log,
-        ):
+        with Signals() as signals, MetricsLog(folder / METRICS, position.step) if writes else NoLog() as log:
             broken = torch.zeros((), device=model.device)
             return _Training(
                 run, objective(model), inputs, optimizers, position, sample, display, signals, log, ranks, broken
@@ -250,14 +247,8 @@ class _Training:
         self.broken = torch.logical_not(loss.isfinite() & norm.isfinite()).float().maximum(self.broken)
         lr = self.optimizers.step(position.step + 1, self.broken)
         position.step, position.tokens = position.step + 1, position.tokens + tokens
-        numbers = Late(
-            {
-                "loss": loss,
-                "gradient norm": norm,
-                "losses": dict(zip(parts, values, strict=True)),
-                "stats": reduce_stats(channels, ranks),
-            }
-        )
+        losses, stats = dict(zip(parts, values, strict=True)), reduce_stats(channels, ranks)
+        numbers = Late({"loss": loss, "gradient norm": norm, "losses": losses, "stats": stats})
         seconds = time.perf_counter() - started
         return _Queued(position.step, batch, lr, tokens, position.tokens, seconds, numbers)
 

@@ -44,6 +44,12 @@ class NoLog:
     def sync(self) -> None:
         pass
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
 
 class MetricsLog:
     """Appends records. What an earlier run wrote past `last_step`, where this one goes on, is dropped first."""

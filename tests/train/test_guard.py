@@ -53,8 +53,12 @@ def test_the_layer_is_named(make_run, quiet, harm, slot, checkpointing):
     assert "\n" not in said
 
 
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_no_weight_moves_from_a_step_that_is_not_finite_on(make_run, quiet, optimizer):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_no_weight_moves_from_a_step_that_is_not_finite_on(make_run, quiet, device, optimizer):
     """Step 4's gradient is no number, once. That is read when step 5, which is fine, has been queued already."""
     kept, held = {}, []
 
@@ -68,7 +72,7 @@ def test_no_weight_moves_from_a_step_that_is_not_finite_on(make_run, quiet, opti
         kept["model"] = model
         return NextToken(model)
 
-    run = make_run("DF A", sample_every=3, save_every=0, eval_every=0, optimizer=optimizer, lr=1e-2)
+    run = make_run("DF A", sample_every=3, save_every=0, eval_every=0, device=device, optimizer=optimizer, lr=1e-2)
     with pytest.raises(NonFinite, match="step 4: gradient norm is nan"):
         train(run, objective=objective, sample=sample, console=quiet)
     model = kept.pop("model")
