@@ -10,6 +10,7 @@ from plait.design.model import ModelConfig
 from plait.design.pattern import PatternError, parse
 from plait.design.presets import PRESETS
 from plait.design.spelling import suggest
+from plait.design.struct import plain
 from plait.design.yaml_core import read_yaml
 from plait.files import read_text, user_path
 
@@ -143,7 +144,7 @@ def _of_file(path: Path) -> tuple[dict[str, Any], bool]:
 
 def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A copy of nested plain data with dotted keys set."""
-    result = json.loads(json.dumps(data))
+    result = plain(data)
     for key, value in changes.items():
         node, *inner = key.split(".")
         target = result
