@@ -13,9 +13,10 @@ from plait.design.spelling import suggest
 from plait.design.struct import plain
 from plait.design.yaml_core import read_yaml
 from plait.files import read_text, user_path
+from plait.run_folder import RUN, checkpoints
 
 DEFAULT_SIZE = {"vocab": 32_000, "dim": 512}  # for a bare pattern, as in `plait show "(MF)3 AF"`
-SAVED, RUN = "config.json", "run.yaml"
+SAVED = "config.json"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -118,10 +119,7 @@ def design_file(folder: Path) -> Path:
 
     Raises FileNotFoundError for a folder with none of these.
     """
-    steps = sorted(
-        folder.glob(f"checkpoints/step-*/{SAVED}"), key=lambda path: (len(path.parent.name), path.parent.name)
-    )
-    for path in (folder / SAVED, *reversed(steps), folder / RUN):
+    for path in (folder / SAVED, *(step / SAVED for step in reversed(checkpoints(folder))), folder / RUN):
         if path.is_file():
             return path
     raise FileNotFoundError(
