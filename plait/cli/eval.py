@@ -48,9 +48,8 @@ def command(
     from plait.data import load_tokenizer
     from plait.model import load
     from plait.model.device import find_device
-    from plait.train import check_model
 
-    again, folder = load_imports(imports), check_model(trained(run))
+    again, folder = load_imports(imports), trained(run)
     made_by = run_of(folder)
     if text is None and made_by is None:
         raise ValueError(f"{folder} is not part of a training run, so it has no held-out text: give --text")

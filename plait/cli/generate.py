@@ -36,10 +36,9 @@ def command(
     from plait.files import letters
     from plait.model import load
     from plait.model.device import find_device
-    from plait.train import check_model
 
     text = sys.stdin.read() if prompt == "-" else letters(prompt)
-    again, folder = load_imports(imports), check_model(trained(run))
+    again, folder = load_imports(imports), trained(run)
     model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
     started = time.perf_counter()
     pieces = []

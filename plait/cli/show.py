@@ -11,11 +11,12 @@ from plait.design.count import flops_per_token, head_flops, parameters, slot_cou
 from plait.design.declared import front_weights, head_weights
 from plait.design.imports import KEY, asked, load_modules
 from plait.design.layers import LETTERS
-from plait.design.load import RUN, SAVED, design_file, design_mapping, find_design, read_mapping
+from plait.design.load import SAVED, design_file, design_mapping, find_design, read_mapping
 from plait.design.merges import MERGE_KINDS
 from plait.design.summary import si, size
 from plait.design.weights import total
 from plait.files import user_path
+from plait.run_folder import RUN
 from plait.train import RunConfig, load_run
 
 CONTEXTS = {"1k": 1_024, "4k": 4_096, "128k": 131_072}

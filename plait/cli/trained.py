@@ -8,8 +8,9 @@ import typer
 from plait.cli.command import shell
 from plait.design import load_design
 from plait.design.imports import KEY, asked, load_modules
-from plait.design.load import RUN, SAVED, read_mapping
+from plait.design.load import SAVED, read_mapping
 from plait.files import user_path
+from plait.run_folder import RUN
 from plait.train import load_run
 
 Imports = Annotated[

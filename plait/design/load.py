@@ -10,11 +10,13 @@ from plait.design.model import ModelConfig
 from plait.design.pattern import PatternError, parse
 from plait.design.presets import PRESETS
 from plait.design.spelling import suggest
+from plait.design.struct import plain
 from plait.design.yaml_core import read_yaml
 from plait.files import read_text, user_path
+from plait.run_folder import RUN, checkpoints
 
 DEFAULT_SIZE = {"vocab": 32_000, "dim": 512}  # for a bare pattern, as in `plait show "(MF)3 AF"`
-SAVED, RUN = "config.json", "run.yaml"
+SAVED = "config.json"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -117,10 +119,7 @@ def design_file(folder: Path) -> Path:
 
     Raises FileNotFoundError for a folder with none of these.
     """
-    steps = sorted(
-        folder.glob(f"checkpoints/step-*/{SAVED}"), key=lambda path: (len(path.parent.name), path.parent.name)
-    )
-    for path in (folder / SAVED, *reversed(steps), folder / RUN):
+    for path in (folder / SAVED, *(step / SAVED for step in reversed(checkpoints(folder))), folder / RUN):
         if path.is_file():
             return path
     raise FileNotFoundError(
@@ -143,7 +142,7 @@ def _of_file(path: Path) -> tuple[dict[str, Any], bool]:
 
 def override(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A copy of nested plain data with dotted keys set."""
-    result = json.loads(json.dumps(data))
+    result = plain(data)
     for key, value in changes.items():
         node, *inner = key.split(".")
         target = result

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Collection
+from decimal import Decimal
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
@@ -22,7 +25,7 @@ class _Checked(type(msgspec.Struct)):
     def __call__(cls: Any, *args: Any, **fields: Any) -> Any:
         if args:
             raise TypeError(f"{cls.__name__} takes named values only, as in {cls.__name__}({cls._example()})")
-        return convert(msgspec.to_builtins(fields), cls, cls.__name__)
+        return convert(fields, cls, cls.__name__)
 
     def _example(cls) -> str:
         return ", ".join(f"{name}=..." for name in cls.__struct_fields__[:2])
@@ -58,6 +61,7 @@ def non_defaults(config: Struct, base: Struct | None = None) -> dict[str, Any]:
 
 
 MAX_SIZE = 2**53  # beyond it floats skip whole numbers, so that nothing counted from it would be right
+LONGEST_SHOWN = 200  # characters of a wrong value
 WORDS = {
     **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "null": "null"},
     **{"array": "a list", "object": "a mapping"},
@@ -99,6 +103,29 @@ def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str, al
                 check_keys(value, inner, f"{where}.{key}")
 
 
+def plain(value: Any) -> Any:
+    """`value` in JSON's types: numbers, arrays and paths of any library become Python's numbers, lists and text, exactly.
+
+    What has no such form stays as it is, for `convert` to say what its field takes.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    try:
+        if isinstance(value, Real | Decimal):
+            return int(value) if isinstance(value, Integral) else float(value)
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if callable(getattr(value, "tolist", None)):  # numpy's and torch's arrays, and those of one number
+            return plain(value.tolist())
+        return msgspec.to_builtins(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return value
+
+
 def check_finite(data: Any, where: str) -> None:
     """Raise ValueError for NaN and infinity, which are no setting of anything and which JSON cannot hold."""
     if isinstance(data, float) and not math.isfinite(data):
@@ -114,6 +141,7 @@ def convert(data: Any, cls: type[T], where: str) -> T:
         return data
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a mapping, got {data!r}")
+    data = plain(data)
     check_keys(data, cls, where)
     defaults = {field.name: field.default for field in msgspec.structs.fields(cls)}
     data = {key: value for key, value in data.items() if value is not None or defaults.get(key, 0) is not None}
@@ -156,6 +184,7 @@ def explain(message: str, data: Any, where: str) -> str:
         value = value.get(name) if isinstance(value, dict) else value
     quotes = "; write it in quotes" if match[1] == "str" and match[2] in ("int", "float", "bool") else ""
     got = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    got = got if len(got) <= LONGEST_SHOWN else f"{got[:LONGEST_SHOWN]}..."
     return f"{where}{f'.{match[3]}' if match[3] else ''}: expected {wanted}, got {got}{quotes}"
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from plait.layers import Channels
 from plait.model.build import init_weights, to_dtype
 from plait.model.language_model import LanguageModel
 from plait.model.loss import IGNORE, CrossEntropy, loss_of
+from plait.run_folder import check_model
 
 PREFIX = "model."
 # torch's names for what it wraps: compiled, in DataParallel or DDP, in FSDP, checkpointed
@@ -67,7 +69,8 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As everywhere in transformers, but missing and unused tensors are errors, as in `plait.load`."""
+        """As everywhere in transformers; missing or unused tensors and damaged checkpoints are errors, as in `plait.load`."""
+        check_model(Path(pretrained_model_name_or_path))
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])

@@ -18,6 +18,7 @@ from plait.files import user_path, write_atomic, write_text
 from plait.model.build import empty_model, to_dtype
 from plait.model.language_model import LanguageModel
 from plait.model.weight_files import SHARD_BYTES, WeightFiles, weight_files, write_weights
+from plait.run_folder import FACTS, check_model, checkpoints
 
 CONFIG, ENDS = "config.json", "generation_config.json"
 # What a tokenizer may have left in a folder: a loaded model takes it along to where it is saved next.
@@ -122,11 +123,16 @@ def stored(model: LanguageModel) -> dict[str, torch.Tensor]:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
-    """Read a saved model, or the newest checkpoint of a training run's folder. Raises ValueError naming what is wrong.
+    """Read a saved model, or the newest checkpoint of a training run's folder. Raises ValueError naming what is wrong, and
+    the newest whole checkpoint where this one is damaged.
 
     Every tensor has the dtype that it has in the file, unless `dtype` says otherwise.
     """
-    folder = model_folder(folder)
+    return read_model(check_model(model_folder(folder)), device, dtype)
+
+
+def read_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
+    """`load` of a folder whose files have been found whole."""
     config = read_config(folder)
     design = ModelConfig.from_dict(config["design"])
     files = weight_files(folder)
@@ -138,20 +144,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
 
 def model_folder(folder: str | Path) -> Path:
-    """The folder that holds config.json: itself, or the newest complete checkpoint of a run."""
+    """The folder that holds config.json: itself, or the newest checkpoint of a run."""
     folder = user_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a saved model or a training run")
-    if (folder / CONFIG).is_file():
-        return folder
-    checkpoints = sorted(
-        (p.parent for p in folder.glob(f"checkpoints/step-*/{CONFIG}")), key=lambda p: (len(p.name), p.name)
-    )
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"{folder}: holds neither {CONFIG} nor checkpoints/step-*; expected a saved model or a run"
-        )
-    return checkpoints[-1]
+    for path in (folder, *reversed(checkpoints(folder))):
+        if (path / CONFIG).is_file() or (path / FACTS).is_file():  # with the second alone a damaged one, not none
+            return path
+    raise FileNotFoundError(f"{folder}: holds neither {CONFIG} nor checkpoints/step-*; expected a saved model or a run")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

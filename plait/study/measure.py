@@ -5,10 +5,10 @@ from plait.design.count import parameters, state_bytes
 from plait.engine import generate
 from plait.evaluate.speed import speeds
 from plait.model import load, model_folder
+from plait.run_folder import METRICS
 from plait.study.config import Study
 from plait.study.results import ModelResult
 from plait.train import RunConfig
-from plait.train.folder import METRICS
 from plait.train.metrics import read_metrics
 
 

@@ -12,9 +12,9 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from plait.run_folder import METRICS, step_of
 from plait.study.worker import INTERRUPTED
 from plait.train import Interrupted, RunConfig, TrainingStopped, latest
-from plait.train.folder import METRICS, step_of
 
 LOOK_EVERY_S = 0.2
 LINES = 8  # a run's lines in a plain log

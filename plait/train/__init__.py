@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from plait.run_folder import checkpoints as checkpoints
+from plait.run_folder import latest as latest
 from plait.train.config import DataConfig as DataConfig
 from plait.train.config import RunConfig as RunConfig
 from plait.train.config import load_run as load_run
@@ -11,18 +13,14 @@ from plait.train.errors import NonFinite as NonFinite
 from plait.train.errors import SaveFailed as SaveFailed
 from plait.train.errors import TrainingStopped as TrainingStopped
 from plait.train.errors import Unsolved as Unsolved
-from plait.train.folder import checkpoints as checkpoints
-from plait.train.folder import latest as latest
 
 if TYPE_CHECKING:
-    from plait.train.checkpoint import check_model as check_model
     from plait.train.heldout import HeldOut as HeldOut
     from plait.train.heldout import heldout_loss as heldout_loss
     from plait.train.loop import train as train
     from plait.train.result import Result as Result
 
 _LAZY = {
-    "check_model": "plait.train.checkpoint",
     "HeldOut": "plait.train.heldout",
     "heldout_loss": "plait.train.heldout",
     "Result": "plait.train.result",

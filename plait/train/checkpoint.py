@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,13 @@ import torch
 
 from plait.data import Tokenizer
 from plait.design import ModelConfig
-from plait.files import naming, read_text, sync_folder
+from plait.files import naming, sync_folder
 from plait.model import LanguageModel
+from plait.run_folder import FACTS, FORMAT, checkpoint_path, checkpoints, checksum, examine, intact_before
 from plait.train.config import FIXED, FREE, RunConfig
-from plait.train.folder import NAME, checkpoint_path, checkpoints, step_of
 from plait.train.inputs import Batches
 from plait.train.optim import Optimizers
-from plait.train.payload import SAFETENSORS, TENSORS, Payload
-
-FORMAT = 1
-FACTS = "training.json"
-EDITABLE = "generation_config.json"  # settings for transformers, which a person may change
+from plait.train.payload import SAFETENSORS, Payload
 
 
 @dataclass(slots=True)
@@ -77,21 +72,13 @@ def _write_facts(folder: Path, run: RunConfig, position: Position, loader: Batch
         "seconds": position.seconds,
         "loader": loader.state_dict(),
         "run": run.to_dict(),
-        "files": {path.relative_to(folder).as_posix(): _checksum(path) for path in files},
+        "files": {path.relative_to(folder).as_posix(): checksum(path) for path in files},
     }
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for path in (*files, folder / FACTS):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(folder)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +92,10 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
         """Raises ValueError naming the damaged file and the newest good checkpoint before it."""
-        facts, damage = _examine(path)
+        facts, damage = examine(path)
         if damage is None:
             return cls(path, facts)
-        good = _intact_before(path)
+        good = intact_before(path)
         advice = (
             f"remove {path} to go on from {good}" if good else "no earlier checkpoint is whole; start in another folder"
         )
@@ -142,47 +129,6 @@ class Checkpoint:
         """Put optimizers, loader and random number generators where they were."""
         self.payload.restore(self.path, optimizers)
         loader.load_state_dict(self.facts["loader"])
-
-
-def check_model(folder: Path) -> Path:
-    """`folder`, a model's, to be used as a model alone. Raises ValueError where it is a checkpoint whose files are not what
-    was saved; names the newest whole checkpoint before it."""
-    if not (folder / FACTS).exists():
-        return folder  # saved by other means: there is nothing to compare with
-    _, damage = _examine(folder, leave_out=(TENSORS, EDITABLE))
-    if damage is None:
-        return folder
-    good = _intact_before(folder.resolve(), leave_out=(TENSORS, EDITABLE))
-    raise ValueError(f"{damage}: {f'the newest whole checkpoint is {good}' if good else 'there is no other whole one'}")
-
-
-def _intact_before(path: Path, leave_out: tuple[str, ...] = ()) -> Path | None:
-    """The newest checkpoint older than `path` that is not damaged."""
-    if NAME.fullmatch(path.name) is None:  # renamed or copied out of its run
-        return None
-    earlier = [other for other in checkpoints(path.parent.parent) if step_of(other) < step_of(path)]
-    return next((other for other in reversed(earlier) if _examine(other, leave_out)[1] is None), None)
-
-
-def _examine(path: Path, leave_out: tuple[str, ...] = ()) -> tuple[dict[str, Any], str | None]:
-    """(what training.json says, what is wrong or None). Files in `leave_out` are not read."""
-    try:
-        facts = json.loads(read_text(path / FACTS))
-        for key in ("step", "tokens", "seconds", "loader", "run"):
-            facts[key]
-        sums = [(name, checksum) for name, checksum in facts["files"].items() if name not in leave_out]
-        if facts["format"] != FORMAT:
-            return {}, f"{path / FACTS}: format {facts['format']}, this plait reads {FORMAT}"
-    except FileNotFoundError:
-        return {}, f"{path / FACTS} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}, f"{path / FACTS} is damaged"
-    for name, checksum in sums:
-        if not (path / name).is_file():
-            return {}, f"{path / name} is missing"
-        if _checksum(path / name) != checksum:
-            return {}, f"{path / name} is damaged or cut short"
-    return facts, None
 
 
 def _comparable(run: RunConfig, name: str) -> Any:

@@ -12,7 +12,7 @@ from plait.design.spelling import suggest
 from plait.design.struct import Struct, between, check_keys, convert, positive
 from plait.design.yaml_core import write_yaml
 from plait.files import user_path
-from plait.train.folder import CONFIG
+from plait.run_folder import RUN
 
 LARGEST_BPE = 2**24  # tokens that may be asked for
 TOKENS_IN_STEP = 2**31  # offsets of documents in a batch are int32
@@ -219,7 +219,7 @@ def load_run(spec: str | Path, **overrides: Any) -> RunConfig:
     """
     path, own = user_path(spec), {}
     if path.is_dir():
-        path, own = path / CONFIG, {"folder": str(path)}  # where it is now, which may not be where it was made
+        path, own = path / RUN, {"folder": str(path)}  # where it is now, which may not be where it was made
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a run in YAML or JSON")
     try:

@@ -22,11 +22,11 @@ from plait.model import LanguageModel, NextToken, Objective, build, load
 from plait.model.device import find_device
 from plait.ops.graph import leave_documents_outside
 from plait.ops.shooting import NotConverged
+from plait.run_folder import METRICS, RUN, latest, remove_leftovers
 from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
 from plait.train.config import RunConfig, from_folder, to_yaml
 from plait.train.display import Display
 from plait.train.errors import Interrupted, NonFinite, SaveFailed, TrainingStopped, Unsolved
-from plait.train.folder import CONFIG, METRICS, latest, remove_leftovers
 from plait.train.guard import first_nonfinite, weights_finite
 from plait.train.heldout import HeldOut
 from plait.train.inputs import Batches, Inputs, own_inputs, text_inputs
@@ -92,7 +92,7 @@ def train(
         if writes and position.step < run.steps:  # else nothing will happen here, and the run stays what it was
             if inputs.tokenizer is not None:
                 inputs.tokenizer.save(folder / "tokenizer")
-            write_text(folder / CONFIG, to_yaml(stored(run)))
+            write_text(folder / RUN, to_yaml(stored(run)))
         with Signals() as signals, MetricsLog(folder / METRICS, position.step) if writes else NoLog() as log:
             broken = torch.zeros((), device=model.device)
             return _Training(

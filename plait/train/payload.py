@@ -11,11 +11,10 @@ from torch import Tensor
 from plait.data import Tokenizer
 from plait.files import write_atomic
 from plait.model import LanguageModel
-from plait.model import load as load_model
 from plait.model import save as save_model
+from plait.model.files import read_model
+from plait.run_folder import TENSORS
 from plait.train.optim import Optimizers
-
-TENSORS = "training.safetensors"
 
 
 class Payload(Protocol):
@@ -39,7 +38,7 @@ class Safetensors:
         write_atomic(folder / TENSORS, lambda path: save_file(tensors | _random_states(), path))
 
     def load_model(self, folder: Path, device: torch.device) -> LanguageModel:
-        return load_model(folder, device=device)
+        return read_model(folder, device=device)
 
     def restore(self, folder: Path, optimizers: Optimizers) -> None:
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from plait.data import Tokenizer
 from plait.model import LanguageModel
-from plait.train.folder import METRICS
+from plait.run_folder import METRICS
 from plait.train.heldout import HeldOut
 from plait.train.metrics import read_metrics
 

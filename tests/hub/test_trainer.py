@@ -46,14 +46,19 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind", [PlaitForCausalLM, Own])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_smoothed_labels_are_shifted(hub, kind, adapted, tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_smoothed_labels_are_shifted(hub, kind, adapted, compiled, tmp_path):
     model, smooth = hub(kind=kind), 0.3
     logp = model(ids := torch.tensor([[5, 6, 7, 40, 8]])).logits.log_softmax(-1)[0, :-1]
     want = -(1 - smooth) * logp.gather(-1, ids[0, 1:, None]).mean() - smooth * logp.mean()
     if adapted:  # a fresh adapter changes nothing
         model = peft.get_peft_model(model, lora(model, task_type="CAUSAL_LM"))
-    trainer = Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=smooth))
-    torch.testing.assert_close(trainer.compute_loss(model, {"input_ids": ids, "labels": ids.clone()}), want)
+    options = arguments(tmp_path, label_smoothing_factor=smooth, torch_compile=compiled)
+    trainer = Trainer(model=model, args=options)
+    with torch.compiler.set_stance("force_eager"):  # wrapped for the compiler, which need not run
+        prepared = trainer.accelerator.prepare_model(model)
+        assert (prepared is not model) == compiled
+        torch.testing.assert_close(trainer.compute_loss(prepared, {"input_ids": ids, "labels": ids.clone()}), want)
 
 
 def test_the_example_learns_and_goes_on(tmp_path):

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from plait.run_folder import step_of
 from plait.study import Study, run_study
 from plait.study.pool import finished, last_step
 from plait.study.results import write_results
 from plait.train import TrainingStopped, latest
-from plait.train.folder import step_of
 from plait.train.lock import alone_in
 
 QUIET = Console(quiet=True)

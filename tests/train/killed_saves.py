@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from plait.run_folder import step_of
 from plait.train import Interrupted, RunConfig, checkpoints, latest, load_run, train
 from plait.train import loop as loop_module
 from plait.train.checkpoint import Checkpoint
-from plait.train.folder import step_of
 
 CALLS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate")  # names of audit events
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

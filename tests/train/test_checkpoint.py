@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import plait
-from plait.train import SaveFailed, check_model, checkpoints, latest, train
-from plait.train.folder import remove_leftovers
+from plait.hub import PlaitForCausalLM
+from plait.run_folder import remove_leftovers
+from plait.train import SaveFailed, checkpoints, latest, train
 
 
 @pytest.fixture
@@ -125,26 +126,26 @@ def test_damage_is_one_line_that_names_the_file_and_what_is_good(make_run, quiet
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_model_is_not_taken_from_a_damaged_checkpoint(trained, name, damage):
     older, newer = checkpoints(trained)
-    assert check_model(newer) == newer
     damage(newer / name)
-    with pytest.raises(ValueError, match=f"{name} is (damaged|missing)") as caught:
-        check_model(newer)
-    assert str(caught.value).endswith(f"the newest whole checkpoint is {older}")
+    for load, folder in ((plait.load, trained), (plait.load, newer), (PlaitForCausalLM.from_pretrained, newer)):
+        with pytest.raises(ValueError, match=f"{name} is (damaged|missing)") as caught:
+            load(folder)
+        assert str(caught.value).endswith(f"the newest whole checkpoint is {older}")
     damage(older / name)
     with pytest.raises(ValueError, match="there is no other whole one"):
-        check_model(newer)
+        plait.load(trained)
 
 
 def test_a_model_needs_no_optimizer_and_no_checkpoint(trained, tmp_path):
     newest = latest(trained)
     flip(newest / "training.safetensors")
     (newest / "generation_config.json").write_text("{}")
-    assert check_model(newest) == newest
+    plait.load(newest)
     shutil.copytree(newest, tmp_path / "copy")
-    assert check_model(tmp_path / "copy") == tmp_path / "copy"
+    plait.load(tmp_path / "copy")
     flip(tmp_path / "copy" / "model.safetensors")
     with pytest.raises(ValueError, match="model.safetensors is damaged.*no other whole one"):
-        check_model(tmp_path / "copy")
+        plait.load(tmp_path / "copy")
 
 
 def test_all_files_of_a_checkpoint_have_one_mode(trained):

@@ -1,6 +1,7 @@
 """Laws 1 to 5: one model, many ways to call it, one answer."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -25,7 +26,7 @@ from plait.model import LanguageModel
 from plait.ops.kernels import forced
 from plait.state import ModelState
 
-LENGTHS = (1, 2, 63, 64, 65, 100, 257)  # around a chunk, a prime, and more than one block of anything
+LENGTHS = (1, 2, 63, 64, 65, 257)  # around a chunk; a prime, which is more than one block of anything
 DOCUMENTS = (1, 66, 2, 5, 64, 1)
 
 
@@ -102,12 +103,18 @@ def packed_rows(model: LanguageModel, rows: Sequence[Tensor], state: ModelState 
     return outcome(logits[0].split(lengths), after)
 
 
-def padded_rows(model: LanguageModel, rows: Sequence[Tensor], state: ModelState | None, left: bool) -> Values:
+def batch(model: LanguageModel, rows: Sequence[Tensor], state: ModelState | None) -> Values:
+    """Rows of one length."""
+    logits, after = model(torch.stack(list(rows)), state)
+    return outcome(list(logits), after)
+
+
+def padded_rows(model: LanguageModel, rows: Sequence[Tensor], state: ModelState | None, side: str) -> Values:
     """The rows as a batch, the shorter ones filled up with token 3, which must not matter."""
     longest = max(len(row) for row in rows) + 2  # even the longest row is padded
     tokens = torch.full((len(rows), longest, *rows[0].shape[1:]), 3, device=rows[0].device, dtype=rows[0].dtype)
     mask = torch.zeros(len(rows), longest, dtype=torch.long, device=rows[0].device)
-    places = [slice(longest - len(row), longest) if left else slice(0, len(row)) for row in rows]
+    places = [slice(longest - len(row), longest) if side == "left" else slice(0, len(row)) for row in rows]
     for i, (row, place) in enumerate(zip(rows, places, strict=True)):
         tokens[i, place], mask[i, place] = row, 1
     logits, after = model(tokens, state, attention_mask=mask)
@@ -125,8 +132,8 @@ def history(model: LanguageModel, lengths: Sequence[int], device: str) -> ModelS
 Form = Callable[[LanguageModel, Sequence[Tensor], ModelState | None], Values]
 
 
-def _equals_alone(law: str, what: str, model: LanguageModel, form: Form, rows: Sequence[Tensor], device: str) -> float:
-    """A call form against every row alone: without a state, and going on from histories of unequal length."""
+def _equals_alone(law: str, forms: dict[str, Form], model: LanguageModel, rows: Sequence[Tensor], device: str) -> float:
+    """Call forms against every row alone: without a state, and going on from histories of unequal length."""
     worst = 0.0
     seen = history(model, [1 + (5 * i) % 9 for i in range(len(rows))], device)
     for name, state in (
@@ -134,13 +141,14 @@ def _equals_alone(law: str, what: str, model: LanguageModel, form: Form, rows: S
         (", from the start", leaves(model.init_state(len(rows)))),
         (", after a history", seen),
     ):
-        got = with_gradients(model, lambda state=state: form(model, rows, state), state)
         want = with_gradients(model, lambda state=state: alone(model, rows, state), state)
-        worst = max(worst, agree(law, what + name, got, want))
-        if state is not None:
-            with torch.no_grad():
-                got = form(model, rows, state.fork())
-            worst = max(worst, agree(law, f"{what}{name}, without gradients", got, _values(want)))
+        for what, form in forms.items():
+            got = with_gradients(model, lambda form=form, state=state: form(model, rows, state), state)
+            worst = max(worst, agree(law, what + name, got, want))
+            if state is not None:
+                with torch.no_grad():
+                    got = form(model, rows, state.fork())
+                worst = max(worst, agree(law, f"{what}{name}, without gradients", got, _values(want)))
     return worst
 
 
@@ -148,21 +156,17 @@ def packed(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
     """3: documents packed end to end are the documents alone: outputs, states and all gradients."""
     model = subject(design, device, dtype)
     rows = [some_tokens(design, n, device, seed=i) for i, n in enumerate(DOCUMENTS)]
-    return _equals_alone("packed", f"documents of {DOCUMENTS} tokens", model, packed_rows, rows, device)
+    return _equals_alone("packed", {f"documents of {DOCUMENTS} tokens": packed_rows}, model, rows, device)
 
 
 def padded(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
     """4: rows do not depend on their batch mates, and padding on either side changes nothing."""
     law, model = "padded", subject(design, device, dtype)
     rows = [some_tokens(design, n, device, seed=i) for i, n in enumerate((9, 3, 66))]
-    worst = 0.0
-    for side in ("left", "right"):
-        left = side == "left"
-        form: Form = lambda m, r, s, left=left: padded_rows(m, r, s, left)  # noqa: E731 (a name for one line)
-        worst = max(worst, _equals_alone(law, f"padded on the {side}", model, form, rows, device))
+    forms: dict[str, Form] = {f"padded on the {side}": partial(padded_rows, side=side) for side in ("left", "right")}
+    worst = _equals_alone(law, forms, model, rows, device)
     equal = [some_tokens(design, 9, device, seed=i) for i in range(3)]
-    batch: Form = lambda m, r, s: (lambda y, after: outcome(list(y), after))(*m(torch.stack(list(r)), s))  # noqa: E731
-    return max(worst, _equals_alone(law, "a batch", model, batch, equal, device))
+    return max(worst, _equals_alone(law, {"a batch": batch}, model, equal, device))
 
 
 def fast(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
