@@ -62,7 +62,7 @@ def forms(kernels: Sequence[Kernel], tokens: int) -> list[str]:
 
 
 def packing(lengths=DOCUMENTS) -> Packing:
-    return Packing(tuple(lengths), torch.device("cpu"))
+    return Packing.of_lengths(lengths, torch.device("cpu"))
 
 
 @pytest.fixture

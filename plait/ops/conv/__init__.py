@@ -8,7 +8,6 @@ from torch import Tensor
 
 from plait.ops.conv import chunked, reference, step
 from plait.ops.frame import Rows, recur
-from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, always, cast, many_tokens, one_token
 from plait.ops.packing import Packing
 
@@ -50,7 +49,6 @@ KERNELS = (
 )
 
 
-@by_documents
 def causal_conv(
     x: Float[Tensor, "b t d"],
     weight: Float[Tensor, "d w"],

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from plait.ops.delta import chunked, reference, step
 from plait.ops.frame import Rows, recur
-from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, always, many_tokens, one_token, wide
 from plait.ops.packing import Packing
 
@@ -16,7 +15,6 @@ KERNELS = (
 )
 
 
-@by_documents
 def gated_delta(
     q: Float[Tensor, "b t g k"],
     k: Float[Tensor, "b t g k"],

@@ -4,7 +4,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.ops.frame import Rows, recur
-from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, always, many_tokens, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.ssd import chunked, reference, step
@@ -16,7 +15,6 @@ KERNELS = (
 )
 
 
-@by_documents
 def ssd(
     q: Float[Tensor, "b t g k"],
     k: Float[Tensor, "b t g k"],
