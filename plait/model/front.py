@@ -45,7 +45,7 @@ def with_meta(
 
 def _before_documents(x: Float[Tensor, "1 t d"], meta: Float[Tensor, "m d"], packing: Packing) -> Stretch:
     """Before each, by tensors alone, so that a compiled graph holds no document's length."""
-    (_, t, d), m = x.shape, len(meta)
+    t, m = x.shape[1], len(meta)
     longer = packing.cu_seqlens + m * torch.arange(packing.count + 1, device="cpu")
     stretched = Packing.of(longer, x.new_empty(1, t + m * packing.count))
     offsets, place = stretched.offsets[0], torch.arange(t + m * packing.count, device=x.device)

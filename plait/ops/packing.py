@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int

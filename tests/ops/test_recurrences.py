@@ -97,16 +97,17 @@ def test_chunk_size_changes_nothing(name, size, close):
     for length, documents in ((257, None), (sum(DOCUMENTS), DOCUMENTS)):
         tensors = inputs(op, length, batch=1, rows=1 if documents is None else len(documents))
 
-        def run(tensors=tensors, documents=documents):
-            call = {} if documents is None else {"packing": packing(documents)}
-            with forced("chunked"):
-                return run_with_gradients(lambda **x: op(**x, **call), tensors)
-
-        want = run()
+        want = _chunked(op, tensors, documents)
         with chunks_of(size, module):
-            got = run()
+            got = _chunked(op, tensors, documents)
         for key, x in want.items():
             close(got[key], x)
+
+
+def _chunked(op, tensors, documents):
+    call = {} if documents is None else {"packing": packing(documents)}
+    with forced("chunked"):
+        return run_with_gradients(lambda **x: op(**x, **call), tensors)
 
 
 @contextmanager

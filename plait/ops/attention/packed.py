@@ -295,7 +295,14 @@ def _(q, k, v, cu_seqlens, window, softcap, form):
 
 @operator("attention_by_document_backward")
 def _pull_apart(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, softcap: float | None, form: str
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int | None,
+    softcap: float | None,
+    form: str,
 ) -> list[Tensor]:
     """Gradients at q, k and v, for which the documents run again."""
     packing = known(cu_seqlens, q.device)

@@ -217,7 +217,9 @@ class _Packed(torch.autograd.Function):
     @gradient
     def backward(ctx, do, dS):  # pyright: ignore[reportIncompatibleMethodOverride]
         cu_seqlens, index, back, *saved = ctx.saved_tensors
-        *gradients, dS = _pull(do, dS if ctx.has_state else None, cu_seqlens, index, back, saved, ctx.groups)
+        *gradients, dS = _pull(
+            do, dS if ctx.has_state else None, cu_seqlens, index, back, saved, ctx.groups, ctx.has_state
+        )
         return *gradients, dS if ctx.has_state else None, None, None, None
 
 
@@ -262,8 +264,9 @@ def _pull(
     back: Tensor,
     saved: Sequence[Tensor],
     groups: int,
+    has_state: bool,
 ) -> list[Tensor]:
-    """Gradients at q, k (1, t, groups, k), v, g, beta and the states."""
+    """Gradients at q, k (1, t, groups, k), v, g, beta and the states, nothing in them where there were none."""
     v, before = saved[2], saved[-1]
     h = len(v) // len(index)
     layout = known(cu_seqlens, v.device).chunks(index.shape[1])
@@ -273,16 +276,17 @@ def _pull(
     dq, dk, *rest = (_join(x, h, back) for x in gradients)
     if groups != h:
         dq, dk = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq, dk))
-    return [dq, dk, *rest, layout.unsort(dS.unflatten(0, (-1, h)))]
+    return [dq, dk, *rest, layout.unsort(dS.unflatten(0, (-1, h))) if has_state else dS.new_empty(0)]
 
 
 @torch.library.register_fake("plait::delta_backward")
-def _(do, dS, cu_seqlens, index, back, saved, groups):
+def _(do, dS, cu_seqlens, index, back, saved, groups, has_state):
     q, k, v, beta, *_, before = saved
     t, h = back.shape[0], v.shape[0] // index.shape[0]
     keys = [x.new_empty(1, t, groups, x.shape[2]) for x in (q, k)]
     rest = [x.new_empty(1, t, h, *x.shape[2:]) for x in (v, beta, beta)]
-    return [*keys, *rest, before.new_empty(cu_seqlens.shape[0] - 1, h, *before.shape[1:])]
+    first = before.new_empty(cu_seqlens.shape[0] - 1, h, *before.shape[1:]) if has_state else v.new_empty(0)
+    return [*keys, *rest, first]
 
 
 def _split(x: Float[Tensor, "1 t h *k"], index: Tensor) -> Float[Tensor, "n*h c *k"]:

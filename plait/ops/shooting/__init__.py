@@ -147,14 +147,14 @@ def _reference(
 
 
 def _solver(kernel: str):
-    def run(
-        cell: Bound, x: Tensor, h0: Tensor | None, packing: Packing | None, options: Options
-    ) -> tuple[Tensor, ...]:
+    def run(cell: Bound, x: Tensor, h0: Tensor | None, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
         cu_seqlens = None if packing is None else packing.cu_seqlens
         how, tensors = (cell.cell.key, cell.bias is not None, kernel, *options), cell.tensors()
         if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in (x, h0, *tensors)):
             return library.Solve.apply(how, cu_seqlens, x, h0, *tensors)
-        h, _, final, info = library.solve(x, h0, tensors, cu_seqlens, *how)  # where Dynamo would miscount a Function's *args
+        h, _, final, info = library.solve(
+            x, h0, tensors, cu_seqlens, *how
+        )  # where Dynamo would miscount a Function's *args
         return h, final, info
 
     return run

@@ -159,8 +159,8 @@ class _Packed(torch.autograd.Function):
     @gradient
     def backward(ctx, do, dS):  # pyright: ignore[reportIncompatibleMethodOverride]
         cu_seqlens, index, back, *saved = ctx.saved_tensors
-        dq, dk, dv, dg, dS = _pull(do, dS if ctx.has_state else None, cu_seqlens, index, back, saved)
-        return dq, dk, dv, dg, dS if ctx.has_state else None, None, None, None
+        *gradients, dS = _pull(do, dS if ctx.has_state else None, cu_seqlens, index, back, saved, ctx.has_state)
+        return *gradients, dS if ctx.has_state else None, None, None, None
 
 
 @operator("ssd")
@@ -179,27 +179,34 @@ def _packed(
 @torch.library.register_fake("plait::ssd")
 def _(q, k, v, g, state, cu_seqlens, index, back):
     (n, c), groups, dk, h, dv = index.shape, *q.shape[2:], *v.shape[2:]
-    tokens, square, states = (n, h, c), (n, h, c, c), (n, h, dv, dk)
-    shapes = (n, groups, c, dk), (n, groups, c, dk), (n, h, c, dv), tokens, square, tokens, square, states, (n, h, c, dv)
+    keys, values, tokens, square = (n, groups, c, dk), (n, h, c, dv), (n, h, c), (n, h, c, c)
+    shapes = keys, keys, values, tokens, square, tokens, square, (n, h, dv, dk), values
     last = v.new_empty(0, h, dv, dk) if state is None else torch.empty_like(state)
     return [v.new_empty(v.shape), last, *(v.new_empty(shape) for shape in shapes)]
 
 
 @operator("ssd_backward")
 def _pull(
-    do: Tensor | None, dS: Tensor | None, cu_seqlens: Tensor, index: Tensor, back: Tensor, saved: Sequence[Tensor]
+    do: Tensor | None,
+    dS: Tensor | None,
+    cu_seqlens: Tensor,
+    index: Tensor,
+    back: Tensor,
+    saved: Sequence[Tensor],
+    has_state: bool,
 ) -> list[Tensor]:
-    """Gradients at q, k, v, g (1, t, ...) and the states."""
+    """Gradients at q, k, v, g (1, t, ...) and the states, nothing in them where there were none."""
     v, before = saved[2], saved[7]
     layout = known(cu_seqlens, v.device).chunks(index.shape[1])
     do = torch.zeros_like(v) if do is None else gathered(do, index).transpose(1, 2)
     dS = before.new_zeros(layout.alive[0], *before.shape[1:]) if dS is None else layout.sort(dS)
     *gradients, dS = _backward(saved, do, dS, layout.alive)
-    return [*(scattered(x.transpose(1, 2), back) for x in gradients), layout.unsort(dS)]
+    first = layout.unsort(dS) if has_state else dS.new_empty(0)
+    return [*(scattered(x.transpose(1, 2), back) for x in gradients), first]
 
 
 @torch.library.register_fake("plait::ssd_backward")
-def _(do, dS, cu_seqlens, index, back, saved):
+def _(do, dS, cu_seqlens, index, back, saved, has_state):
     q, k, v, a, _, _, _, before, _ = saved
     flat = [x.new_empty(1, back.shape[0], x.shape[1], *x.shape[3:]) for x in (q, k, v, a)]
-    return [*flat, before.new_empty(cu_seqlens.shape[0] - 1, *before.shape[1:])]
+    return [*flat, before.new_empty(cu_seqlens.shape[0] - 1, *before.shape[1:]) if has_state else v.new_empty(0)]
