@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.ops.attention import chunked, reference
-from plait.ops.attention.fused import DEVICES, for_any_length
+from plait.ops.attention import chunked, fused, reference
 from plait.ops.attention.reference import positions, visible
 from plait.ops.graph import autograd_inside, gradient
 from plait.ops.kernels import Call, cast
@@ -265,7 +264,7 @@ def _apart(
     def documents() -> Tensor:
         return torch.cat([run(*(x[:, a:b] for x in (q, k, v)), 0, 0, window, softcap) for a, b in packing.bounds], 1)
 
-    return for_any_length(documents) if q.device.type in DEVICES else documents()
+    return fused.for_any_length(documents) if q.device.type in fused.DEVICES else documents()
 
 
 class _Apart(torch.autograd.Function):
