@@ -18,6 +18,7 @@ from torch import Tensor
 
 from plait.data.errors import DataError, nearest, whole_number
 from plait.data.shards import Shards
+from plait.ops.packing import Packing
 
 NO_TARGET = -100
 MOST = (1 << 31) - 1  # tokens in a batch, whose offsets are int32
@@ -30,7 +31,8 @@ Span = tuple[int, int, int]  # tokens of one piece: the first, how many, the end
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """inputs, targets: int64 (1, n); cu_seqlens: int32 (pieces + 1,), from 0 to n; bytes: UTF-8 bytes of the targets.
+    """inputs, targets: int64 (1, n); cu_seqlens: int32 (pieces + 1,), from 0 to n, always on the CPU; bytes: UTF-8 bytes of
+    the targets.
 
     A target of -100 is not scored: the position of an end of text, whose next token is another document's.
     """
@@ -46,10 +48,10 @@ class Batch:
         return Batch(self.inputs[:, start:end], self.targets[:, start:end], self.cu_seqlens[inside] - start, 0)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        inputs, targets, cu_seqlens = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in (self.inputs, self.targets, self.cu_seqlens)
-        )
-        return Batch(inputs, targets, cu_seqlens, self.bytes)
+        """On another device, with all that layers will want to know of the documents there."""
+        inputs, targets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.inputs, self.targets))
+        Packing.of(self.cu_seqlens, inputs)  # the model finds it again by its offsets
+        return Batch(inputs, targets, self.cu_seqlens, self.bytes)
 
 
 class Loader:

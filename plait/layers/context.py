@@ -114,17 +114,15 @@ class Context:
 
 def context_for(
     inputs: Shaped[Tensor, "b t ..."],
-    starts: Int[Tensor, " b"] | None = None,
+    starts: Int[Tensor, " n"] | None = None,
     lengths: tuple[int, ...] | None = None,
-    documents: tuple[int, ...] | None = None,
+    packing: Packing | None = None,
 ) -> Context:
-    """The context of a call on values: `documents` are the packed lengths (batch 1); `starts` the tokens each row has seen
-    before, none where that is not given, and `lengths` the same where the host knows."""
+    """The context of a call on values: `packing` of its documents (batch 1); `starts` the tokens each row of the state has seen
+    before (None: there is no state), and `lengths` the same where the host knows."""
     (b, t), device = inputs.shape[:2], inputs.device
-    packing = Packing(documents, device) if documents is not None else None
-    rows = b if documents is None else len(documents)
     if starts is None:
-        starts, lengths = torch.zeros(rows, dtype=torch.int64, device=device), (0,) * rows
+        starts, lengths = torch.zeros(b, dtype=torch.int64, device=device), (0,) * b
     if packing is not None:
         positions = packing.offsets
         if lengths is None or any(lengths):

@@ -22,9 +22,10 @@ from plait.layers.declared import Projection, empty
 from plait.layers.norm import Norm
 from plait.model.front import with_meta
 from plait.model.head import Head
-from plait.model.padding import Padding, packed_lengths
+from plait.model.padding import Padding, check_longest, packed
 from plait.model.tracing import refuse_tracing
 from plait.ops.numbers import whole_number
+from plait.ops.packing import Packing
 from plait.ops.shooting import NotConverged
 from plait.state import ModelState, Pool, PoolRows, SlotState, remember
 
@@ -108,7 +109,8 @@ class LanguageModel(nn.Module):
         """Logits (b, t, vocab), and the state after these tokens where one was given. Rows of a pool are moved on in place.
 
         tokens: ids (b, t), or vectors (b, t, features) where the design's front takes those.
-        cu_seqlens: batch 1, documents packed end to end, n + 1 offsets from 0; a state then has one row per document.
+        cu_seqlens: batch 1, documents packed end to end, n + 1 offsets from 0, best on the CPU, whatever the tokens are on; a
+        state then has one row per document.
         attention_mask (b, t): 1 for tokens, 0 for padding on either side; logits at padding mean nothing.
         channels: takes the losses and the numbers that layers send.
         """
@@ -131,23 +133,26 @@ class LanguageModel(nn.Module):
         tokens = self._checked_inputs(tokens)
         if isinstance(state, PoolRows):
             return self._on_pool(tokens, state, cu_seqlens, attention_mask, channels), state
-        padding = None
-        documents = None
+        padding = packing = None
+        most = None if state else self.max_positions  # with a state it is `_after` that looks
         if attention_mask is not None:
             if cu_seqlens is not None:
                 raise ValueError("give cu_seqlens or attention_mask, not both: packed rows have no padding")
             padding = Padding.of(tokens, attention_mask)
         if padding is not None:
-            tokens, documents = padding.remove(tokens), padding.lengths
+            check_longest(max(padding.lengths), most)
+            tokens = padding.remove(tokens)
+            packing = Packing.of_lengths(padding.lengths, tokens.device)
         elif cu_seqlens is not None:
-            documents = packed_lengths(tokens, cu_seqlens)
-        rows = tokens.shape[0] if documents is None else len(documents)
-        self._check_state(state, rows)
+            packing = packed(tokens, cu_seqlens, most)
+        else:
+            check_longest(tokens.shape[1], most)
+        self._check_state(state, tokens.shape[0] if packing is None else packing.count)
         seen = None if state is None or torch.compiler.is_compiling() else state.lengths
         begins = state is None or state.fresh or (seen is not None and 0 in seen)
-        stretch = with_meta(self._embed(tokens), self.meta if begins else None, seen or (0,) * rows, documents)
-        context = context_for(stretch.x, None if state is None else state.seen, seen, stretch.documents)
-        after = self._after(context, stretch.documents)
+        stretch = with_meta(self._embed(tokens), self.meta if begins else None, seen, packing)
+        context = context_for(stretch.x, None if state is None else state.seen, seen, stretch.packing)
+        after = None if state is None else self._after(context)
         hidden, slots = self.run(
             self._placed(stretch.x, context), context, state.slots if state else None, channels=channels
         )
@@ -156,9 +161,9 @@ class LanguageModel(nn.Module):
             hidden = padding.restore(hidden)
         if state is None:
             return hidden, None
-        if stretch.documents is None:
+        if stretch.packing is None:
             return hidden, state.then(slots, stretch.x.shape[1], after)
-        return hidden, state.then(slots, torch.tensor(stretch.documents, device=self.device), after)
+        return hidden, state.then(slots, stretch.packing.counts, after)
 
     @torch.no_grad()
     def _on_pool(
@@ -182,7 +187,7 @@ class LanguageModel(nn.Module):
             )
         if at.batch != len(tokens):
             raise ValueError(f"the call has {len(tokens)} rows, but {at.batch} rows of the pool")
-        self._check_length(max(at.lengths) + count)
+        check_longest(max(at.lengths) + count - self.design.front.meta, self.max_positions)
         pool.reserve(at.rows, count)
         hidden = self.step(tokens, at, channels)
         pool.advance(at.rows, count)
@@ -369,22 +374,16 @@ class LanguageModel(nn.Module):
         if not torch.compiler.is_compiling() and state.device not in (None, self.device) and self.device.type != "meta":
             raise ValueError(f"the state is on {state.device}, the model on {self.device}: give state.to(model.device)")
 
-    def _after(self, context: Context, documents: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    def _after(self, context: Context) -> tuple[int, ...] | None:
         """What each row will have seen, meta tokens included; None where only the device knows. Raises ValueError where that
         is more than positions go."""
-        if context.lengths is None:
+        packing, lengths = context.packing, context.lengths
+        if lengths is None:
             return None
-        counts = documents or (context.positions.shape[1],) * len(context.lengths)
-        after = tuple(n + c for n, c in zip(context.lengths, counts, strict=True))
-        self._check_length(max(after))
+        counts = (context.positions.shape[1],) * len(lengths) if packing is None else packing.lengths
+        after = tuple(n + c for n, c in zip(lengths, counts, strict=True))
+        check_longest(max(after) - self.design.front.meta, self.max_positions)
         return after
-
-    def _check_length(self, seen: int) -> None:
-        longest = seen - self.design.front.meta
-        if self.max_positions is not None and longest > self.max_positions:
-            raise ValueError(
-                f"a sequence of {longest} tokens is longer than this model's positions go (max_positions {self.max_positions})"
-            )
 
     def __repr__(self) -> str:
         return summary(self.design)

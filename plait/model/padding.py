@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from plait.ops.operator import operator
+from plait.ops.packing import Packing
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,24 +50,53 @@ class Padding:
         return rows.unflatten(0, self.mask.shape)
 
 
-def packed_lengths(tokens: Int[Tensor, "1 t"], cu_seqlens: Int[Tensor, " n+1"]) -> tuple[int, ...]:
-    """Document lengths from offsets. Raises ValueError for offsets that do not cut the row into documents."""
-    offsets = _offsets(cu_seqlens)
+def packed(tokens: Shaped[Tensor, "1 t ..."], cu_seqlens: Any, most: int | None) -> Packing:
+    """The packing that offsets describe. Raises ValueError for offsets that do not cut the row into documents, and for a
+    document of more than `most` tokens. Offsets on a device are waited for; give them on the CPU."""
+    if not isinstance(cu_seqlens, Tensor):
+        cu_seqlens = torch.as_tensor(cu_seqlens, device="cpu")
+    if cu_seqlens.ndim != 1 or not _integers(cu_seqlens.dtype):
+        raise ValueError(
+            f"cu_seqlens must be integers of shape (documents + 1,), got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
     if tokens.shape[0] != 1:
         raise ValueError(f"cu_seqlens needs documents packed in one row, got a batch of {tokens.shape[0]}")
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens.shape[1]:
-        raise ValueError(f"cu_seqlens must run from 0 to the number of tokens, {tokens.shape[1]}; got {offsets}")
-    lengths = tuple(b - a for a, b in zip(offsets, offsets[1:], strict=False))
+    cu_seqlens = cu_seqlens.to("cpu", torch.int64)
+    if torch.compiler.is_compiling():  # an operator may look at numbers
+        return Packing.of(_checked(cu_seqlens, tokens.shape[1], most), tokens)
+    _check(cu_seqlens, tokens.shape[1], most)
+    return Packing.of(cu_seqlens, tokens)
+
+
+def _integers(dtype: torch.dtype) -> bool:
+    return dtype != torch.bool and not dtype.is_floating_point and not dtype.is_complex
+
+
+def _check(cu_seqlens: Int[Tensor, " n+1"], tokens: int, most: int | None) -> None:
+    offsets = cu_seqlens.tolist()
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens:
+        raise ValueError(f"cu_seqlens must run from 0 to the number of tokens, {tokens}; got {offsets}")
+    lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
     for document, length in enumerate(lengths):
         if length <= 0:
             raise ValueError(f"cu_seqlens: document {document} has {length} tokens; each needs at least one")
-    return lengths
+    check_longest(max(lengths), most)
 
 
-def _offsets(cu_seqlens: Any) -> list[int]:
-    given = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.as_tensor(cu_seqlens, device="cpu")
-    if given.ndim != 1 or given.dtype == torch.bool or given.is_floating_point() or given.is_complex():
+@operator("checked_documents")
+def _checked(cu_seqlens: Tensor, tokens: int, most: int | None) -> Tensor:
+    _check(cu_seqlens, tokens, most)
+    return cu_seqlens.clone()
+
+
+@torch.library.register_fake("plait::checked_documents")
+def _(cu_seqlens, tokens, most):
+    return torch.empty_like(cu_seqlens)
+
+
+def check_longest(tokens: int, most: int | None) -> None:
+    """Raise ValueError for a sequence that is longer than positions go."""
+    if most is not None and tokens > most:
         raise ValueError(
-            f"cu_seqlens must be integers of shape (documents + 1,), got {tuple(given.shape)} {given.dtype}"
+            f"a sequence of {tokens} tokens is longer than this model's positions go (max_positions {most})"
         )
-    return given.tolist()

@@ -1,4 +1,4 @@
-"""Hand-written gradients inside compiled graphs, autograd inside custom ops, and what stays outside of graphs."""
+"""Hand-written gradients inside compiled graphs, and autograd inside of operators."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,26 +65,3 @@ def autograd_inside() -> Iterator[None]:
     finally:
         for key, excluded in zip(_AUTOGRAD_KEYS, before, strict=True):
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
-
-
-_by_documents: list[Callable[..., Any]] = []
-_outside: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def by_documents(op: F) -> F:
-    """An op that takes `packing`, by name."""
-    _by_documents.append(op)
-
-    @wraps(op)
-    def call(*args: Any, packing: Any = None, **options: Any) -> Any:
-        run = op if packing is None else _outside.get(op, op)
-        return run(*args, packing=packing, **options)
-
-    return call  # type: ignore[return-value]
-
-
-def leave_documents_outside() -> None:
-    """From here on ops on packed documents are no part of a compiled graph. They run chunk by chunk of each document, so
-    that a graph would hold the documents' lengths, and every batch of a training run has others."""
-    for op in _by_documents:
-        _outside[op] = torch.compiler.disable(op)

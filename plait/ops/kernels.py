@@ -24,6 +24,7 @@ FEW = 16  # tokens a row up to which a call is a draft, or decoding
 
 OPS = {
     "attention": "plait.ops.attention:KERNELS",
+    "packed_attention": "plait.ops.attention:PACKED",
     "paged_attention": "plait.ops.attention.paged:KERNELS",
     "write_pages": "plait.ops.attention.paged:WRITERS",
     "conv": "plait.ops.conv:KERNELS",

@@ -1,12 +1,14 @@
 """Documents packed end to end in one row, and how tokens are cut into chunks.
 
-A `Packing` holds the documents' lengths on the host, so no op has to ask the device, and what ops derive from them
-is derived once per call. `Chunks` is the one layout in which the chunked recurrences work, packed or not.
+A `Packing` is tensors, so that a compiled graph holds no document's length. Numbers are read from it where Python runs:
+in the bodies of operators and outside of graphs. All that is derived from equal offsets is derived once and shared, so
+that the layers of a call, and the thread that loads batches, do it once together. `Chunks` is the one layout in which
+the chunked recurrences work, packed or not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
@@ -14,33 +16,68 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from plait.ops.operator import operator
 
-@dataclass(eq=False)
+CHUNK = 64  # tokens in a chunk of a linear recurrence: products of 64 x 64 fill a core's vector units
+KEPT = 16  # packings kept: those of a few steps and their parts
+
+
+@dataclass(frozen=True, eq=False)
 class Packing:
-    """The documents of one packed row: their lengths, and tensors derived from them on `device`."""
+    """The n documents of one packed row of t tokens.
 
-    lengths: tuple[int, ...]
-    device: torch.device
+    cu_seqlens is on the host, the others are on the call's device: each token's place in its document, from 0; its document;
+    the source of each place of `Chunks.split` in chunks of CHUNK, t for padding; where there each token lies. In a compiled
+    graph there are as many chunks as t tokens of n documents can need, else as many as they do need, and at least two.
+    """
+
+    cu_seqlens: Int[Tensor, " n+1"]
+    offsets: Int[Tensor, "1 t"]
+    documents: Int[Tensor, " t"]
+    index: Int[Tensor, "chunks c"]
+    back: Int[Tensor, " t"]
     _chunks: dict[int, "Chunks"] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cu_seqlens: Int[Tensor, " n+1"], like: Tensor) -> "Packing":
+        """The packing that offsets describe, from 0 to the length of `like` (1, t, ...), on the device of `like`. Offsets on a
+        device are brought to the host, which waits for it."""
+        host = cu_seqlens.to("cpu", torch.int64)
+        if torch.compiler.is_compiling():
+            return cls(host, *_planned(host, like))
+        return known(host, like.device)
+
+    @classmethod
+    def of_lengths(cls, lengths: Iterable[int], device: torch.device) -> "Packing":
+        return _known((0, *accumulate(lengths)), device)
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document."""
+        return tuple(end - start for start, end in self.bounds)
 
     @cached_property
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """Start and end of each document in the row."""
-        ends = tuple(accumulate(self.lengths))
-        return tuple(zip((0, *ends[:-1]), ends, strict=True))
+        cuts = self.cu_seqlens.tolist()
+        return tuple(zip(cuts, cuts[1:], strict=False))
 
     @cached_property
-    def offsets(self) -> Int[Tensor, "1 t"]:
-        """Each token's place inside its document, from 0."""
-        with torch.inference_mode(False):  # kept between calls, and gradients may be taken in a later one
-            return torch.cat([torch.arange(n, device=self.device) for n in self.lengths])[None]
-
-    @cached_property
-    def documents(self) -> Int[Tensor, " t"]:
-        """Each token's document."""
+    def counts(self) -> Int[Tensor, " n"]:
+        """Tokens of each document, on the device."""
         with torch.inference_mode(False):
-            lengths = torch.tensor(self.lengths, device=self.device)
-            return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.device), lengths)
+            return self.cu_seqlens.diff().to(self.offsets.device)
+
+    @cached_property
+    def cuts(self) -> Int[Tensor, " n+1"]:
+        """`cu_seqlens` as kernels want them."""
+        with torch.inference_mode(False):
+            return self.cu_seqlens.to(self.offsets.device, torch.int32)
 
     @cached_property
     def place(self) -> Int[Tensor, " t"]:
@@ -59,18 +96,55 @@ class Packing:
 
     def last(self, rows: Float[Tensor, "n past+longest *d"], count: int) -> Float[Tensor, "n count *d"]:
         """The last `count` of each row when `count` earlier entries stand before the document's own."""
-        ends = torch.tensor(self.lengths, device=self.device)
-        index = ends[:, None] + torch.arange(count, device=self.device)  # (n, count)
-        return rows[torch.arange(len(rows), device=self.device)[:, None], index]
+        index = self.counts[:, None] + torch.arange(count, device=rows.device)  # (n, count)
+        return rows[torch.arange(len(rows), device=rows.device)[:, None], index]
 
     def chunks(self, size: int) -> "Chunks":
         if size not in self._chunks:
-            with (
-                torch.inference_mode(False),
-                torch.device("cpu"),
-            ):  # planned on the host, whatever the default device is
-                self._chunks[size] = _packed_chunks(self, size)
+            with torch.inference_mode(False):  # kept between calls, and gradients may be taken in a later one
+                self._chunks[size] = _cut(self.cu_seqlens, size, self.offsets.device)
         return self._chunks[size]
+
+
+def known(cu_seqlens: Int[Tensor, " n+1"], device: torch.device) -> Packing:
+    """The packing of these offsets, which are on the host: made once, then the same one."""
+    return _known(tuple(cu_seqlens.tolist()), device)
+
+
+@lru_cache(KEPT)
+def _known(cuts: tuple[int, ...], device: torch.device) -> Packing:
+    with torch.inference_mode(False), torch.device("cpu"):  # planned on the host, whatever the default device is
+        cu_seqlens = torch.tensor(cuts)
+        lengths = cu_seqlens.diff()
+        documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        offsets = torch.arange(cuts[-1]) - cu_seqlens[documents]
+        layout = _cut(cu_seqlens, CHUNK, device)
+        assert layout.index is not None and layout.back is not None
+        index = F.pad(layout.index, (0, 0, 0, max(0, 2 - len(layout.index))), value=cuts[-1])
+        packing = Packing(cu_seqlens, offsets[None].to(device), documents.to(device), index, layout.back)
+        packing._chunks[CHUNK] = layout
+        return packing
+
+
+@operator("packing")
+def _planned(cu_seqlens: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`offsets`, `documents`, `index` and `back` of a `Packing`, in shapes that follow those of the arguments alone."""
+    packing = known(cu_seqlens, like.device)
+    missing = _room(cu_seqlens, like) - len(packing.index)
+    index = F.pad(packing.index, (0, 0, 0, missing), value=like.shape[1])
+    return packing.offsets.clone(), packing.documents.clone(), index, packing.back.clone()
+
+
+@torch.library.register_fake("plait::packing")
+def _(cu_seqlens, like):
+    t = like.shape[1]
+    shapes = (1, t), (t,), (_room(cu_seqlens, like), CHUNK), (t,)
+    return tuple(like.new_empty(*shape, dtype=torch.int64) for shape in shapes)
+
+
+def _room(cu_seqlens: Tensor, like: Tensor) -> int:
+    """Chunks that t tokens of n documents cannot be more than, and two: torch.compile takes sizes of 0 and 1 for constants."""
+    return like.shape[1] // CHUNK + cu_seqlens.shape[0] + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +167,7 @@ class Chunks:
     def split(self, x: Float[Tensor, "b t h *k"]) -> Float[Tensor, "n h c *k"]:
         """Tokens into chunks, heads before time; places past a sequence's end are zero."""
         if self.index is not None:
-            padded = F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1))
-            return padded[self.index].transpose(1, 2)  # (n, h, c, *k)
+            return gathered(x, self.index).transpose(1, 2)  # (n, h, c, *k)
         steps = len(self.alive)
         missing = steps * self.size - self.length
         if missing:  # a pad of nothing copies all the same, and so does its gradient
@@ -105,7 +178,7 @@ class Chunks:
     def join(self, y: Float[Tensor, "n h c v"]) -> Float[Tensor, "b t h v"]:
         """The inverse of `split`, padding dropped."""
         if self.back is not None:
-            return y.transpose(1, 2).flatten(0, 1)[self.back][None]
+            return scattered(y.transpose(1, 2), self.back)
         y = y.unflatten(0, (len(self.alive), self.batch)).permute(1, 0, 3, 2, 4)  # (b, steps, c, h, v)
         y = y.flatten(1, 2)
         return y if y.shape[1] == self.length else y[:, : self.length]
@@ -113,9 +186,7 @@ class Chunks:
     def by_step(self, x: Float[Tensor, "b t *u"]) -> Float[Tensor, "c n *u"]:
         """Tokens by their place in a chunk, so that one step advances all n chunks; places past an end are zero."""
         if self.index is not None:
-            return F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1))[
-                self.index.T.contiguous()
-            ]  # or the result lies as the index does
+            return gathered(x, self.index.T.contiguous())  # or the result lies as the index does
         steps = len(self.alive)
         missing = steps * self.size - self.length
         if missing:  # a pad of nothing copies all the same
@@ -125,7 +196,7 @@ class Chunks:
     def from_steps(self, y: Float[Tensor, "c n *u"]) -> Float[Tensor, "b t *u"]:
         """The inverse of `by_step`, padding dropped."""
         if self.back is not None:
-            return y.transpose(0, 1).flatten(0, 1)[self.back][None]
+            return scattered(y.transpose(0, 1), self.back)
         y = y.unflatten(1, (len(self.alive), self.batch)).transpose(0, 2)
         return y.flatten(1, 2)[:, : self.length]
 
@@ -145,6 +216,16 @@ class Chunks:
         return state if self.order is None else state[torch.argsort(self.order)]
 
 
+def gathered(x: Float[Tensor, "1 t *u"], index: Int[Tensor, "n c"]) -> Float[Tensor, "n c *u"]:
+    """Tokens at `index`, 0 where it is t."""
+    return F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1))[index]
+
+
+def scattered(y: Float[Tensor, "n c *u"], back: Int[Tensor, " t"]) -> Float[Tensor, "1 t *u"]:
+    """Each token from its place, the inverse of `gathered`."""
+    return y.flatten(0, 1)[back][None]
+
+
 def chunks(batch: int, length: int, size: int, packing: Packing | None) -> Chunks:
     """The chunk layout of a call."""
     if packing is not None:
@@ -152,26 +233,25 @@ def chunks(batch: int, length: int, size: int, packing: Packing | None) -> Chunk
     return Chunks(size, (batch,) * -(-length // size), batch, length)
 
 
-def _packed_chunks(packing: Packing, size: int) -> Chunks:
-    lengths, total = packing.lengths, sum(packing.lengths)
-    order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
-    places, alive = [], []
-    for c in range(-(-max(lengths) // size)):
-        step = [d for d in order if lengths[d] > c * size]
-        alive.append(len(step))
-        for d in step:
-            start, end = packing.bounds[d][0] + c * size, packing.bounds[d][1]
-            used = min(size, end - start)
-            places.append((start, used))
-    starts = torch.tensor([start for start, _ in places])
-    used = torch.tensor([count for _, count in places])
-    ramp = torch.arange(size)
-    inside = ramp < used[:, None]
-    index = torch.where(inside, starts[:, None] + ramp, total)  # (n, c)
-    back = torch.empty(total, dtype=torch.long)
-    back[index[inside]] = torch.arange(index.numel()).view_as(index)[inside]
-    to = packing.device
-    return Chunks(size, tuple(alive), 1, total, index.to(to), back.to(to), torch.tensor(order).to(to), lengths)
+def _cut(cu_seqlens: Int[Tensor, " n+1"], size: int, device: torch.device) -> Chunks:
+    """The chunks of packed documents; worked out on the host."""
+    lengths, total = cu_seqlens.diff(), int(cu_seqlens[-1])
+    order = lengths.argsort(descending=True, stable=True)
+    counts = (lengths[order] + size - 1) // size  # chunks of each document, longest first
+    rank = torch.repeat_interleave(torch.arange(len(order), device="cpu"), counts)  # document by document
+    step = torch.arange(len(rank), device="cpu") - (counts.cumsum(0) - counts)[rank]
+    by_step = step.argsort(stable=True)
+    rank, step = rank[by_step], step[by_step]
+    starts = cu_seqlens[order][rank] + step * size  # (n,)
+    ramp = torch.arange(size, device="cpu")
+    index = starts[:, None] + ramp
+    inside = ramp < cu_seqlens[1:][order][rank, None] - starts[:, None]
+    places = inside.flatten().nonzero().flatten()
+    back = torch.empty(total, dtype=torch.long, device="cpu").index_copy_(0, index.flatten()[places], places)
+    index.masked_fill_(~inside, total)
+    alive = tuple(step.bincount().tolist())
+    tensors = (x.to(device) for x in (index, back, order))
+    return Chunks(size, alive, 1, total, *tensors, tuple(lengths.tolist()))
 
 
 def each_document(

@@ -20,7 +20,6 @@ from plait.files import write_text
 from plait.layers import Channels
 from plait.model import LanguageModel, NextToken, Objective, build, load
 from plait.model.device import find_device
-from plait.ops.graph import leave_documents_outside
 from plait.ops.shooting import NotConverged
 from plait.run_folder import METRICS, RUN, latest, remove_leftovers
 from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
@@ -209,7 +208,6 @@ class _Training:
     def compile(self) -> None:
         """Equal slots share their graphs, in training and in evaluation; all are kept in one place, which is made for a single
         function: without more room the slots that come last would run as they are."""
-        leave_documents_outside()
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, 4 * len(self.model.slots))
         for slot in self.model.slots:

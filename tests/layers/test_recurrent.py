@@ -195,11 +195,11 @@ def test_slstm_is_the_papers(scale):
     named, R = parts(made, x)
     documents = [
         paper_slstm({name: v[0, a:b] for name, v in named.items()}, R)
-        for a, b in Packing(lengths, torch.device("cpu")).bounds
+        for a, b in Packing.of_lengths(lengths, torch.device("cpu")).bounds
     ]
     want = torch.cat([y for y, _ in documents])[None].flatten(2)
     state = torch.tensor([0.0, 0.0, EMPTY], dtype=torch.float64)[None, :, None, None].expand(4, 3, HEADS, K)
-    got, final, _ = made(x, state, Packing(lengths, x.device))
+    got, final, _ = made(x, state, Packing.of_lengths(lengths, x.device))
     assert torch.allclose(got, want, atol=1e-10)
     assert torch.allclose(final, torch.stack([torch.stack(last) for _, last in documents]), atol=1e-9)
     inputs = [x, *made.parameters()]

@@ -68,7 +68,7 @@ def forms(kernels: Kernels, count: int) -> list[str]:
 
 
 def packing(lengths=DOCUMENTS) -> Packing:
-    return Packing(tuple(lengths), torch.device("cpu"))
+    return Packing.of_lengths(lengths, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -22,12 +22,13 @@ def inputs(t, s=None, keys=2, batch=2):
 
 def both(tensors, close, **call):
     results = []
-    for name in ("chunked", "reference"):
+    for name in ("reference", "chunked", *(["varlen"] if "packing" in call else [])):
         with forced(name):
             results.append(run_with_gradients(lambda **x: (attention(**x, **call), None), tensors))
-    for name, x in results[1].items():
-        close(results[0][name], x)
-    return results[1]["0"]
+    for name, x in results[0].items():
+        for result in results[1:]:
+            close(result[name], x)
+    return results[0]["0"]
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -124,7 +125,8 @@ def test_a_kernel_that_plans_is_kept_to_shapes_that_come_again(length, train, le
     monkeypatch.setattr(fused, "DEVICES", ("cpu",))
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
     q = torch.zeros(1, length, HEADS, K, requires_grad=train)
-    attention(q, q, q, packing=None if lengths is None else packing(lengths))
+    with forced(None if lengths is None else "chunked"):  # documents one by one
+        attention(q, q, q, packing=None if lengths is None else packing(lengths))
     assert seen == [planned] * len(seen) and seen
     assert torch.backends.cuda.cudnn_sdp_enabled()
 

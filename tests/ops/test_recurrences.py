@@ -1,5 +1,7 @@
 """The gated delta rule and the scalar-decay recurrence: chunked = reference = transformers."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 import plait.ops.delta
+import plait.ops.packing as packings
 import plait.ops.ssd
 from plait.ops.delta import chunked as delta_chunked
 from plait.ops.delta import gated_delta
@@ -89,20 +92,33 @@ def test_packed(op, state, close):
 
 @pytest.mark.parametrize("size", [1, 7, 16, 128, 300])
 @pytest.mark.parametrize("name", OPS)
-def test_chunk_size_changes_nothing(name, size, close, monkeypatch):
+def test_chunk_size_changes_nothing(name, size, close):
     op, module = OPS[name]
-    for length, call in ((257, {}), (sum(DOCUMENTS), {"packing": packing()})):
-        rows = len(DOCUMENTS) if call else 1
-        tensors = inputs(op, length, batch=1, rows=rows)
-        with forced("chunked"):
-            want = run_with_gradients(lambda call=call, **x: op(**x, **call), tensors)
-            monkeypatch.setattr(module, "SIZE", size)
-            for cached in call.values():
-                cached._chunks.clear()
-            got = run_with_gradients(lambda call=call, **x: op(**x, **call), tensors)
-        monkeypatch.undo()
+    for length, documents in ((257, None), (sum(DOCUMENTS), DOCUMENTS)):
+        tensors = inputs(op, length, batch=1, rows=1 if documents is None else len(documents))
+
+        want = _chunked(op, tensors, documents)
+        with chunks_of(size, module):
+            got = _chunked(op, tensors, documents)
         for key, x in want.items():
             close(got[key], x)
+
+
+def _chunked(op, tensors, documents):
+    call = {} if documents is None else {"packing": packing(documents)}
+    with forced("chunked"):
+        return run_with_gradients(lambda **x: op(**x, **call), tensors)
+
+
+@contextmanager
+def chunks_of(size, *modules):
+    """Chunks of so many tokens, in packings too; those that are known are forgotten, before and after."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (packings, *modules):
+            patch.setattr(module, "CHUNK", size)
+        packings._known.cache_clear()
+        yield
+    packings._known.cache_clear()
 
 
 def test_no_state_in_no_state_out(op):
@@ -138,14 +154,12 @@ def test_extreme_beta(beta, close):
     both(gated_delta, tensors, close)
 
 
-def test_gradcheck(op, monkeypatch):
+def test_gradcheck(op):
     """Against finite differences, over three chunks and a document's end."""
-    monkeypatch.setattr(OPS["delta"][1], "SIZE", 4)
-    monkeypatch.setattr(OPS["ssd"][1], "SIZE", 4)
     documents = (9, 1, 3)
     tensors = inputs(op, 13, batch=1, rows=3)
     leaves = [x.requires_grad_() for x in tensors.values()]
-    with forced("chunked"):
+    with forced("chunked"), chunks_of(4):
         assert torch.autograd.gradcheck(
             lambda *x: op(**dict(zip(tensors, x, strict=True)), packing=packing(documents)), leaves
         )

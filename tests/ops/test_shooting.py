@@ -65,9 +65,9 @@ def test_packed_documents_are_the_documents_alone(cell):
     lengths = (1, 40, 7, 130, 2)
     bound, x, _ = problem(cell, batch=1, tokens=sum(lengths))
     _, _, h0 = problem(cell, batch=len(lengths))
-    got, _ = everything(bound, x, h0, packing=Packing(lengths, x.device))
+    got, _ = everything(bound, x, h0, packing=Packing.of_lengths(lengths, x.device))
     with forced("reference"):
-        want, _ = everything(bound, x, h0, packing=Packing(lengths, x.device))
+        want, _ = everything(bound, x, h0, packing=Packing.of_lengths(lengths, x.device))
     assert apart(got, want) < TOLERANCE
 
 
@@ -102,7 +102,7 @@ def test_one_pass_is_too_few_and_the_answer_is_right_all_the_same(cell, mix, pac
     """With a dense matrix torch's own kernels are the loop, where they have the cell."""
     lengths = (3, 90, 47) if packed else None
     bound, x, h0 = problem(cell, mix, 1 if packed else 2, 140)
-    packing = None if lengths is None else Packing(lengths, x.device)
+    packing = None if lengths is None else Packing.of_lengths(lengths, x.device)
     if lengths is not None:
         _, _, h0 = problem(cell, mix, len(lengths))
     got, info = everything(bound, x, h0, packing=packing, max_passes=1)

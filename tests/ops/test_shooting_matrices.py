@@ -25,7 +25,7 @@ def check_matrices(cell, heads, k, lengths, dtype):
 
     torch.manual_seed(0)
     b, t = (2, 40) if lengths is None else (1, sum(lengths))
-    packing = None if lengths is None else Packing(lengths, torch.device("cpu"))
+    packing = None if lengths is None else Packing.of_lengths(lengths, torch.device("cpu"))
     g, s, n = len(cell.inputs), len(cell.states), b if lengths is None else len(lengths)
     recurrent, bias = torch.randn(g, heads, k, k) / (2 * k**0.5), torch.randn(g, heads, k) / 10
     x, h0 = torch.randn(b, t, g, heads, k).to(dtype), torch.randn(n, s, heads, k) / 3

@@ -62,7 +62,7 @@ class Problem:
         g, s = len(self.cell.inputs), len(self.cell.states)
         self.packing = None
         if self.lengths is not None:
-            self.packing = Packing(self.lengths, torch.device("cpu"))
+            self.packing = Packing.of_lengths(self.lengths, torch.device("cpu"))
             self.b, self.t = 1, sum(self.lengths)
         x = normal(self.heads, self.b, self.t, g, self.k).permute(1, 2, 3, 0, 4)
         x = x if self.headwise else x.contiguous()

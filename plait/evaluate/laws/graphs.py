@@ -1,25 +1,34 @@
-"""Law 11, decoding: however far it goes, torch.compile has seen all of it with the second token."""
+"""Law 11: however far a decoding goes, torch.compile has seen all of it with the second token; and packed documents of any
+number and lengths are one graph."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 
-from plait.evaluate.laws.compare import LawBroken, agree
+from plait.evaluate.laws.compare import AUTOCAST, LawBroken, Values, agree, outcome, with_gradients
 from plait.model import LanguageModel
 
 TOKENS = 12
+DOCUMENTS = ((0, 66, 70), (0, 1, 5, 9, 70), (0, 70), (0, *range(6, 71)))  # 70 tokens, in one document and in many
+
+
+class Counting:
+    """A compiler that counts its graphs."""
+
+    def __init__(self, backend: str):
+        self.compiler, self.graphs = lookup_backend(backend), 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.graphs += 1
+        return self.compiler(*args, **options)
 
 
 @torch.no_grad()
 def decoding(law: str, model: LanguageModel, tokens: torch.Tensor, backend: str) -> float:
     """From a state without room, and one with: token by token, no graph after the second."""
-    worst, compiler, graphs = 0.0, lookup_backend(backend), [0]
-
-    def counting(*args: Any, **options: Any) -> Any:
-        graphs[0] += 1
-        return compiler(*args, **options)
-
+    worst, counting = 0.0, Counting(backend)
     want, _ = model(tokens[:, :TOKENS])
     for room in (0, 32):
         torch.compiler.reset()
@@ -28,9 +37,34 @@ def decoding(law: str, model: LanguageModel, tokens: torch.Tensor, backend: str)
         for i in range(TOKENS):
             y, state = step(tokens[:, i : i + 1], state)
             logits.append(y)
-            known = graphs[0] if i < 2 else known
-            if graphs[0] > known:
+            known = counting.graphs if i < 2 else known
+            if counting.graphs > known:
                 raise LawBroken(law, f"token {i + 1} of a decoding was compiled anew, with room for {room} tokens")
         got = torch.cat(logits, 1)
         worst = max(worst, agree(law, f"decoding with room for {room}", {"": got}, {"": want}))
+    return worst
+
+
+def packing(law: str, model: LanguageModel, tokens: Tensor, backend: str) -> float:
+    """Training on packed documents, under autocast too, by one function: outputs and gradients are those without a compiler."""
+    torch.compiler.reset()
+    counting, worst = Counting(backend), 0.0
+    whole = torch.compile(model, fullgraph=True, backend=counting)
+
+    def run(form: Any, cuts: tuple[int, ...], narrow: bool) -> Values:
+        offsets = torch.tensor(cuts, dtype=torch.int32, device="cpu")
+        torch._dynamo.maybe_mark_dynamic(offsets, 0)  # as torch would itself with the second number of documents
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=narrow):
+            logits, _ = form(tokens, cu_seqlens=offsets)
+        return outcome(list(logits.float() if narrow else logits), None)
+
+    for narrow in (False, True):
+        for cuts in DOCUMENTS:
+            got = with_gradients(model, lambda cuts=cuts, narrow=narrow: run(whole, cuts, narrow))
+            want = with_gradients(model, lambda cuts=cuts, narrow=narrow: run(model, cuts, narrow))
+            what = f"{len(cuts) - 1} packed documents{', under autocast' if narrow else ''}"
+            error = agree(law, what, got, want, tolerances=AUTOCAST if narrow else None)
+            worst = worst if narrow else max(worst, error)
+            if counting.graphs > 1 + narrow:
+                raise LawBroken(law, f"{what} were compiled anew")
     return worst

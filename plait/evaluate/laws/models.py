@@ -161,8 +161,8 @@ def has_compiler() -> bool:
 
 
 def compiled(design: ModelConfig, device: str, dtype: torch.dtype, backend: str = "aot_eager") -> float:
-    """11: torch.compile takes training, reading and decoding as one graph each, and the answers agree; training under autocast
-    too, where every hand-written gradient has the dtype of its input, packed or not, wherever it is taken."""
+    """11: torch.compile takes training, reading and decoding as one graph each, and the answers agree; training on packed
+    documents and under autocast too, where every hand-written gradient has the dtype of its input, wherever it is taken."""
     law, model = "compiled", subject(design, device, dtype)
     tokens = some_tokens(design, 70, device)[None]
     torch.compiler.reset()
@@ -178,7 +178,7 @@ def compiled(design: ModelConfig, device: str, dtype: torch.dtype, backend: str 
             want = _decode(model, state.fork(), tokens)
             worst = max(worst, agree(law, "decoding", _decode(graph, state.fork(), tokens), want))
         under_autocast(law, model, graph, tokens)
-        worst = max(worst, graphs.decoding(law, model, tokens, backend))
+        worst = max(worst, graphs.packing(law, model, tokens, backend), graphs.decoding(law, model, tokens, backend))
     except TorchDynamoException as error:
         raise LawBroken(law, " ".join(str(error).split())[:300]) from error
     finally:

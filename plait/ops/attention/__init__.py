@@ -1,15 +1,10 @@
 """Causal softmax attention (arXiv 1706.03762): o_i = sum_j softmax_j(q_i . k_j / sqrt(k)) v_j over the visible j."""
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from plait.ops.attention import chunked, reference
+from plait.ops.attention import chunked, packed, reference
 from plait.ops.attention.fused import chosen, for_any_length, may_plan
-from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, Kernels, always, choose
 from plait.ops.packing import Packing
 
@@ -17,10 +12,18 @@ KERNELS = Kernels(
     "attention", (Kernel("chunked", chunked.run, always, chosen), Kernel("reference", reference.run, always))
 )
 
+PACKED = Kernels(
+    "packed_attention",
+    (
+        Kernel("varlen", packed.run, packed.supports),
+        Kernel("chunked", packed.one_by_one("chunked"), always),
+        Kernel("reference", packed.one_by_one("reference"), always),
+    ),
+)
+
 Start = int | Int[Tensor, " b"]
 
 
-@by_documents
 def attention(
     q: Float[Tensor, "b t h k"],
     k: Float[Tensor, "b s g k"],
@@ -38,23 +41,8 @@ def attention(
     A query sees keys from position 0 up to its own; with `window`, only the last `window` of them. `softcap` c turns
     logits x into c tanh(x / c). With `packing` there is no past: each document attends to itself.
     """
-    run: Callable[..., Tensor] = choose(KERNELS, q, packed=packing is not None).run
-    arguments: tuple[Any, ...] = (q, k, v, q_start, k_start, window, softcap)
     if packing is not None:
-        run, arguments = _packed, (run, q, k, v, window, softcap, packing)
-    if may_plan(q, packing is not None):
-        return run(*arguments)
-    return for_any_length(run, *arguments)
-
-
-def _packed(
-    run: Callable[..., Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None,
-    softcap: float | None,
-    packing: Packing,
-) -> Tensor:
-    documents = [run(*(x[:, a:b] for x in (q, k, v)), 0, 0, window, softcap) for a, b in packing.bounds]
-    return torch.cat(documents, 1)
+        heads = packed.Heads(k.shape[3], v.shape[3], softcap is not None)
+        return choose(PACKED, q, packed=True, sizes=heads).run(q, k, v, window, softcap, packing)
+    run, arguments = choose(KERNELS, q).run, (q, k, v, q_start, k_start, window, softcap)
+    return run(*arguments) if may_plan(q) else for_any_length(run, *arguments)

@@ -20,11 +20,11 @@ DEVICES = ("cuda",)  # where cuDNN is
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def may_plan(q: Tensor, packed: bool) -> bool:
+def may_plan(q: Tensor) -> bool:
     """Whether calls of this shape are likely to come again and again, or nothing here makes plans."""
     if q.device.type not in DEVICES:
         return True
-    return q.shape[1] > FEW and not packed and q.requires_grad and torch.is_grad_enabled()
+    return q.shape[1] > FEW and q.requires_grad and torch.is_grad_enabled()
 
 
 def for_any_length(run: Callable[..., T], *args: Any) -> T:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from plait.ops.conv import chunked, pooled, reference, step
 from plait.ops.frame import Rows, recur
-from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, Kernels, always, cast, one_token
 from plait.ops.packing import Packing
 from plait.ops.summary import Tail
@@ -63,7 +62,6 @@ KERNELS = Kernels(
 )
 
 
-@by_documents
 def causal_conv(
     x: Float[Tensor, "b t d"],
     weight: Float[Tensor, "d w"],

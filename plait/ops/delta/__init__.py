@@ -9,7 +9,6 @@ from torch import Tensor
 
 from plait.ops.delta import chunked, pooled, reference, step
 from plait.ops.frame import Rows, recur
-from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, Kernels, always, cast, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.rms_norm import l2norm
@@ -43,7 +42,6 @@ class Gates(NamedTuple):
         return y
 
 
-@by_documents
 def gated_delta(
     q: Float[Tensor, "b t g k"],
     k: Float[Tensor, "b t g k"],

@@ -10,6 +10,8 @@ and only V' and S pass from chunk to chunk. The gradient is written out: it need
 and no more memory than the forward pass, where autograd would keep every scaled copy of q, k and v.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,9 +20,8 @@ from torch.nn.functional import hardshrink
 
 from plait.ops.decay import chunk_decay, from_pairs, from_sums
 from plait.ops.graph import gradient, one_step
-from plait.ops.packing import Packing, chunks
-
-SIZE = 64  # tokens in a chunk: products of 64 x 64 fill a core's vector units, and the triangular solve stays small
+from plait.ops.operator import operator
+from plait.ops.packing import CHUNK, Packing, chunks, gathered, known, scattered
 
 
 def run(
@@ -36,79 +37,100 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `gated_delta`."""
     b, t, h, dv = v.shape
-    q, k = (x if x.shape[2] == h else x.repeat_interleave(h // x.shape[2], 2) for x in (q, k))
-    layout = chunks(b, t, SIZE, packing)
+    if packing is not None:
+        o, S = _Packed.apply(q, k, v, g, beta, state, packing.cu_seqlens, packing.index, packing.back)
+        return o, None if state is None else S
+    q, k = (_per_head(x, h) for x in (q, k))
+    layout = chunks(b, t, CHUNK, None)
     q, k, v, g, beta = (layout.split(x).flatten(0, 1) for x in (q, k, v, g, beta))  # (n h, c, ...)
     rows = tuple(alive * h for alive in layout.alive)
-    S = v.new_zeros(rows[0], dv, k.shape[-1]) if state is None else layout.sort(state).flatten(0, 1)
+    S = v.new_zeros(rows[0], dv, k.shape[-1]) if state is None else state.flatten(0, 1)
     o, S = _chunked(q, k, v, g, beta, S, rows)
-    return layout.join(o.unflatten(0, (-1, h))), None if state is None else layout.unsort(S.unflatten(0, (-1, h)))
+    return layout.join(o.unflatten(0, (-1, h))), None if state is None else S.unflatten(0, (-1, h))
+
+
+def _per_head(x: Float[Tensor, "b t g k"], heads: int) -> Float[Tensor, "b t h k"]:
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
 class _Chunked(torch.autograd.Function):
-    """n chunks of c tokens; `rows[i]` of them, the next ones in order, form step i of the loop over chunks."""
-
     @staticmethod
-    def forward(
-        ctx,
-        q: Float[Tensor, "n c k"],
-        k: Float[Tensor, "n c k"],
-        v: Float[Tensor, "n c v"],
-        g: Float[Tensor, "n c"],
-        beta: Float[Tensor, "n c"],
-        S: Float[Tensor, "r v k"],
-        rows: tuple[int, ...],
-    ) -> tuple[Float[Tensor, "n c v"], Float[Tensor, "r v k"]]:
-        a, P, to_end = chunk_decay(g)
-        L = (k @ k.mT).mul_(P).tril_(-1)
-        UW = v.new_empty(*v.shape[:2], v.shape[-1] + k.shape[-1])
-        U, W = UW.split([v.shape[-1], k.shape[-1]], -1)
-        U.copy_(v).mul_(beta[..., None])
-        W.copy_(k).mul_((a * beta)[..., None])
-        UW = _solve(L * beta[..., None], UW)
-        U, W = UW.split([v.shape[-1], k.shape[-1]], -1)
-        # where decays are strong, W runs down the chunk as their product: stop it before it is subnormal, which is slow
-        W.copy_(hardshrink(W, torch.finfo(W.dtype).tiny ** 0.5))
-        keys, last = k * to_end[..., None], a[:, -1, None, None]
-        V, before = v.new_empty(v.shape), v.new_empty(len(v), *S.shape[1:])
-        before[: rows[0]] = S[: rows[0]]
-        first = 0
-        for count, following in zip(rows, (*rows[1:], 0), strict=True):
-            step, first = slice(first, first + count), first + count
-            room = before[first : first + count] if following == count else None  # where the next step looks for it
-            torch.baddbmm(U[step], W[step], before[step].mT, alpha=-1, out=V[step])
-            after = torch.mul(before[step], last[step], out=room).baddbmm_(V[step].mT, keys[step])
-            if room is None:
-                S = after if len(S) == count else torch.cat([after, S[count:]])
-                before[first : first + following] = S[:following]
-        B = (q @ k.mT).mul_(P)
-        o = torch.bmm(B, V).baddbmm_(q * a[..., None], before.mT)
-        ctx.save_for_backward(q, k, v, beta, a, P, to_end, L, B, UW, V, before)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor, rows: tuple[int, ...]):
+        o, S, *saved = _forward(q, k, v, g, beta, S, rows)
+        ctx.save_for_backward(*saved)
         ctx.rows = rows
         return o, S
 
     @staticmethod
     @gradient
     def backward(ctx, do: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodoverride]
-        q, k, v, beta, a, P, to_end, L, B, UW, V, before = ctx.saved_tensors
-        Z = torch.empty_like(UW)
-        Zv, Zk = Z.split([v.shape[-1], k.shape[-1]], -1)
-        dV, dafter, dS = _through_time(ctx.rows, do, dS, q, k, a, to_end, B, UW)
-        dq, dk, dlogP, dG = _output_gradients(do, q, k, a, P, to_end, B, V, before, dafter)
-        Zv.copy_(dV)
-        Zk.copy_(torch.bmm(dV, before)).neg_()
-        Z = _solve(L * beta[..., None], Z, transposed=True)
-        Zv, Zk = Z.split([v.shape[-1], k.shape[-1]], -1)
-        dA = torch.bmm(Z, UW.mT).neg_()
-        along_k = vecdot(Zk, k) * a
-        dLL = dA * L
-        dbeta = dLL.sum(-1) + vecdot(Zv, v) + along_k
-        dlogP.addcmul_(dLL, beta[..., None])
-        dG += beta * along_k
-        dKK = dA.mul_(beta[..., None]).mul_(P).tril_(-1)
-        dk.baddbmm_(dKK, k).baddbmm_(dKK.mT, k).addcmul_(Zk, (a * beta)[..., None])
-        dg = from_sums(dG, k.dtype).add_(from_pairs(dlogP))
-        return dq, dk, Zv * beta[..., None], dg, dbeta, dS, None
+        return *_backward(ctx.saved_tensors, do, dS, ctx.rows), None
+
+
+_chunked = one_step(_Chunked)
+
+
+def _forward(
+    q: Float[Tensor, "n c k"],
+    k: Float[Tensor, "n c k"],
+    v: Float[Tensor, "n c v"],
+    g: Float[Tensor, "n c"],
+    beta: Float[Tensor, "n c"],
+    S: Float[Tensor, "r v k"],
+    rows: tuple[int, ...],
+) -> tuple[Tensor, ...]:
+    """n chunks of c tokens; `rows[i]` of them, the next ones in order, form step i of the loop over chunks, and what is left
+    over is padding. O (n, c, v), the last states, and what `_backward` needs."""
+    a, P, to_end = chunk_decay(g)
+    L = (k @ k.mT).mul_(P).tril_(-1)
+    UW = v.new_empty(*v.shape[:2], v.shape[-1] + k.shape[-1])
+    U, W = UW.split([v.shape[-1], k.shape[-1]], -1)
+    U.copy_(v).mul_(beta[..., None])
+    W.copy_(k).mul_((a * beta)[..., None])
+    UW = _solve(L * beta[..., None], UW)
+    U, W = UW.split([v.shape[-1], k.shape[-1]], -1)
+    # where decays are strong, W runs down the chunk as their product: stop it before it is subnormal, which is slow
+    W.copy_(hardshrink(W, torch.finfo(W.dtype).tiny ** 0.5))
+    keys, last = k * to_end[..., None], a[:, -1, None, None]
+    V, before = v.new_empty(v.shape), v.new_empty(len(v), *S.shape[1:])
+    before[: rows[0]] = S[: rows[0]]
+    first = 0
+    for count, following in zip(rows, (*rows[1:], 0), strict=True):
+        step, first = slice(first, first + count), first + count
+        room = before[first : first + count] if following == count else None  # where the next step looks for it
+        torch.baddbmm(U[step], W[step], before[step].mT, alpha=-1, out=V[step])
+        after = torch.mul(before[step], last[step], out=room).baddbmm_(V[step].mT, keys[step])
+        if room is None:
+            S = after if len(S) == count else torch.cat([after, S[count:]])
+            before[first : first + following] = S[:following]
+    if first < len(v):
+        V[first:], before[first:] = 0, 0
+    B = (q @ k.mT).mul_(P)
+    o = torch.bmm(B, V).baddbmm_(q * a[..., None], before.mT)
+    return o, S, q, k, v, beta, a, P, to_end, L, B, UW, V, before
+
+
+def _backward(saved: Sequence[Tensor], do: Tensor, dS: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Gradients at q, k, v, g, beta and S."""
+    q, k, v, beta, a, P, to_end, L, B, UW, V, before = saved
+    Z = torch.empty_like(UW)
+    Zv, Zk = Z.split([v.shape[-1], k.shape[-1]], -1)
+    dV, dafter, dS = _through_time(rows, do, dS, q, k, a, to_end, B, UW)
+    dq, dk, dlogP, dG = _output_gradients(do, q, k, a, P, to_end, B, V, before, dafter)
+    Zv.copy_(dV)
+    Zk.copy_(torch.bmm(dV, before)).neg_()
+    Z = _solve(L * beta[..., None], Z, transposed=True)
+    Zv, Zk = Z.split([v.shape[-1], k.shape[-1]], -1)
+    dA = torch.bmm(Z, UW.mT).neg_()
+    along_k = vecdot(Zk, k) * a
+    dLL = dA * L
+    dbeta = dLL.sum(-1) + vecdot(Zv, v) + along_k
+    dlogP.addcmul_(dLL, beta[..., None])
+    dG += beta * along_k
+    dKK = dA.mul_(beta[..., None]).mul_(P).tril_(-1)
+    dk.baddbmm_(dKK, k).baddbmm_(dKK.mT, k).addcmul_(Zk, (a * beta)[..., None])
+    dg = from_sums(dG, k.dtype).add_(from_pairs(dlogP))
+    return dq, dk, Zv * beta[..., None], dg, dbeta, dS
 
 
 def _solve(A: Float[Tensor, "n c c"], B: Float[Tensor, "n c m"], transposed: bool = False) -> Float[Tensor, "n c m"]:
@@ -135,8 +157,10 @@ def _through_time(
     dbefore = torch.bmm(do.mT, q * a[..., None])  # (n, v, k)
     dafter = torch.empty_like(dbefore)
     keys, last, W = k * to_end[..., None], a[:, -1, None, None], UW[..., do.shape[-1] :]
-    first = len(do)
-    dafter[first - rows[-1] :] = dS[: rows[-1]]
+    first = sum(rows)
+    if first < len(do):
+        dafter[first:] = 0
+    dafter[first - rows[-1] : first] = dS[: rows[-1]]
     for count, following in zip(rows[::-1], (*rows[-2::-1], 0), strict=True):
         first -= count
         step = slice(first, first + count)
@@ -175,4 +199,99 @@ def _output_gradients(
     return dq, dk, dlogP, dG
 
 
-_chunked = one_step(_Chunked)
+# --- documents: the same as operators, so that a compiled graph holds no document's length
+
+
+class _Packed(torch.autograd.Function):
+    """Tokens (1, t, ...), a state per document (n, h, v, k) or none, and of the packing its offsets, chunks and way back."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, state, cu_seqlens, index, back):
+        o, S, *saved = _packed(q, k, v, g, beta, state, cu_seqlens, index, back)
+        ctx.save_for_backward(cu_seqlens, index, back, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.groups, ctx.has_state = q.shape[2], state is not None
+        return o, S
+
+    @staticmethod
+    @gradient
+    def backward(ctx, do, dS):  # pyright: ignore[reportIncompatibleMethodOverride]
+        cu_seqlens, index, back, *saved = ctx.saved_tensors
+        *gradients, dS = _pull(
+            do, dS if ctx.has_state else None, cu_seqlens, index, back, saved, ctx.groups, ctx.has_state
+        )
+        return *gradients, dS if ctx.has_state else None, None, None, None
+
+
+@operator("delta")
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor,
+    index: Tensor,
+    back: Tensor,
+) -> list[Tensor]:
+    """O (1, t, h, v), the last states (n, h, v, k), nothing in them where there was no state, and what the gradient needs."""
+    h, dv, dk = *v.shape[2:], k.shape[3]
+    layout = known(cu_seqlens, v.device).chunks(index.shape[1])
+    q, k, v, g, beta = (_split(x, index) for x in (_per_head(q, h), _per_head(k, h), v, g, beta))
+    start = v.new_zeros(layout.alive[0] * h, dv, dk) if state is None else layout.sort(state).flatten(0, 1)
+    o, S, *saved = _forward(q, k, v, g, beta, start, tuple(alive * h for alive in layout.alive))
+    last = v.new_empty(0, h, dv, dk) if state is None else layout.unsort(S.unflatten(0, (-1, h)))
+    return [_join(o, h, back), last, *saved]
+
+
+@torch.library.register_fake("plait::delta")
+def _(q, k, v, g, beta, state, cu_seqlens, index, back):
+    h, dv, dk = *v.shape[2:], k.shape[3]
+    n, c = index.shape[0] * h, index.shape[1]
+    keys, values, square, tokens = (n, c, dk), (n, c, dv), (n, c, c), (n, c)
+    shapes = [keys, keys, values, tokens, tokens, square, tokens, square, square, (n, c, dv + dk), values, (n, dv, dk)]
+    last = v.new_empty(0, h, dv, dk) if state is None else torch.empty_like(state)
+    return [v.new_empty(v.shape), last, *(v.new_empty(shape) for shape in shapes)]
+
+
+@operator("delta_backward")
+def _pull(
+    do: Tensor | None,
+    dS: Tensor | None,
+    cu_seqlens: Tensor,
+    index: Tensor,
+    back: Tensor,
+    saved: Sequence[Tensor],
+    groups: int,
+    has_state: bool,
+) -> list[Tensor]:
+    """Gradients at q, k (1, t, groups, k), v, g, beta and the states, nothing in them where there were none."""
+    v, before = saved[2], saved[-1]
+    h = len(v) // len(index)
+    layout = known(cu_seqlens, v.device).chunks(index.shape[1])
+    do = torch.zeros_like(v) if do is None else _split(do, index)
+    dS = v.new_zeros(layout.alive[0] * h, *before.shape[1:]) if dS is None else layout.sort(dS).flatten(0, 1)
+    *gradients, dS = _backward(saved, do, dS, tuple(alive * h for alive in layout.alive))
+    dq, dk, *rest = (_join(x, h, back) for x in gradients)
+    if groups != h:
+        dq, dk = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq, dk))
+    return [dq, dk, *rest, layout.unsort(dS.unflatten(0, (-1, h))) if has_state else dS.new_empty(0)]
+
+
+@torch.library.register_fake("plait::delta_backward")
+def _(do, dS, cu_seqlens, index, back, saved, groups, has_state):
+    q, k, v, beta, *_, before = saved
+    t, h = back.shape[0], v.shape[0] // index.shape[0]
+    keys = [x.new_empty(1, t, groups, x.shape[2]) for x in (q, k)]
+    rest = [x.new_empty(1, t, h, *x.shape[2:]) for x in (v, beta, beta)]
+    first = before.new_empty(cu_seqlens.shape[0] - 1, h, *before.shape[1:]) if has_state else v.new_empty(0)
+    return [*keys, *rest, first]
+
+
+def _split(x: Float[Tensor, "1 t h *k"], index: Tensor) -> Float[Tensor, "n*h c *k"]:
+    return gathered(x, index).transpose(1, 2).flatten(0, 1)
+
+
+def _join(y: Float[Tensor, "n*h c *k"], heads: int, back: Tensor) -> Float[Tensor, "1 t h *k"]:
+    return scattered(y.unflatten(0, (-1, heads)).transpose(1, 2), back)

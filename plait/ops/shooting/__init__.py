@@ -9,7 +9,6 @@ from torch import Tensor
 
 from plait.design.spelling import suggest
 from plait.ops.frame import Rows, recur
-from plait.ops.graph import by_documents
 from plait.ops.kernels import Call, Kernel, Kernels, always, cast, one_token, wide
 from plait.ops.numbers import whole_number
 from plait.ops.packing import Packing
@@ -76,7 +75,6 @@ class Options(NamedTuple):
     max_passes: int | None
 
 
-@by_documents
 def shooting(
     cell: Bound,
     x: Float[Tensor, "b t g h k"],
@@ -129,7 +127,7 @@ def _check(cell: Bound, x: Tensor, solver: str) -> None:
 
 
 def _check_state(cell: Bound, x: Tensor, state: Tensor, rows: Rows | None, packing: Packing | None) -> None:
-    count = len(state) if rows is not None else x.shape[0] if packing is None else len(packing.lengths)
+    count = len(state) if rows is not None else x.shape[0] if packing is None else packing.count
     if state.shape != (count, len(cell.cell.states), *x.shape[3:]):
         raise ValueError(
             f"{type(cell.cell).__name__}: state must be {(count, len(cell.cell.states), *x.shape[3:])}, a number per unit for "
@@ -144,39 +142,41 @@ def _exact(like: Tensor) -> Tensor:
 
 
 def _form(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
-    """A form that may be called without a state, of one that starts from the states `h0` of every sequence."""
+    """A form that takes a state, of one that starts from the states `h0` of every sequence, or without them."""
 
     def form(
         cell: Bound, x: Tensor, options: Options, *, state: Tensor | None, packing: Packing | None, own: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if state is None:
-            h0 = cell.cell.start_like(x, x.shape[0] if packing is None else len(packing.lengths), dtype)
-        else:
-            h0 = cast(state, dtype)
-        h, final, info = run(cell, x, h0, packing, options)
+        h, final, info = run(cell, x, None if state is None else cast(state, dtype), packing, options)
         return h, None if state is None else final, info
 
     return form
 
 
-def _step(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
+def _step(cell: Bound, x: Tensor, h0: Tensor | None, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
+    h0 = library.start(cell, x, packing) if h0 is None else h0
     s = cell.to(h0.dtype).step(wide(x[:, 0]), h0)
     return s[:, 0][:, None], s, _exact(x)
 
 
-def _reference(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
+def _reference(
+    cell: Bound, x: Tensor, h0: Tensor | None, packing: Packing | None, options: Options
+) -> tuple[Tensor, ...]:
+    h0 = library.start(cell, x, packing) if h0 is None else h0
     states, final = reference.run(cell.to(h0.dtype), wide(x), h0, packing)
     return states[:, :, 0], final, _exact(x)
 
 
 def _solver(kernel: str):
-    def run(cell: Bound, x: Tensor, h0: Tensor, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
-        lengths = None if packing is None else packing.lengths
-        how, tensors = (cell.cell.key, cell.bias is not None, lengths, kernel, *options), cell.tensors()
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, h0, *tensors)):
-            return library.Solve.apply(how, x, h0, *tensors)
-        h, _, final, info = library.solve(x, h0, tensors, *how)  # where Dynamo would miscount a Function's *args
+    def run(cell: Bound, x: Tensor, h0: Tensor | None, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        how, tensors = (cell.cell.key, cell.bias is not None, kernel, *options), cell.tensors()
+        if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in (x, h0, *tensors)):
+            return library.Solve.apply(how, cu_seqlens, x, h0, *tensors)
+        h, _, final, info = library.solve(
+            x, h0, tensors, cu_seqlens, *how
+        )  # where Dynamo would miscount a Function's *args
         return h, final, info
 
     return run

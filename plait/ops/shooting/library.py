@@ -1,7 +1,6 @@
 """The solvers as torch operators, so that a compiled graph holds each call as one step."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from plait.ops.graph import gradient
 from plait.ops.kernels import cast
 from plait.ops.operator import operator
-from plait.ops.packing import Packing
+from plait.ops.packing import Packing, known
 from plait.ops.shooting import chunked, torch_rnn
 from plait.ops.shooting.cells import KNOWN, Bound
 
@@ -18,31 +17,50 @@ def _bound(name: str, tensors: Sequence[Tensor], bias: bool) -> Bound:
     return Bound(KNOWN[name], tensors[0], tensors[1] if bias else None, tuple(tensors[1 + bias :]))
 
 
-@lru_cache(64)
-def _packing(lengths: tuple[int, ...], device: torch.device) -> Packing:
-    return Packing(lengths, device)
-
-
-def _documents(lengths: Sequence[int] | None, x: Tensor) -> Packing | None:
-    return None if lengths is None else _packing(tuple(lengths), x.device)
+def _documents(cu_seqlens: Tensor | None, x: Tensor) -> Packing | None:
+    return None if cu_seqlens is None else known(cu_seqlens, x.device)
 
 
 @operator("shooting")
 def solve(
     x: Tensor,
-    h0: Tensor,
+    h0: Tensor | None,
     tensors: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
     cell: str,
     bias: bool,
-    lengths: Sequence[int] | None,
     kernel: str,
     solver: str,
     tol: float,
     max_passes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h (b, t, h, k) in x's dtype, the other states (b, t, s - 1, h, k), the last states (n, s, h, k), and
-    (passes, gap, fell back)."""
-    bound, packing = _bound(cell, tensors, bias), _documents(lengths, x)
+    """h (b, t, h, k) in x's dtype, the other states (b, t, s - 1, h, k), the last states (n, s, h, k), nothing in them where
+    no first ones are given, and (passes, gap, fell back)."""
+    bound, packing = _bound(cell, tensors, bias), _documents(cu_seqlens, x)
+    first = start(bound, x, packing) if h0 is None else h0
+    h, rest, final, info = _solve(bound, x, first, packing, kernel, solver, tol, max_passes)
+    return h, rest, final.new_empty(0, *final.shape[1:]) if h0 is None else final, info
+
+
+def start(cell: Bound, x: Tensor, packing: Packing | None) -> Tensor:
+    """The states before the first token of every sequence, which are the cell's own (n, s, h, k)."""
+    return cell.cell.start_like(x, len(x) if packing is None else packing.count, _wide(x))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _solve(
+    bound: Bound,
+    x: Tensor,
+    h0: Tensor,
+    packing: Packing | None,
+    kernel: str,
+    solver: str,
+    tol: float,
+    max_passes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if kernel == "triton":
         from plait.ops.shooting import triton
 
@@ -68,13 +86,13 @@ def _engine(kernel: str) -> chunked.Engine:
 
 
 @torch.library.register_fake("plait::shooting")
-def _(x, h0, tensors, cell, bias, lengths, kernel, solver, tol, max_passes):
-    b, t, _, h, k = x.shape
+def _(x, h0, tensors, cu_seqlens, cell, bias, kernel, solver, tol, max_passes):
+    (b, t, _, h, k), states = x.shape, len(KNOWN[cell].states)
     return (
         x.new_empty(b, t, h, k),
-        h0.new_empty(b, t, h0.shape[1] - 1, h, k),
-        torch.empty_like(h0),
-        x.new_empty(3).float(),
+        x.new_empty(b, t, states - 1, h, k, dtype=_wide(x)),
+        x.new_empty(0, states, h, k, dtype=_wide(x)) if h0 is None else torch.empty_like(h0),
+        x.new_empty(3, dtype=torch.float32),
     )
 
 
@@ -83,20 +101,21 @@ def pull(
     grad: Tensor | None,
     grad_final: Tensor | None,
     x: Tensor,
-    h0: Tensor,
+    h0: Tensor | None,
     h: Tensor,
     rest: Tensor,
     info: Tensor,
     tensors: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
     cell: str,
     bias: bool,
-    lengths: Sequence[int] | None,
     kernel: str,
     tol: float,
     max_passes: int | None,
 ) -> list[Tensor]:
-    """Gradients at x, h0 and each of `tensors`, in their dtypes."""
-    bound, packing = _bound(cell, tensors, bias), _documents(lengths, x)
+    """Gradients at x, h0 (nothing in it where that was not given) and each of `tensors`, in their dtypes."""
+    bound, packing = _bound(cell, tensors, bias), _documents(cu_seqlens, x)
+    given, h0 = h0, start(bound, x, packing) if h0 is None else h0
     if kernel == "triton":
         from plait.ops.shooting import triton
 
@@ -113,6 +132,7 @@ def pull(
             dx, dh0, *weights = chunked.backward(
                 bound, tokens, h0, states, g, grad_final, packing, tol, max_passes, engine, one_chunk=fell_back
             )
+    dh0 = dh0.new_empty(0) if given is None else dh0
     return [_laid_out(dx, x), dh0, *(cast(dw, w.dtype) for dw, w in zip(weights, tensors, strict=True))]
 
 
@@ -124,8 +144,9 @@ def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("plait::shooting_backward")
-def _(grad, grad_final, x, h0, h, rest, info, tensors, cell, bias, lengths, kernel, tol, max_passes):
-    return [torch.empty_like(x), torch.empty_like(h0), *(torch.empty_like(w) for w in tensors)]
+def _(grad, grad_final, x, h0, h, rest, info, tensors, cu_seqlens, cell, bias, kernel, tol, max_passes):
+    dh0 = x.new_empty(0, dtype=_wide(x)) if h0 is None else torch.empty_like(h0)
+    return [torch.empty_like(x), dh0, *(torch.empty_like(w) for w in tensors)]
 
 
 class Solve(torch.autograd.Function):
@@ -133,20 +154,25 @@ class Solve(torch.autograd.Function):
     `torch.library.register_autograd`, which counts where a call takes a fraction of a millisecond."""
 
     @staticmethod
-    def forward(ctx, options: tuple, x: Tensor, h0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, rest, final, info = solve(x, h0, tensors, *options)
+    def forward(
+        ctx, options: tuple, cu_seqlens: Tensor | None, x: Tensor, h0: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h, rest, final, info = solve(x, h0, tensors, cu_seqlens, *options)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info)
-        ctx.save_for_backward(x, h0, h, rest, info, *tensors)
+        ctx.save_for_backward(cu_seqlens, x, h0, h, rest, info, *tensors)
         ctx.options = options
         return h, final, info
 
     @staticmethod
     @gradient
     def backward(ctx, grad, grad_final, _info):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, h0, h, rest, info, *tensors = ctx.saved_tensors
+        cu_seqlens, x, h0, h, rest, info, *tensors = ctx.saved_tensors
+        grad_final = None if h0 is None else grad_final
         if grad is None and grad_final is None:
-            return (None,) * (3 + len(tensors))
-        cell, bias, lengths, kernel, _, tol, max_passes = ctx.options
-        gradients = pull(grad, grad_final, x, h0, h, rest, info, tensors, cell, bias, lengths, kernel, tol, max_passes)
-        return None, *gradients
+            return (None,) * (4 + len(tensors))
+        cell, bias, kernel, _, tol, max_passes = ctx.options
+        dx, dh0, *rest = pull(
+            grad, grad_final, x, h0, h, rest, info, tensors, cu_seqlens, cell, bias, kernel, tol, max_passes
+        )
+        return None, None, dx, None if h0 is None else dh0, *rest

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from plait.ops.decay import decay_of
 from plait.ops.frame import Rows, recur
-from plait.ops.graph import by_documents
 from plait.ops.kernels import Kernel, Kernels, always, cast, full_precision, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.ssd import chunked, pooled, reference, step
@@ -42,7 +41,6 @@ class Gates(NamedTuple):
         return torch.addcmul(y, x, cast(self.D[:, None], x.dtype))
 
 
-@by_documents
 def ssd(
     q: Float[Tensor, "b t g k"],
     k: Float[Tensor, "b t g k"],

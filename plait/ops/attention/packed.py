@@ -1,0 +1,316 @@
+"""Attention of packed documents, each to itself, as one operator: a compiled graph holds no document's length.
+
+On a GPU all documents run in one of torch's kernels for sequences of varying length. On a CPU they take turns in torch's
+fused kernel, inside the operator: a row of 2048 tokens in 4 heads of 64, one core, forward and backward, took 19 ms in 45
+documents and 45 ms in 11, where autograd over a call for each took 31 and 56 ms, rows of like length padded to one another
+24 and 48 ms, and one call with a mask 240 ms. Where neither kernel fits, documents run one by one in the form for rows.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.ops.attention import chunked, fused, reference
+from plait.ops.attention.reference import positions, visible
+from plait.ops.graph import autograd_inside, gradient
+from plait.ops.kernels import Call, cast
+from plait.ops.operator import operator
+from plait.ops.packing import Packing, known
+
+aten: Any = torch.ops.aten  # kernels that torch calls by name alone
+
+CPU = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CUDA = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256  # numbers of a head in the flash kernel
+CAUSAL = 1  # `custom_mask_type` of the memory-efficient kernel
+
+
+class Heads(NamedTuple):
+    """Numbers of a key and of a value, and whether logits are capped."""
+
+    key: int
+    value: int
+    capped: bool
+
+
+def supports(call: Call) -> str | None:
+    """None, or why documents cannot share torch's fused kernels."""
+    heads: Heads | None = call.sizes
+    if heads is not None and heads.capped:
+        return "no fused kernel caps logits"
+    if call.device == "cuda":
+        return None if call.dtype in CUDA else f"no kernel for {call.dtype}"
+    if call.device != "cpu":
+        return f"no kernel for {call.device}"
+    if heads is not None and heads.key != heads.value:
+        return "keys and values of different size"
+    return None if call.dtype in CPU else f"no kernel for {call.dtype}"
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, packing: Packing) -> Tensor:
+    """Shapes as in `attention`."""
+    q, k, v = (_narrowed(x) for x in (q, k, v))
+    return _Together.apply(q, k, v, packing.cu_seqlens, window)
+
+
+def _narrowed(x: Tensor) -> Tensor:
+    """In autocast's dtype: torch's attention would cast it so by itself, its kernels do not."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return cast(x, torch.get_autocast_dtype(kind))
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, window):
+        o, lse = _attend(q, k, v, cu_seqlens, window)
+        ctx.save_for_backward(q, k, v, cu_seqlens, o, lse)
+        ctx.window = window
+        return o
+
+    @staticmethod
+    @gradient
+    def backward(ctx, do):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_pull(do, *ctx.saved_tensors, ctx.window), None, None
+
+
+@operator("packed_attention")
+def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """o (1, t, h, v), and the log of every query's sum of weights (h, t)."""
+    forward, _ = _engine(q, v)
+    o, lse = forward(q, k, v, known(cu_seqlens, q.device), window)
+    return o.contiguous(), lse.contiguous()
+
+
+@torch.library.register_fake("plait::packed_attention")
+def _(q, k, v, cu_seqlens, window):
+    _, t, h, _ = q.shape
+    return q.new_empty(1, t, h, v.shape[3]), q.new_empty(h, t, dtype=_wide(q))
+
+
+@operator("packed_attention_backward")
+def _pull(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, o: Tensor, lse: Tensor, window: int | None
+) -> list[Tensor]:
+    """Gradients at q, k and v."""
+    _, backward = _engine(q, v)
+    gradients = backward(do.contiguous(), q, k, v, o, lse, known(cu_seqlens, q.device), window)
+    return [x.contiguous() for x in gradients]
+
+
+@torch.library.register_fake("plait::packed_attention_backward")
+def _(do, q, k, v, cu_seqlens, o, lse, window):
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _engine(q: Tensor, v: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, ...]]]:
+    if q.device.type == "cpu":
+        return _in_turn, _in_turn_back
+    if q.dtype != torch.float32 and q.shape[3] == v.shape[3] <= WIDEST:
+        return _flash, _flash_back
+    return _efficient, _efficient_back
+
+
+# --- one after the other, on a CPU
+
+
+def _pieces(packing: Packing, window: int | None, like: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Queries, the keys that they see, and the mask where it is not causal from the first key on."""
+    masks: dict[tuple[int, int], Tensor] = {}
+    for start, end in packing.bounds:
+        for first in range(start, end, window or end - start):
+            last, low = min(end, first + (window or end)), max(start, first - (window or end) + 1)
+            mask, shape = None, (last - first, last - low)
+            if low < first:
+                if shape not in masks:
+                    q_at, k_at = positions(first - low, shape[0], like.device), positions(0, shape[1], like.device)
+                    hidden = ~visible(q_at, k_at, window)
+                    masks[shape] = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+                mask = masks[shape]
+            yield slice(first, last), slice(low, last), mask
+
+
+def _heads(x: Tensor, place: slice) -> Tensor:
+    return x[:, place].transpose(1, 2)
+
+
+def _repeated(x: Float[Tensor, "1 t g k"], heads: int) -> Float[Tensor, "1 t h k"]:
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def _summed(x: Float[Tensor, "1 t h k"], like: Float[Tensor, "1 t g k"]) -> Float[Tensor, "1 t g k"]:
+    return x if x.shape == like.shape else x.unflatten(2, (like.shape[2], -1)).sum(3)
+
+
+def _in_turn(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> tuple[Tensor, Tensor]:
+    _, t, h, _ = q.shape
+    k, v = _repeated(k, h), _repeated(v, h)
+    o, lse = q.new_empty(1, t, h, v.shape[3]), q.new_empty(h, t, dtype=_wide(q))
+    for queries, keys, mask in _pieces(packing, window, q):
+        parts = _heads(q, queries), _heads(k, keys), _heads(v, keys)
+        part, lse[:, queries] = aten._scaled_dot_product_flash_attention_for_cpu(
+            *parts, 0.0, mask is None, attn_mask=mask
+        )
+        _heads(o, queries).copy_(part)
+    return o, lse
+
+
+def _in_turn_back(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, packing: Packing, window: int | None
+) -> tuple[Tensor, ...]:
+    h = q.shape[2]
+    keys_and_values = _repeated(k, h), _repeated(v, h)
+    dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x) for x in keys_and_values)
+    for queries, keys, mask in _pieces(packing, window, q):
+        parts = _heads(q, queries), *(_heads(x, keys) for x in keys_and_values)
+        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _heads(do, queries), *parts, _heads(o, queries), lse[None, :, queries], 0.0, mask is None, attn_mask=mask
+        )
+        _heads(dq, queries).copy_(gradients[0])
+        _heads(dk, keys).add_(gradients[1])
+        _heads(dv, keys).add_(gradients[2])
+    return dq, _summed(dk, k), _summed(dv, v)
+
+
+# --- together, on a GPU
+
+
+def _lengths(packing: Packing) -> tuple[Tensor, Tensor, int, int]:
+    cuts, longest = packing.cuts, max(packing.lengths)
+    return cuts, cuts, longest, longest
+
+
+def _aligned(x: Float[Tensor, "1 t h k"]) -> Float[Tensor, "1 t h l"]:
+    """Heads of a multiple of eight numbers, which the kernels want; the last ones are zero."""
+    missing = -x.shape[3] % 8
+    return F.pad(x, (0, missing)) if missing else x
+
+
+def _sides(window: int | None) -> dict[str, int]:
+    return {"window_size_left": -1 if window is None else window - 1, "window_size_right": -1 if window is None else 0}
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> tuple[Tensor, Tensor]:
+    parts = [_aligned(x)[0] for x in (q, k, v)]
+    o, lse, *_ = aten._flash_attention_forward(
+        *parts, *_lengths(packing), 0.0, window is None, False, scale=q.shape[3] ** -0.5, **_sides(window)
+    )
+    return o[None, ..., : v.shape[3]], lse
+
+
+def _flash_back(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, packing: Packing, window: int | None
+) -> tuple[Tensor, ...]:
+    parts = [_aligned(x)[0] for x in (do, q, k, v, o)]
+    random = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # nothing is dropped
+    found = aten._flash_attention_backward(
+        *parts, lse, *_lengths(packing), 0.0, window is None, *random, scale=q.shape[3] ** -0.5, **_sides(window)
+    )
+    return tuple(x[None, ..., : like.shape[3]] for x, like in zip(found, (q, k, v), strict=True))
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> tuple[Tensor, Tensor]:
+    h = q.shape[2]
+    parts = _aligned(q), _aligned(_repeated(k, h)), _aligned(_repeated(v, h))
+    o, lse, *_ = aten._efficient_attention_forward(
+        *parts, None, *_lengths(packing), 0.0, CAUSAL, True, scale=q.shape[3] ** -0.5, window_size=window
+    )
+    return o[..., : v.shape[3]], lse[packing.documents, :, packing.offsets[0]].T
+
+
+def _efficient_back(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, packing: Packing, window: int | None
+) -> tuple[Tensor, ...]:
+    (_, _, h, size), (*lengths, longest) = q.shape, _lengths(packing)
+    by_document = lse.new_full((packing.count, h, longest + -longest % 32), torch.inf)  # as the kernel gave it
+    by_document[packing.documents, :, packing.offsets[0]] = lse.T
+    parts = [_aligned(x) for x in (do, q, _repeated(k, h), _repeated(v, h))]
+    random = [torch.zeros((), dtype=torch.int64, device=q.device)] * 2  # nothing is dropped
+    dq, dk, dv, _ = aten._efficient_attention_backward(
+        *parts, None, _aligned(o), *lengths, longest, by_document, 0.0, *random, CAUSAL, False, scale=size**-0.5,
+        window_size=window,
+    )  # fmt: skip
+    return dq[..., :size], _summed(dk[..., :size], k), _summed(dv[..., : v.shape[3]], v)
+
+
+# --- one by one, in the forms for rows
+
+
+def one_by_one(form: str) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, packing: Packing) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return _apart(q, k, v, packing, window, softcap, form)
+        if form == "chunked" and softcap is None:
+            q, k, v = (_narrowed(x) for x in (q, k, v))
+        return _Apart.apply(q, k, v, packing.cu_seqlens, window, softcap, form)
+
+    return run
+
+
+def _apart(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, softcap: float | None, form: str
+) -> Tensor:
+    run = {"chunked": chunked.run, "reference": reference.run}[form]
+
+    def documents() -> Tensor:
+        return torch.cat([run(*(x[:, a:b] for x in (q, k, v)), 0, 0, window, softcap) for a, b in packing.bounds], 1)
+
+    return fused.for_any_length(documents) if q.device.type in fused.DEVICES else documents()
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, *how):
+        ctx.save_for_backward(q, k, v, cu_seqlens)
+        ctx.how = how
+        return _attend_apart(q, k, v, cu_seqlens, *how)
+
+    @staticmethod
+    @gradient
+    def backward(ctx, do):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_pull_apart(do, *ctx.saved_tensors, *ctx.how), None, None, None, None
+
+
+@operator("attention_by_document")
+def _attend_apart(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, softcap: float | None, form: str
+) -> Tensor:
+    return _apart(q, k, v, known(cu_seqlens, q.device), window, softcap, form).contiguous()
+
+
+@torch.library.register_fake("plait::attention_by_document")
+def _(q, k, v, cu_seqlens, window, softcap, form):
+    return v.new_empty(*q.shape[:3], v.shape[3])
+
+
+@operator("attention_by_document_backward")
+def _pull_apart(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int | None,
+    softcap: float | None,
+    form: str,
+) -> list[Tensor]:
+    """Gradients at q, k and v, for which the documents run again."""
+    packing = known(cu_seqlens, q.device)
+    with autograd_inside():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        gradients = torch.autograd.grad(_apart(*leaves, packing, window, softcap, form), leaves, do)
+    return [x.contiguous() for x in gradients]
+
+
+@torch.library.register_fake("plait::attention_by_document_backward")
+def _(do, q, k, v, cu_seqlens, window, softcap, form):
+    return [x.new_empty(x.shape) for x in (q, k, v)]
