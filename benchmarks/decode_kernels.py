@@ -33,9 +33,11 @@ from plait.ops.delta import gated_delta
 from plait.ops.delta import triton as delta_step
 from plait.ops.kernels import forced
 from plait.ops.rms_norm import gated_rms_norm, l2norm, rms_norm
+from plait.ops.rotary import rotate
 from plait.ops.shooting.triton import step as cell_step
 from plait.ops.ssd import ssd
 from plait.ops.ssd import triton as ssd_step
+from plait.ops.swiglu import swiglu
 
 SETS_BYTES, MOST_SETS = 200e6, 24  # four times the cache of an H100; the layers of a model
 # rounding of what comes out, and in attention of the weights, to 8 or 11 bits; float32 sums over some thousands of terms
@@ -590,11 +592,54 @@ def norm_cases() -> Iterator[Case]:
             yield Case("norm", str(rows), moved, norms(norm, rows), {}, {"torch": norms(by_torch, rows)})
 
 
+# --- number by number
+
+
+def heads(b: int, seed: int = 0, dtype: torch.dtype = BF16) -> tuple[Tensor, ...]:
+    """Queries and keys of 20 heads of 64, cut out of a projection, with angles."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    x = torch.randn(b, 1, 24, 64, device=DEVICE, generator=generator)[:, :, :20]
+    angles = torch.randn(b, 1, 1, 1, 32, device=DEVICE, generator=generator)
+    return x.to(dtype), angles.cos().to(dtype), torch.cat([-angles.sin(), angles.sin()], -2).to(dtype)
+
+
+def hidden(b: int, seed: int = 0, dtype: torch.dtype = BF16) -> tuple[Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (torch.randn(b, 1, 2 * 2816, device=DEVICE, generator=generator).to(dtype),)
+
+
+SMALL = {"rotate": (rotate, heads), "swiglu": (swiglu, hidden)}
+
+
+def check_small() -> float:
+    worst = 0.0
+    for op, make in SMALL.values():
+        for b in (1, 5):
+            for dtype in (BF16, FP32):
+                inputs = make(b, 0, dtype)
+                worst = max(worst, apart(op(*inputs), op(*(x.double() for x in inputs))) / LIMITS[dtype])
+    require(worst <= 1, f"{worst:.1f} times further from float64 than allowed")
+    return worst
+
+
+def small_cases() -> Iterator[Case]:
+    for name, (op, make) in SMALL.items():
+        for b in (1, 32):
+
+            def sets(n: int, form: Callable[..., Tensor] = op, b: int = b, make: Any = make) -> list[Run]:
+                return [partial(form, *make(b, seed)) for seed in range(n)]
+
+            def plain(n: int, op: Callable[..., Tensor] = op, sets: Any = sets) -> list[Run]:
+                return sets(n, torch.enable_grad()(op))
+
+            yield Case(name, f"b {b}", 2 * make(b)[0].nbytes, sets, {}, {"torch": plain})
+
+
 # --- all of it
 
 
 KERNELS = {"paged": (check_all_paged, paged_cases), "write": (check_all_writes, write_cases)}
-KERNELS["norm"] = check_norms, norm_cases
+KERNELS |= {"norm": (check_norms, norm_cases), "small": (check_small, small_cases)}
 KERNELS |= {op: (partial(check_steps, op), partial(step_cases, op)) for op in STEPS}
 
 

@@ -6,16 +6,14 @@ from torch import Tensor
 
 from plait.design.layers import RoPE
 from plait.layers.context import Context
+from plait.ops.rotary import rotate
 
 
 def turn(x: Float[Tensor, "b t h k"], rope: RoPE, context: Context) -> Float[Tensor, "b t h k"]:
     """Rotate channel pairs (i, i + r/2) of the first r channels by position * theta^(-2i/r) (arXiv 2104.09864, eq. 34)."""
     rotated = rope.rotated(x.shape[-1])
     cos, sin = context.cached(("rope", rope.theta, rotated, x.dtype), lambda: _angles(rope, rotated, context, x.dtype))
-    head = x if rotated == x.shape[-1] else x[..., :rotated]
-    pairs = head.unflatten(-1, (2, -1))  # (b, t, h, 2, r/2): first and second of each pair
-    turned = torch.addcmul(pairs * cos, pairs.flip(-2), sin).flatten(-2)
-    return turned if head is x else torch.cat([turned, x[..., rotated:]], -1)
+    return rotate(x, cos, sin)
 
 
 def _angles(rope: RoPE, rotated: int, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,16 +13,14 @@ from torch import Tensor
 
 from plait.ops.graph import gradient, one_step
 from plait.ops.operator import operator
-
-FEW = 4096  # rows that a step may have; from there on torch's kernels fill the chip
-WIDEST = 8192
+from plait.ops.token import few_rows
 
 
 def rms_norm(
     x: Float[Tensor, "*n d"], weight: Float[Tensor, " d"], eps: float, zero_centered: bool = False
 ) -> Float[Tensor, "*n d"]:
     """The sum of squares is taken in float32 at least; the result has x's dtype. `zero_centered`: times 1 + w."""
-    if _few(x):
+    if few_rows(x):
         return _rows(x, weight, None, eps, zero_centered, False)
     if not _by_hand(x):
         weight = 1 + weight if zero_centered else weight
@@ -45,7 +43,7 @@ def gated_rms_norm(
 ) -> Float[Tensor, "*n i d"]:
     """rms_norm(x) silu(gate); `gate_first`: rms_norm(x silu(gate)). The weight is one for all i (d), or for each its own
     (i d), as where groups of channels are normed alone."""
-    if _few(x, gate):
+    if few_rows(x, gate):
         return _rows(x, weight, gate, eps, zero_centered, gate_first)
     if gate_first:
         x = x * F.silu(gate)
@@ -66,19 +64,6 @@ def l2norm(x: Float[Tensor, "*n k"], eps: float = 1e-6) -> Float[Tensor, "*n k"]
 
 def _by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
-
-
-def _few(x: Tensor, *others: Tensor) -> bool:
-    """Whether a call is that of a decoding step, and no compiler would do better by fusing it with what is around."""
-    return (
-        x.device.type == "cuda"
-        and 0 < x.numel() <= FEW * x.shape[-1]
-        and x.shape[-1] <= WIDEST
-        and x.dtype != torch.float64
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and all(y.stride(-1) == 1 for y in (x, *others))
-    )
 
 
 @operator("rms_norm")

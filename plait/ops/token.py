@@ -1,4 +1,4 @@
-"""What kernels for a single token on the rows of a pool ask about a call."""
+"""What kernels for a decoding step ask about a call."""
 
 from typing import NamedTuple
 
@@ -10,6 +10,24 @@ from plait.ops.kernels import Call
 ARCHITECTURE = (8, 0)  # the first of NVIDIA's that computes in bfloat16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # keys of a head
+
+
+FEW = 4096  # rows that a step may have; from there on torch's kernels fill the chip
+
+
+def few_rows(*tensors: Tensor, widest: int = 8192) -> bool:
+    """Whether a call on the rows (*n, d) of these is that of a decoding step, and no compiler would do better by fusing it with
+    what is around."""
+    x = tensors[0]
+    return (
+        x.device.type == "cuda"
+        and 0 < x.numel() <= FEW * x.shape[-1]
+        and x.shape[-1] <= widest
+        and x.dtype in DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(y.stride(-1) == 1 for y in tensors)
+    )
 
 
 class Held(NamedTuple):

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait.ops import conv, delta, ssd
-from plait.ops.rms_norm import gated_rms_norm, rms_norm
+from plait.ops import conv, delta, rms_norm, rotary, ssd, swiglu
 from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, pooled, reference
 from plait.ops.shooting.cells import Cell
 
@@ -135,8 +134,6 @@ def check_cells(cell: Cell):
 @pytest.mark.parametrize("gate_first", [False, True])
 def check_norms(gate_first: bool, dtype: torch.dtype):
     """Of all channels, of each head with one weight, of each group with weights of its own; a gate cut out of a projection."""
-    from plait.ops.rms_norm import _rows
-
     torch.manual_seed(0)
     x, gate = (x[..., :3, :].to(dtype) for x in torch.randn(2, B, 2, 4, 40))
     for weights, shape, zero_centered in (
@@ -148,10 +145,24 @@ def check_norms(gate_first: bool, dtype: torch.dtype):
         if len(shape) == 3:
             rows, gates = rows[:, :, 0], gates[:, :, 1]
         options = {"eps": 1e-3, "zero_centered": zero_centered}
-        want = gated_rms_norm(rows.double(), gates.double(), weight.double(), gate_first=gate_first, **options)
-        got = _rows(rows, weight, gates, *options.values(), gate_first)
+        want = rms_norm.gated_rms_norm(rows.double(), gates.double(), weight.double(), gate_first=gate_first, **options)
+        got = rms_norm._rows(rows, weight, gates, *options.values(), gate_first)
         assert (got.double() - want).abs().max() <= WITHIN[dtype] * want.abs().max()
         if weights == 40:
-            want = rms_norm(rows.double(), weight.double(), **options)
-            got = _rows(rows, weight, None, *options.values(), False)
+            want = rms_norm.rms_norm(rows.double(), weight.double(), **options)
+            got = rms_norm._rows(rows, weight, None, *options.values(), False)
             assert (got.double() - want).abs().max() <= WITHIN[dtype] * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def check_what_goes_number_by_number(dtype: torch.dtype):
+    torch.manual_seed(0)
+    x = torch.randn(B, 2, 3, 50).to(dtype)[..., :40]
+    for rotated in (40, 12):
+        cos, sin = torch.randn(2, B, 2, 1, 1, rotated // 2).to(dtype)
+        sin = torch.cat([-sin, sin], 3)
+        want = rotary.rotate(*double(x, cos, sin))
+        assert (rotary._rows(x, cos, sin).double() - want).abs().max() <= WITHIN[dtype] * want.abs().max()
+    want = swiglu.swiglu(x.double())
+    assert (swiglu._rows(x).double() - want).abs().max() <= WITHIN[dtype] * want.abs().max()

@@ -1,0 +1,35 @@
+"""Turning channel pairs (i, i + r/2) of the first r channels by given angles (arXiv 2104.09864, eq. 34)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.ops.operator import operator
+from plait.ops.token import few_rows
+
+
+def rotate(
+    x: Float[Tensor, "b t h k"], cos: Float[Tensor, "b t 1 1 r/2"], sin: Float[Tensor, "b t 1 2 r/2"]
+) -> Float[Tensor, "b t h k"]:
+    """`sin` has the sign of either member of a pair."""
+    rotated = 2 * cos.shape[-1]
+    if few_rows(x) and cos.shape[:2] == x.shape[:2] and cos.is_contiguous() and sin.is_contiguous():
+        return _rows(x, cos, sin)
+    head = x if rotated == x.shape[-1] else x[..., :rotated]
+    pairs = head.unflatten(-1, (2, -1))  # (b, t, h, 2, r/2): first and second of each pair
+    turned = torch.addcmul(pairs * cos, pairs.flip(-2), sin).flatten(-2)
+    return turned if head is x else torch.cat([turned, x[..., rotated:]], -1)
+
+
+@operator("rotate")
+def _rows(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from plait.ops import elementwise_triton
+
+    out = x.new_empty(x.shape)
+    elementwise_triton.rotate(x, cos, sin, out)
+    return out
+
+
+@torch.library.register_fake("plait::rotate")
+def _(x, cos, sin):
+    return x.new_empty(x.shape)

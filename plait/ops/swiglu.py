@@ -1,0 +1,59 @@
+"""SwiGLU's nonlinearity (arXiv 2002.05202): silu(gate) up, with a gradient that keeps no more than the input."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.ops.graph import gradient, one_step
+from plait.ops.operator import operator
+from plait.ops.token import few_rows
+
+
+def swiglu(hidden: Float[Tensor, "*n 2*h"]) -> Float[Tensor, "*n h"]:
+    """silu(gate) up, where gate and up are the halves of the last axis."""
+    if torch.is_grad_enabled():
+        return _swiglu(hidden)
+    return _rows(hidden) if few_rows(hidden, widest=2**17) else _silu_times(*hidden.chunk(2, -1))
+
+
+def _silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps only its input, and writes both halves of the gradient into one tensor; autograd would keep four and join two."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        return _silu_times(*hidden.chunk(2, -1))
+
+    @staticmethod
+    @gradient
+    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (hidden,) = ctx.saved_tensors
+        gate, up = hidden.chunk(2, -1)
+        dhidden = torch.empty_like(hidden)
+        dgate, dup = dhidden.chunk(2, -1)
+        dup.copy_(F.silu(gate)).mul_(dy)
+        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        return dhidden
+
+
+_swiglu = one_step(_SwiGLU)
+
+
+@operator("swiglu")
+def _rows(hidden: Tensor) -> Tensor:
+    from plait.ops import elementwise_triton
+
+    out = hidden.new_empty(*hidden.shape[:-1], hidden.shape[-1] // 2)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    elementwise_triton.swiglu(rows, out.view(len(rows), -1))
+    return out
+
+
+@torch.library.register_fake("plait::swiglu")
+def _(hidden):
+    return hidden.new_empty(*hidden.shape[:-1], hidden.shape[-1] // 2)
