@@ -1,0 +1,121 @@
+"""Kernels of a decoding step as an H100 would have them: through Triton's front end, which knows types that its interpreter
+does not look at."""
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+if sys.platform != "linux":
+    pytest.skip("Triton exists for Linux only", allow_module_level=True)
+
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+
+from plait.ops import elementwise_triton, rms_norm_triton
+from plait.ops.attention.paged import triton as paged
+from plait.ops.attention.paged.plan import forced_plan
+from plait.ops.conv import triton as conv
+from plait.ops.delta import triton as delta
+from plait.ops.launch import kernel
+from plait.ops.shooting import GRU, LSTM, SLSTM
+from plait.ops.shooting.triton import step
+from plait.ops.ssd import triton as ssd
+
+TARGET = GPUTarget("cuda", 90, 32)
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+def front_end(run, programs: int, *args: Tensor | float | None, **constants) -> None:
+    """In the place of `launch`: no more than Triton's first pass."""
+    options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
+    signature, known = {}, {}
+    for name, arg in zip(run.arg_names, args, strict=False):
+        kind = POINTERS[arg.dtype] if isinstance(arg, Tensor) else {int: "i32", float: "fp32"}.get(type(arg))
+        signature[name] = kind or "constexpr"
+        if kind is None:
+            known[name] = arg
+    known |= constants
+    source = ASTSource(run, signature | dict.fromkeys(constants, "constexpr"), known)
+    backend, context = make_backend(TARGET), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(options)
+    source.make_ir(TARGET, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    compiled.append(run.fn.__name__)
+
+
+compiled: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def only_the_front_end(monkeypatch):
+    for module in (paged, conv, delta, ssd, step, rms_norm_triton, elementwise_triton):
+        monkeypatch.setattr(module, "launch", front_end)
+    compiled.clear()
+
+
+def narrow(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+def numbers(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("table", [None, (64, 4), (16, 16)])
+def test_paged_attention(table, splits):
+    page, count = table or (256, 1)
+    q, pages, lengths = narrow(2, 3, 4, 64), narrow(2 * count, page, 2, 64), numbers(2)
+    where = None if table is None else torch.zeros(2, count, dtype=torch.int32)
+    sinks = torch.zeros(4) if table else None
+    with forced_plan(splits=splits):
+        paged.run(q, pages, pages, where, lengths, 0.1, 100 if table else None, 30.0 if table else None, sinks)
+    paged.write(pages, pages, q[:, :, :2], q[:, :, 2:], where, lengths)
+    assert compiled == ["attend", *["join"] * (splits > 1), "put"]
+
+
+@pytest.mark.parametrize("rows", [None, numbers(2)], ids=["slice", "rows"])
+def test_steps(rows):
+    q, v, g, state = narrow(2, 1, 2, 64), narrow(2, 1, 4, 32), torch.zeros(2, 1, 4), torch.zeros(5, 4, 32, 64)
+    A_log = torch.zeros(4)
+    for layer in ((), (1.0, A_log, A_log)):
+        delta.run(q, q, v, g, g, state, rows, v, *layer, *[1e-6] * bool(layer))
+        ssd.run(q, q, v, g, state, rows, v, *layer, *[A_log] * bool(layer))
+    for bias in (None, torch.zeros(64)):
+        conv.run(q[:, :, 0], torch.zeros(64, 4), bias, narrow(5, 3, 64), rows, q[:, :, 0], bias is not None)
+    for cell in (GRU(), LSTM(True, True), SLSTM()):
+        bound = cell.bind(torch.zeros(len(cell.inputs), 2, 64), weights=tuple(torch.zeros(2, 64) for _ in cell.weights))
+        state = torch.zeros(5, len(cell.states), 2, 64)
+        step.run(bound, narrow(2, 1, len(cell.inputs), 2, 64), state, rows, q, torch.zeros(3))
+    assert len(compiled) == 9
+
+
+def test_what_goes_row_by_row():
+    x = narrow(2, 3, 64)
+    for gate in (None, x):
+        for weights in (64, 192):
+            rms_norm_triton.run(x, torch.zeros(weights), gate, x, 1e-6, gate is None, weights == 64)
+    elementwise_triton.swiglu(x[0], narrow(3, 32))
+    for half in (32, 16):
+        elementwise_triton.rotate(x[None], narrow(1, 2, 1, 1, half), narrow(1, 2, 1, 2, half), x[None])
+    assert len(compiled) == 7
+
+
+def test_what_the_interpreter_lets_pass_is_seen():
+    """A name that is a number to Triton and a tensor within a branch."""
+
+    @kernel
+    def wrong(x, N: tl.constexpr):
+        for i in tl.static_range(N):
+            tl.store(x + i, 0.0)
+        if tl.program_id(0) == 0:
+            i = tl.arange(0, 4)
+            tl.store(x + i, 1.0)
+
+    with pytest.raises(Exception, match="redefines it"):
+        front_end(wrong, 1, torch.zeros(4), N=2)
