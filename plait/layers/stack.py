@@ -57,7 +57,7 @@ class Sublayer(nn.Module):
             assert context.embeddings is not None  # the model leaves them where a slot reads them
             u = torch.cat([x, context.embeddings], -1)
         y, state = self.mixer(u if self.norm is None else self.norm(u), context, state)
-        y = context.tap("output", y)
+        y = y if context.out is None else context.tap("output", y)
         if self.after is not None or self.factor != 1:
             y = added(y, self.after, self.factor)
         return x + y, state

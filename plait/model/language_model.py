@@ -265,6 +265,10 @@ class LanguageModel(nn.Module):
         channels: Channels | None,
     ) -> tuple[Float[Tensor, "b t d"], SlotState]:
         listeners = self.listeners.get(i, None if channels is None else {})
+        if listeners is None and context.rows is not None:
+            return slot(
+                x, context, before
+            )  # nothing is sent, or computed again: the short way of every token that is written
         try:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, new, here = checkpoint(_run, slot, x, context.slot(listeners), before, use_reentrant=False)

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from plait.ops.kernels import Kernel, Kernels, cast, choose, full_precision, wide
+from plait.ops.kernels import WIDE, Kernel, Kernels, cast, choose, full_precision, wide
 from plait.ops.packing import Packing
 
 Rows = Int[Tensor, " b"] | slice
@@ -69,7 +69,7 @@ def _computed(
         with full_precision(like.device):
             return _computed(kernel, run, like, inputs, state, rows, packing, scale)
     if kernel.wide:
-        inputs = tuple([wide(x) for x in inputs])
+        inputs = tuple([x if x.dtype in WIDE else wide(x) for x in inputs])
         if scale is not None:
             inputs = (inputs[0] * scale, *inputs[1:])
     elif scale is not None:
@@ -77,20 +77,20 @@ def _computed(
     if rows is None:
         y, state, *more = run(*inputs, state=state, packing=packing, own=False)
     else:
-        _check(state, packing)
+        if state is None or packing is not None or torch.is_grad_enabled():
+            _refuse(state, packing)
         if kernel.rows:
             y, state, *more = run(*inputs, state=state, rows=rows)
         else:
             y, state, *more = _on_rows(run, inputs, state, rows, len(like))
-    return cast(y, like.dtype), state, *more
+    return y if y.dtype == like.dtype else y.to(like.dtype), state, *more
 
 
-def _check(state: Tensor | None, packing: Packing | None) -> None:
+def _refuse(state: Tensor | None, packing: Packing | None) -> NoReturn:
     if state is None or packing is not None:
         wrong = "no state" if state is None else "packed documents"
         raise ValueError(f"rows are those of a pool's state, one for each row of the call; got {wrong}")
-    if torch.is_grad_enabled():
-        raise ValueError("a pool is written in place and keeps no gradients; call under torch.no_grad()")
+    raise ValueError("a pool is written in place and keeps no gradients; call under torch.no_grad()")
 
 
 def _on_rows(

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.ops.graph import gradient, one_step
+from plait.ops.kernels import WIDE
 from plait.ops.operator import operator
 from plait.ops.token import few_rows
 
@@ -20,15 +21,18 @@ def rms_norm(
     x: Float[Tensor, "*n d"], weight: Float[Tensor, " d"], eps: float, zero_centered: bool = False
 ) -> Float[Tensor, "*n d"]:
     """The sum of squares is taken in float32 at least; the result has x's dtype. `zero_centered`: times 1 + w."""
-    if few_rows(x):
-        return _rows(x, weight, None, eps, zero_centered, False)
-    if not _by_hand(x):
+    if not x.is_cpu or x.dtype not in WIDE or torch.compiler.is_compiling():
+        if few_rows(x):
+            return _rows(x, weight, None, eps, zero_centered, False)
         weight = 1 + weight if zero_centered else weight
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     if torch.is_grad_enabled():
         return _rms_norm(x, 1 + weight if zero_centered else weight, eps)
-    y = x * _scale(x, eps, 1 / x.shape[-1])
+    norm = torch.linalg.vector_norm(
+        x, dim=-1, keepdim=True
+    )  # as in `_scale`, without a call for every norm of every token
+    y = x * torch.addcmul(_constant(eps, x.dtype), norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return y.addcmul_(y, weight) if zero_centered else y.mul_(weight)
 
 
@@ -43,7 +47,7 @@ def gated_rms_norm(
 ) -> Float[Tensor, "*n i d"]:
     """rms_norm(x) silu(gate); `gate_first`: rms_norm(x silu(gate)). The weight is one for all i (d), or for each its own
     (i d), as where groups of channels are normed alone."""
-    if few_rows(x, gate):
+    if x.device.type == "cuda" and few_rows(x, gate):
         return _rows(x, weight, gate, eps, zero_centered, gate_first)
     if gate_first:
         x = x * F.silu(gate)
@@ -57,13 +61,9 @@ def gated_rms_norm(
 
 def l2norm(x: Float[Tensor, "*n k"], eps: float = 1e-6) -> Float[Tensor, "*n k"]:
     """x / |x|, the norm bounded away from 0."""
-    if not _by_hand(x):
+    if not x.is_cpu or x.dtype not in WIDE or torch.compiler.is_compiling():
         return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
     return _L2Norm.apply(x, eps) if torch.is_grad_enabled() else x * _scale(x, eps, 1.0)
-
-
-def _by_hand(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
 
 
 @operator("rms_norm")

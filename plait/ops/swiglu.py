@@ -14,10 +14,9 @@ def swiglu(hidden: Float[Tensor, "*n 2*h"]) -> Float[Tensor, "*n h"]:
     """silu(gate) up, where gate and up are the halves of the last axis."""
     if torch.is_grad_enabled():
         return _swiglu(hidden)
-    return _rows(hidden) if few_rows(hidden, widest=2**17) else _silu_times(*hidden.chunk(2, -1))
-
-
-def _silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    if hidden.is_cuda and few_rows(hidden, widest=2**17):
+        return _rows(hidden)
+    gate, up = hidden.chunk(2, -1)
     return F.silu(gate).mul_(up)
 
 
@@ -27,7 +26,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
-        return _silu_times(*hidden.chunk(2, -1))
+        gate, up = hidden.chunk(2, -1)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @gradient

@@ -146,5 +146,5 @@ def _chosen(kernels: Kernels, x: Tensor, k: Tensor, v: Tensor, *others: Tensor) 
 
 
 def sizes_of(x: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Paged:
-    contiguous = all(y.stride(-1) == 1 for y in (x, k, v, *others))
+    contiguous = {y.stride(-1) for y in (x, k, v, *others)} == {1}
     return Paged(k.shape[3], v.shape[3], k.dtype, contiguous)

@@ -68,7 +68,7 @@ def attend(
     (b, t, h, _), g = q.shape, keys.shape[2]
     rows = q.reshape(b, t, g, h // g, -1)
     rows = rows[:, 0] if t == 1 else rows.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (b, g, h/g t, k)
-    keys, values = (cast(x, q.dtype).transpose(1, 2) for x in (keys, values))
+    keys, values = cast(keys, q.dtype).transpose(1, 2), cast(values, q.dtype).transpose(1, 2)
     if mask is not None and t > 1:
         mask = mask.repeat(1, 1, h // g, 1)
     if softcap is not None or sinks is not None:
