@@ -143,17 +143,8 @@ def _heads(x: Tensor, place: slice) -> Tensor:
     return x[:, place].transpose(1, 2)
 
 
-def _repeated(x: Float[Tensor, "1 t g k"], heads: int) -> Float[Tensor, "1 t h k"]:
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
-
-
-def _summed(x: Float[Tensor, "1 t h k"], like: Float[Tensor, "1 t g k"]) -> Float[Tensor, "1 t g k"]:
-    return x if x.shape == like.shape else x.unflatten(2, (like.shape[2], -1)).sum(3)
-
-
 def _in_turn(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> tuple[Tensor, Tensor]:
     _, t, h, _ = q.shape
-    k, v = _repeated(k, h), _repeated(v, h)
     o, lse = q.new_empty(1, t, h, v.shape[3]), q.new_empty(h, t, dtype=_wide(q))
     for queries, keys, mask in _pieces(packing, window, q):
         parts = _heads(q, queries), _heads(k, keys), _heads(v, keys)
@@ -167,21 +158,27 @@ def _in_turn(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | No
 def _in_turn_back(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, packing: Packing, window: int | None
 ) -> tuple[Tensor, ...]:
-    h = q.shape[2]
-    keys_and_values = _repeated(k, h), _repeated(v, h)
-    dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x) for x in keys_and_values)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for queries, keys, mask in _pieces(packing, window, q):
-        parts = _heads(q, queries), *(_heads(x, keys) for x in keys_and_values)
+        parts = _heads(q, queries), _heads(k, keys), _heads(v, keys), _heads(o, queries)
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _heads(do, queries), *parts, _heads(o, queries), lse[None, :, queries], 0.0, mask is None, attn_mask=mask
+            _heads(do, queries), *parts, lse[None, :, queries], 0.0, mask is None, attn_mask=mask
         )
         _heads(dq, queries).copy_(gradients[0])
         _heads(dk, keys).add_(gradients[1])
         _heads(dv, keys).add_(gradients[2])
-    return dq, _summed(dk, k), _summed(dv, v)
+    return dq, dk, dv
 
 
 # --- together, on a GPU
+
+
+def _repeated(x: Float[Tensor, "1 t g k"], heads: int) -> Float[Tensor, "1 t h k"]:
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def _summed(x: Float[Tensor, "1 t h k"], like: Float[Tensor, "1 t g k"]) -> Float[Tensor, "1 t g k"]:
+    return x if x.shape == like.shape else x.unflatten(2, (like.shape[2], -1)).sum(3)
 
 
 def _lengths(packing: Packing) -> tuple[Tensor, Tensor, int, int]:

@@ -290,8 +290,8 @@ def _(do, dS, cu_seqlens, index, back, saved, groups, has_state):
 
 
 def _split(x: Float[Tensor, "1 t h *k"], index: Tensor) -> Float[Tensor, "n*h c *k"]:
-    return gathered(x, index).transpose(1, 2).flatten(0, 1)
+    return gathered(x, index).flatten(0, 1)
 
 
 def _join(y: Float[Tensor, "n*h c *k"], heads: int, back: Tensor) -> Float[Tensor, "1 t h *k"]:
-    return scattered(y.unflatten(0, (-1, heads)).transpose(1, 2), back)
+    return scattered(y.unflatten(0, (-1, heads)), back)

@@ -169,11 +169,11 @@ def _packed(
 ) -> list[Tensor]:
     """O (1, t, h, v), the last states (n, h, v, k), nothing in them where there was no state, and what the gradient needs."""
     layout = known(cu_seqlens, v.device).chunks(index.shape[1])
-    q, k, v, g = (gathered(x, index).transpose(1, 2).contiguous() for x in (q, k, v, g))
+    q, k, v, g = (gathered(x, index) for x in (q, k, v, g))
     start = v.new_zeros(layout.alive[0], *v.shape[1:2], v.shape[3], k.shape[3]) if state is None else layout.sort(state)
     o, S, *saved = _forward(q, k, v, g, start, layout.alive)
     last = S.new_empty(0, *S.shape[1:]) if state is None else layout.unsort(S)
-    return [scattered(o.transpose(1, 2), back), last, *saved]
+    return [scattered(o, back), last, *saved]
 
 
 @torch.library.register_fake("plait::ssd")
@@ -198,11 +198,11 @@ def _pull(
     """Gradients at q, k, v, g (1, t, ...) and the states, nothing in them where there were none."""
     v, before = saved[2], saved[7]
     layout = known(cu_seqlens, v.device).chunks(index.shape[1])
-    do = torch.zeros_like(v) if do is None else gathered(do, index).transpose(1, 2)
+    do = torch.zeros_like(v) if do is None else gathered(do, index)
     dS = before.new_zeros(layout.alive[0], *before.shape[1:]) if dS is None else layout.sort(dS)
     *gradients, dS = _backward(saved, do, dS, layout.alive)
     first = layout.unsort(dS) if has_state else dS.new_empty(0)
-    return [*(scattered(x.transpose(1, 2), back) for x in gradients), first]
+    return [*(scattered(x, back) for x in gradients), first]
 
 
 @torch.library.register_fake("plait::ssd_backward")
