@@ -101,8 +101,44 @@ def of_design(screen: "Console", spec: str, changes: list[str], device: str) -> 
     design, place = load_design(spec, **reach_letters(given, bound)), find_device(device)
     rows = kernels([(node.letter, node.layer) for node in layers(design.slots)], str(place))
     screen.print(table(rows))
-    data = {"design": design.to_dict(), "hash": design.hash, "device": str(place), "kernels": rows}
+    graphs = buckets(design, place)
+    screen.print(graph_table(graphs))
+    data = {"design": design.to_dict(), "hash": design.hash, "device": str(place), "kernels": rows, "graphs": graphs}
     return Outcome(data, next=[shell("plait", "show", spec, *changes)])
+
+
+def buckets(design: ModelConfig, place: Any) -> list[dict[str, float]]:
+    """The batch sizes for which a step of this design is captured on a GPU, each captured now, with random weights."""
+    if place.type != "cuda" or design.vocab is None:
+        return []
+    import torch
+
+    from plait.engine.step import captures
+    from plait.model import build
+
+    return captures(build(design, device=place, dtype=torch.bfloat16).eval())
+
+
+def graph_table(rows: list[dict[str, float]]) -> Any:
+    from rich.table import Table
+
+    from plait.design.summary import size
+
+    if not rows:
+        return "a step of decoding is run op by op here; on a CUDA device it is captured for 1, 2, 4, ... 256 rows"
+    grid = Table(
+        "rows up to",
+        "captured in",
+        "a step takes",
+        "memory",
+        title="captured steps, after 1 token",
+        title_justify="left",
+    )
+    for row in rows:
+        grid.add_row(
+            f"{row['rows']:.0f}", f"{row['capture_s']:.2f} s", f"{row['step_ms']:.2f} ms", size(int(row["bytes"]))
+        )
+    return grid
 
 
 def _version(name: str) -> str | None:

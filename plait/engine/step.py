@@ -3,6 +3,7 @@
 A graph is captured for a number of rows, the bucket; a step of fewer rows fills up with the pool's last row, which is nobody's.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,28 @@ class Captured:
     graph: "torch.cuda.CUDAGraph"
     index: Int[Tensor, " bucket"]
     tokens: Int[Tensor, " bucket"]
+
+
+def captures(model: LanguageModel, buckets: Sequence[int] = BUCKETS, length: int = 512) -> list[dict[str, float]]:
+    """What `Step` captures on a GPU, by bucket: rows, seconds to capture, milliseconds a step, and bytes of the graph."""
+    rows = []
+    with torch.inference_mode():
+        pool = model.init_pool(max(buckets), length, page=min(length, 256))
+        pool.join(model.init_state(max(buckets)))
+        step = Step(model, pool, [Sampling()] * max(buckets), range(max(buckets)))
+        for bucket in buckets:
+            before, started = torch.cuda.memory_reserved(pool.device), time.perf_counter()
+            step.warm_up([bucket])
+            torch.cuda.synchronize(pool.device)
+            captured = time.perf_counter() - started
+            times = []
+            for _ in range(8):
+                started = time.perf_counter()
+                step(pool.at(range(bucket))).tolist()
+                times.append(1e3 * (time.perf_counter() - started))
+            used = torch.cuda.memory_reserved(pool.device) - before
+            rows.append({"rows": bucket, "capture_s": captured, "step_ms": sorted(times)[4], "bytes": used})
+    return rows
 
 
 class Step:

@@ -30,7 +30,7 @@ class AttentionLayer(LayerModule):
     def ops(cls, config: Attention, call: Call) -> list[tuple[str, None]]:
         if call.pooled and (call.tokens == "one" or not config.window):
             return [("write_pages", None), ("paged_attention", None)]
-        return [("attention", None)]
+        return [("packed_attention" if call.packed else "attention", None)]
 
     def __init__(self, config: Attention, design: ModelConfig):
         super().__init__(config, design)

@@ -149,8 +149,9 @@ def test_rows_that_come_and_go_write_what_they_write_alone(pattern):
 
 
 def crowd(model, rows, steps, sampling, length=48, page=8):
-    """Texts that join and leave a pool at random, and are drafted ahead and cut back: each is what it is alone."""
-    rng, texts = random.Random(0), {}
+    """Texts that join and leave a pool at random, and are drafted ahead and cut back: each is what it is alone. Gives how many
+    there were, and of how many tokens."""
+    rng, texts, compared, tokens = random.Random(0), {}, 0, 0
     pool = model.init_pool(rows, length, page=page)
     step = Step(model, pool, [sampling] * rows, list(range(rows)))
     bytes_before = pool.nbytes
@@ -175,6 +176,8 @@ def crowd(model, rows, steps, sampling, length=48, page=8):
                 alone = sampling.replace(seed=row) if sampling.temperature else sampling
                 assert generate_tokens(model, [prompt], max_tokens=len(written), sampling=alone) == [written]
                 pool.leave([row])
+                compared, tokens = compared + 1, tokens + len(written)
     pool.leave(list(texts))
     kept = None
     assert (pool.nbytes, pool.free_rows, pool.free_pages) == (bytes_before, rows, pool.pages)
+    return compared, tokens
