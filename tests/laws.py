@@ -19,7 +19,8 @@ from plait.design import (
     Wrap,
 )
 from plait.evaluate.laws import DESIGNS, EXACT, LAWS, packages, small
-from plait.evaluate.laws.models import compiled, has_compiler
+from plait.evaluate.laws.compare import some_tokens, subject
+from plait.evaluate.laws.models import compiled, has_compiler, under_autocast
 
 CHECKED = [name for name in LAWS if name != "compiled"]
 
@@ -84,8 +85,12 @@ def test_compiles_as_one_graph(design):
 
 
 @pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler")
-def test_compiles_to_code():
-    compiled(small("[A|D]F"), "cpu", torch.float32, backend="inductor")
+def test_trains_as_code_under_autocast():
+    """Inductor refuses some of what tracing accepts, such as products of mixed dtypes. A second of C++ for each kernel."""
+    design = small("D")
+    model, tokens = subject(design, "cpu", torch.float32), some_tokens(design, 70, "cpu")[None]
+    under_autocast("compiled", model, torch.compile(model, fullgraph=True), tokens)
+    torch.compiler.reset()
 
 
 def test_kernel_packages_without_a_gpu_are_left_alone():

@@ -103,6 +103,7 @@ def test_doctor_of_a_design_names_its_ops_with_reasons(plait):
         ("ssd", "M"),
         ("shooting", "H"),
         ("attention", "A"),
+        ("packed_attention", "A"),
         ("paged_attention", "A"),
         ("write_pages", "A"),
     }
