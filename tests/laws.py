@@ -61,12 +61,12 @@ COMPILED = {
         },
     ),
     "shared layers with additions of their own, values of the first layer, reading the embeddings too": small(
-        "(AZ)2 [W|F]",
+        "(AZ)2 [W|F] F",
         A=Attention(heads=2, kv_heads=1, head_dim=20, shared=True, adapter_rank=2),
         Z=SwiGLU(hidden=96, shared=True, adapter_rank=3),
         W=Attention(heads=2, kv_heads=1, head_dim=20, window=7),
         wrap=Wrap(value_residual=True),
-        at={"F#0": {"wrap": {"reads": "stream_and_embeddings"}}},
+        at={"F#1": {"wrap": {"reads": "stream_and_embeddings"}}},
     ),
     "layer norms, biases, a front and a head with everything": small(
         "AF",

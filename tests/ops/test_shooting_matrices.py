@@ -25,13 +25,8 @@ def check_matrices(cell, heads, k, lengths, dtype):
     from plait.ops.shooting.triton.matrices import MATRICES, supports
 
     torch.manual_seed(0)
-<<<<<<< HEAD
-    b, t = (2, 40) if lengths is None else (1, sum(lengths))
-    packing = None if lengths is None else Packing.of_lengths(lengths, torch.device("cpu"))
-=======
     b, t = (2, 34) if lengths is None else (1, sum(lengths))
-    packing = None if lengths is None else Packing(lengths, torch.device("cpu"))
->>>>>>> w-i8
+    packing = None if lengths is None else Packing.of_lengths(lengths, torch.device("cpu"))
     g, s, n = len(cell.inputs), len(cell.states), b if lengths is None else len(lengths)
     recurrent, bias = torch.randn(g, heads, k, k) / (2 * k**0.5), torch.randn(g, heads, k) / 10
     x, h0 = torch.randn(b, t, g, heads, k).to(dtype), torch.randn(n, s, heads, k) / 3
