@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import plait
-from plait.evaluate.laws import DESIGNS, LAWS, LawBroken, small
+from plait.evaluate.laws import DESIGNS, LAWS, LawBroken, graphs, small
 from plait.evaluate.laws.compare import TOLERANCES, agree
 from plait.evaluate.laws.models import input_dtypes, under_autocast
 from plait.evaluate.selfcheck import selfcheck
@@ -229,3 +229,8 @@ class TestSelfcheck:
     def test_refusals(self, call, message):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             selfcheck(**{"device": "cpu"} | call)
+
+
+def test_decoding_in_reserved_room_is_two_graphs_too():
+    tokens = torch.arange(30)[None] % 61
+    graphs.decoding("compiled", plait.build(DESIGNS["AF"], dtype=torch.float64), tokens, "eager", room=32)
