@@ -136,6 +136,7 @@ def test_selfcheck_passes_and_fails(plait, monkeypatch):
 def test_demo_writes_a_report(plait, run_folder, tmp_path, monkeypatch):
     from plait.study import Study
     from plait.study import demo as settings
+    from plait.train import train
 
     def small(text: str, folder: str) -> Study:
         full = demo_study(text, folder).to_dict()
@@ -144,8 +145,14 @@ def test_demo_writes_a_report(plait, run_folder, tmp_path, monkeypatch):
         smaller = {"dim": 64, "tokens": 64, "parameters": 400_000, "decode_contexts": [8, 64], "sample_tokens": 4}
         return Study(**(full | smaller | {"training": training, "data": data}))
 
+    def train_here(runs, jobs, threads, console):
+        """In this process: those of their own have their tests with the studies."""
+        for run in runs.values():
+            train(run, console=console)
+
     demo_study = settings.demo_study
     monkeypatch.setattr(settings, "demo_study", small)
+    monkeypatch.setattr("plait.study.run.train_all", train_here)
     ran = plait("demo", "--text", str(run_folder.parent / "text.txt"), "--out", str(tmp_path / "demo"), "--json")
     assert ran.code == 0, ran.err
     assert [model["pattern"] for model in ran.json["models"]] == list(settings.PATTERNS.values())

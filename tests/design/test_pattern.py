@@ -1,5 +1,7 @@
 """The pattern language: what is read is what is written, and what cannot be read says where and why."""
 
+from string import ascii_uppercase
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from plait.design import PatternError, parse, render
 from plait.design.merges import MERGE_KINDS
 from plait.design.pattern import MAX_SLOTS, Letter, Parallel, letters
 
-names = st.from_regex(r"[A-Z][a-z]{0,2}", fullmatch=True).map(Letter)
+names = st.sampled_from([first + rest for first in ascii_uppercase for rest in ("", "a", "zq")]).map(Letter)
 
 
 def chains(items):
@@ -23,11 +25,11 @@ def parallels(items):
     return st.builds(Parallel, branches, st.none() | st.sampled_from(sorted(MERGE_KINDS)))
 
 
-items = st.recursive(names, lambda inner: inner | parallels(inner), max_leaves=12)
+items = st.recursive(names, lambda inner: inner | parallels(inner), max_leaves=8)
 
 
 @given(chains(items))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_parse_reads_what_render_writes(chain):
     text = render(chain)
     assert parse(text) == chain

@@ -2,9 +2,6 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,9 +11,9 @@ from safetensors.torch import load_file
 
 from plait.run_folder import step_of
 from plait.study import Study, run_study
-from plait.study.pool import finished, last_step
+from plait.study.pool import Board, finished, last_step
 from plait.study.results import write_results
-from plait.train import TrainingStopped, latest
+from plait.train import Interrupted, TrainingStopped, latest
 from plait.train.lock import alone_in
 
 QUIET = Console(quiet=True)
@@ -83,34 +80,40 @@ def test_again_nothing_is_trained_twice(done, text):
         assert [model[name] for model in after["models"]] == [model[name] for model in before["models"]]
 
 
-def test_fresh_starts_over(text, tmp_path):
+def test_a_folder_holds_one_study_at_a_time(text, tmp_path):
+    """One that is going on is left alone, `fresh` starts over, another one takes its place; what is not its own stays."""
     study = small(text, tmp_path, patterns={"both": "[D|A]F"})
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another study is going on here"):
+        run_study(study, console=QUIET)
     run_study(study, console=QUIET)
     weights = tmp_path / "both" / "checkpoints" / "step-000004" / "model.safetensors"
     first, written = load_file(weights), weights.stat().st_mtime_ns
+    with alone_in(tmp_path / "both"), pytest.raises(ValueError, match="both: another run is going on here"):
+        run_study(study, fresh=True, console=QUIET)
+    assert weights.stat().st_mtime_ns == written
     run_study(study, fresh=True, console=QUIET)
     assert weights.stat().st_mtime_ns > written
     second = load_file(weights)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    (tmp_path / "mine.txt").write_text("kept")
+    data = run_study(small(text, tmp_path, patterns={"attention": "(AF)2"}, tokens=128), console=QUIET)
+    assert [model["name"] for model in data["models"]] == ["attention"]
+    assert not (tmp_path / "both").exists()
+    assert (tmp_path / "mine.txt").read_text() == "kept"
 
 
-def test_a_stopped_study_saves_and_goes_on(text, tmp_path):
+def test_a_stopped_study_saves_and_goes_on(text, tmp_path, monkeypatch):
     study = small(text, tmp_path, tokens=6_400_000, jobs=2)
-    program = """
-import json, sys
-from plait.study import Study, run_study
-run_study(Study(**json.loads(sys.argv[1])))
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, json.dumps(study.to_dict())], stderr=subprocess.PIPE, text=True
-    )
     records = [tmp_path / name / "metrics.jsonl" for name in study.patterns]
     until = time.monotonic() + 60
-    while time.monotonic() < until and not all(path.exists() and path.stat().st_size for path in records):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
-    assert "Interrupted: stopped, saved" in error.splitlines()[-1]
+
+    def show(board, job):
+        if time.monotonic() > until or all(path.exists() and path.stat().st_size for path in records):
+            raise KeyboardInterrupt  # as Ctrl-C does, here or anywhere
+
+    monkeypatch.setattr(Board, "show", show)
+    with pytest.raises(Interrupted, match="stopped, saved"):
+        run_study(study, console=QUIET)
     for name in study.patterns:
         saved = latest(tmp_path / name)
         assert saved is not None
@@ -119,21 +122,11 @@ run_study(Study(**json.loads(sys.argv[1])))
 
 
 def test_a_run_that_fails_stops_the_study(text, tmp_path):
-    study = small(text, tmp_path, jobs=2, training={"device": "nowhere", "batch": 2})
+    study = small(text, tmp_path, training={"device": "nowhere", "batch": 2})
     with pytest.raises(TrainingStopped, match="device 'nowhere'"):
         run_study(study, console=QUIET)
     assert not (tmp_path / "results.json").exists()
-
-
-def test_a_study_keeps_others_out_and_spares_a_run_that_is_going_on(text, tmp_path):
-    study = small(text, tmp_path, patterns={"both": "[D|A]F"})
-    with alone_in(tmp_path), pytest.raises(ValueError, match="another study is going on here"):
-        run_study(study, console=QUIET)
-    run_study(study, console=QUIET)
-    kept = latest(tmp_path / "both")
-    with alone_in(tmp_path / "both"), pytest.raises(ValueError, match="both: another run is going on here"):
-        run_study(study, fresh=True, console=QUIET)
-    assert latest(tmp_path / "both") == kept
+    assert not (tmp_path / "both").exists()
 
 
 def test_results_are_json_whatever_was_found(tmp_path):
@@ -165,16 +158,6 @@ def test_a_study_takes_no_number_that_is_none(text, tmp_path, change):
     with pytest.raises(ValueError, match=next(iter(change))) as said:
         small(text, tmp_path, **change)
     assert "\n" not in str(said.value)
-
-
-def test_another_study_takes_the_folder_over(done, text, tmp_path):
-    one = {"attention": "(AF)2"}
-    run_study(small(text, tmp_path, patterns=one), console=QUIET)
-    (tmp_path / "mine.txt").write_text("kept")
-    data = run_study(small(text, tmp_path, patterns={"both": "[D|A]F"}, tokens=128), console=QUIET)
-    assert [model["name"] for model in data["models"]] == ["both"]
-    assert not (tmp_path / "attention").exists()
-    assert (tmp_path / "mine.txt").read_text() == "kept"
 
 
 def test_settings_that_cannot_be_meant(text, tmp_path):

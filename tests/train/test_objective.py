@@ -20,7 +20,8 @@ def losses(result):
 
 
 def test_a_start_goes_on_from_the_weights_with_their_tokenizer(make_run, quiet, tmp_path):
-    first = train(make_run("DF", "first", steps=30, data={"tokenizer": {"bpe": 280}}), console=quiet)
+    run = make_run("DF", "first", steps=30)
+    first = train(run.replace(data=run.data.replace(tokenizer={"bpe": 280})), console=quiet)
     again = make_run("DF", "second", steps=3, warmup=0).replace(design=None)
     second = train(again, start=tmp_path / "first", console=quiet)
     assert second.model.design == first.model.design
