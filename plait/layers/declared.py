@@ -139,6 +139,26 @@ class LayerModule(DeclaredModule):
             setattr(self.get_submodule(path), leaf, empty(weight))
 
 
+class MixerModule(LayerModule):
+    """A layer of heads: `inner` gives their outputs side by side, and one projection takes them to the model's width, unless
+    the merge of a parallel slot does that."""
+
+    projection = "out_proj"
+
+    def __init__(self, config: Any, design: ModelConfig):
+        super().__init__(config, design)
+        if not config.out_proj:
+            self.register_module(self.projection, None)
+
+    def inner(self, x: Float[Tensor, "b t d"], context: Any, state: Any) -> tuple[Float[Tensor, "b t w"], Any]:
+        raise NotImplementedError(f"{type(self).__name__} has no inner(self, x, context, state)")
+
+    def forward(self, x: Float[Tensor, "b t d"], context: Any, state: Any) -> tuple[Float[Tensor, "b t d"], Any]:
+        y, state = self.inner(x, context, state)
+        project = getattr(self, self.projection)
+        return y if project is None else project(y), state
+
+
 def empty(weight: Weight) -> nn.Parameter:
     """Room for a weight, float32 whatever the process's default is."""
     return nn.Parameter(torch.empty(weight.shape, dtype=torch.float32))

@@ -7,7 +7,7 @@ from plait.design.layers import GatedDeltaNet
 from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm, inner
 from plait.layers.context import Context
-from plait.layers.declared import LayerModule
+from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
 from plait.ops.delta import Gates, gated_delta
@@ -15,7 +15,7 @@ from plait.ops.kernels import Call
 from plait.state import Recurrent, recurrent
 
 
-class GatedDeltaNetLayer(LayerModule):
+class GatedDeltaNetLayer(MixerModule):
     """arXiv 2412.06464 as in Qwen3-Next. `in_proj` holds the rows of q, k, v, z, b and a, heads in order."""
 
     config: GatedDeltaNet
@@ -24,7 +24,6 @@ class GatedDeltaNetLayer(LayerModule):
     A_log: nn.Parameter
     dt_bias: nn.Parameter
     norm: Norm
-    out_proj: nn.Linear
 
     @classmethod
     def ops(cls, config: GatedDeltaNet, call: Call) -> list[tuple[str, None]]:
@@ -40,7 +39,7 @@ class GatedDeltaNetLayer(LayerModule):
         eps = inner(design.norm).eps * self.config.head_dim
         return {"norm": RMSNorm(eps=eps)}
 
-    def forward(
+    def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         qkv, z, b, a = self.in_proj(x).split_with_sizes(self.widths, -1)
@@ -52,4 +51,4 @@ class GatedDeltaNetLayer(LayerModule):
         z = z.unflatten(-1, (-1, self.config.value_head_dim))
         gates = Gates(self.A_log, self.dt_bias)
         o, s = gated_delta(q, k, v, a, b, gates=gates, state=state and state.s, **where)
-        return self.out_proj(self.norm(o, z).flatten(2)), recurrent(s, conv)
+        return self.norm(o, z).flatten(2), recurrent(s, conv)

@@ -7,7 +7,7 @@ from plait.design.layers import Mamba2
 from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm, inner
 from plait.layers.context import Context
-from plait.layers.declared import LayerModule
+from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
 from plait.ops.conv import causal_conv
 from plait.ops.kernels import Call
@@ -16,7 +16,7 @@ from plait.ops.ssd import Gates, ssd
 from plait.state import Recurrent, recurrent
 
 
-class Mamba2Layer(LayerModule):
+class Mamba2Layer(MixerModule):
     """arXiv 2405.21060, section 7. `in_proj` holds the rows of z, x, B, C and dt, as in the published checkpoints."""
 
     config: Mamba2
@@ -27,7 +27,6 @@ class Mamba2Layer(LayerModule):
     dt_bias: nn.Parameter
     D: nn.Parameter
     norm: Norm
-    out_proj: nn.Linear
 
     @classmethod
     def ops(cls, config: Mamba2, call: Call) -> list[tuple[str, None]]:
@@ -43,7 +42,7 @@ class Mamba2Layer(LayerModule):
     def norms(self, design: ModelConfig) -> dict[str, RMSNorm]:
         return {"norm": inner(design.norm).replace(zero_centered=False)}
 
-    def forward(
+    def inner(
         self, u: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c = self.config
@@ -56,7 +55,7 @@ class Mamba2Layer(LayerModule):
         B, C = (y.unflatten(-1, (c.groups, -1)) for y in (B, C))  # (b, t, g, n)
         gates = Gates(self.A_log, self.dt_bias, self.D)
         y, s = ssd(C, B, x, dt, gates=gates, state=state and state.s, **where)
-        return self.out_proj(norm_per_group(y.flatten(2), z, self.norm, c.groups)), recurrent(s, conv)
+        return norm_per_group(y.flatten(2), z, self.norm, c.groups), recurrent(s, conv)
 
 
 def norm_per_group(x: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"], norm: Norm, groups: int) -> Tensor:

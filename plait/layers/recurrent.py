@@ -11,7 +11,7 @@ from plait.design.layers.recurrent import GRU, LSTM, RNN, SLSTM, NonlinearRecurr
 from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm, inner
 from plait.layers.context import Context
-from plait.layers.declared import DeclaredModule, HeadProjection, LayerModule
+from plait.layers.declared import DeclaredModule, HeadProjection, MixerModule
 from plait.layers.norm import Norm
 from plait.layers.start import start
 from plait.ops.conv import causal_conv
@@ -146,7 +146,7 @@ def _rows(cell: type[Cell], weight: Tensor) -> Tensor:
     return torch.cat([signs[order.index(i)] * parts[order.index(i)] for i in range(len(order))])
 
 
-class RecurrentLayer(LayerModule):
+class RecurrentLayer(MixerModule):
     """The cell between a short convolution and a gated norm, as in ParaRNN (arXiv 2510.21450) and Mamba-2."""
 
     config: NonlinearRecurrence
@@ -154,7 +154,6 @@ class RecurrentLayer(LayerModule):
     conv1d_bias: nn.Parameter | None
     gate_proj: nn.Linear | None
     norm: Norm | None
-    out_proj: nn.Linear
 
     @classmethod
     def ops(cls, config: NonlinearRecurrence, call: Call) -> list[tuple[str, Sizes | None]]:
@@ -179,7 +178,7 @@ class RecurrentLayer(LayerModule):
     def norms(self, design: ModelConfig) -> dict[str, RMSNorm]:
         return {"norm": inner(design.norm).replace(zero_centered=False)}
 
-    def forward(
+    def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         u, conv = x, state and state.conv
@@ -191,7 +190,7 @@ class RecurrentLayer(LayerModule):
         context.stat("solver", info, "max")
         if self.norm is not None and self.gate_proj is not None:
             h = self.norm(h, self.gate_proj(x))
-        return self.out_proj(h), recurrent(s, conv)
+        return h, recurrent(s, conv)
 
     def _solve(self, u: Tensor, context: Context, state: Recurrent | None) -> tuple[Tensor, Tensor | None, Info]:
         return self.cell(u, state and state.s, context.packing, context.rows)
