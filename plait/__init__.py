@@ -18,6 +18,7 @@ from plait.design import LayerNorm as LayerNorm
 from plait.design import Logits as Logits
 from plait.design import Mamba2 as Mamba2
 from plait.design import MergeAttention as MergeAttention
+from plait.design import Mixer as Mixer
 from plait.design import ModelConfig as ModelConfig
 from plait.design import PatternError as PatternError
 from plait.design import Projection as Projection
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from plait.engine import generate as generate
     from plait.layers import Channels as Channels
     from plait.layers.declared import LayerModule as LayerModule
+    from plait.layers.declared import MixerModule as MixerModule
     from plait.layers.register import register as register
     from plait.model import LanguageModel as LanguageModel
     from plait.model import build as build
@@ -62,6 +64,7 @@ _LAZY = {
     "load": "plait.model",
     "swap": "plait.model",
     "LayerModule": "plait.layers.declared",
+    "MixerModule": "plait.layers.declared",
     "save": "plait.model",
     "ModelState": "plait.state",
     "StaleState": "plait.state",

@@ -9,6 +9,7 @@ from plait.design import (
     RNN,
     SLSTM,
     Attention,
+    Average,
     LayerNorm,
     Logits,
     Mamba2,
@@ -75,7 +76,15 @@ COMPILED = {
         head=Logits(bias=True, scale=0.5, softcap=3.0),
         A=Attention(heads=4, head_dim=12, rope=None, bias=("q", "v")),
     ),
-    "frames to frames": small("A", vocab=None, front=Vectors(features=7, norm=True), head=Regression(outputs=7)),
+    "frames to frames, heads merged": small(
+        "[A|W]",
+        vocab=None,
+        front=Vectors(features=7, norm=True),
+        head=Regression(outputs=7),
+        merge=Average(at="inner"),
+        A=Attention(heads=4, head_dim=12),
+        W=Attention(heads=2, head_dim=24, window=7),
+    ),
 }
 
 

@@ -66,8 +66,8 @@ def _inside(node: Node) -> str:
 def _flops(design: ModelConfig, node: Node, context: int) -> int:
     if isinstance(node, Place):
         return node.layer.flops(design.dim, context, node.wrap.width(design.dim))
-    n, parts = len(node.branches), (part for branch in node.branches for part in branch)
-    merge = sum(weight.flops for weight in node.merge.learned(design.dim, n)) + node.merge.mixing(design.dim, n)
+    widths, parts = node.widths(design.dim), (part for branch in node.branches for part in branch)
+    merge = sum(weight.flops for weight in node.merge.learned(design.dim, widths)) + node.merge.mixing(widths)
     return merge + sum(_flops(design, part, context) for part in parts)
 
 

@@ -58,8 +58,9 @@ def _node(design: ModelConfig, node: Node, name: str, uses: set[str]) -> Weights
         return _layer(design, node, name, uses)
     branches = [_branch(design, part, f"{name}branches.{b}.", uses) for b, part in enumerate(node.branches)]
     normed = range(len(node.branches)) if node.merge.branch_norm else ()
-    norms = [design.norm.weights(f"{name}norms.{b}", design.dim) for b in normed]
-    merge = tuple(weight.inside(f"{name}merge.") for weight in node.merge.learned(design.dim, len(node.branches)))
+    widths = node.widths(design.dim)
+    norms = [design.norm.weights(f"{name}norms.{b}", widths[b]) for b in normed]
+    merge = tuple(weight.inside(f"{name}merge.") for weight in node.merge.learned(design.dim, widths))
     return tuple(weight for group in (*branches, *norms, merge) for weight in group)
 
 

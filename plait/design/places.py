@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from plait.design.imports import OWN
-from plait.design.layers import KINDS, LETTERS, Attention, Layer
+from plait.design.layers import KINDS, LETTERS, Attention, Layer, Mixer
 from plait.design.merges import MERGE_KINDS, Merge
-from plait.design.pattern import Item, Letter, Parallel, PatternError
+from plait.design.pattern import Item, Letter, Parallel, PatternError, render
 from plait.design.spelling import suggest
 from plait.design.struct import convert, convert_kind
 from plait.design.wrap import Wrap
@@ -41,6 +41,10 @@ class ParallelPlace:
     branches: tuple[tuple["Node", ...], ...]
     merge: Merge
     wrap: Wrap
+
+    def widths(self, dim: int) -> tuple[int, ...]:
+        """Channels that each branch gives to the merge, in a model of width `dim`."""
+        return tuple(branch[0].layer.inner() if self.merge.at == "inner" else dim for branch in self.branches)  # type: ignore[union-attr]  # a mixer's place, as the resolver has seen to
 
 
 Node = Place | ParallelPlace
@@ -86,7 +90,7 @@ class Resolver:
         self.left = dict(design.at)
 
     def slots(self) -> tuple[Node, ...]:
-        slots = tuple(self._node(item, inside=False) for item in self.design.chain)
+        slots = tuple(self._node(item, None) for item in self.design.chain)
         if self.left:
             from plait.design.model import nearest_place
 
@@ -100,18 +104,21 @@ class Resolver:
         self.seen[name] += 1
         return f"{name}#{self.seen[name] - 1}"
 
-    def _node(self, item: Item, inside: bool) -> Node:
-        return self._place(item, inside) if isinstance(item, Letter) else self._parallel(item, inside)
+    def _node(self, item: Item, within: Merge | None) -> Node:
+        """`within`: the merge of the parallel slot that it is in, if it is in one."""
+        return self._place(item, within) if isinstance(item, Letter) else self._parallel(item)
 
-    def _place(self, letter: Letter, inside: bool) -> Place:
+    def _place(self, letter: Letter, within: Merge | None) -> Place:
         address = self._address(letter.name)
         where, change = f"layer {letter.name!r}", self.left.pop(address, None)
         layer = self._bound(letter)
         if change is not None:
             layer, where = overridden(layer, change, f"at.{address}"), f"at.{address}"
-        wrap = (layer.wrap or Wrap()).over(self.design.full_wrap)
+        asked = layer.wrap
+        wrap = (asked or Wrap()).over(self.design.full_wrap)
         try:
-            layer = layer.replace(wrap=_fitting(layer, wrap, inside)).resolve(self.design.dim)
+            layer = layer.replace(wrap=_fitting(layer, wrap, within is not None)).resolve(self.design.dim)
+            layer = _before_merge(layer, asked, within is not None and within.at == "inner")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         return Place(address, letter.name, layer)
@@ -126,7 +133,7 @@ class Resolver:
             f"no layer is bound to {letter.name!r}; bind it in `layers`, or use one of {described}{OWN}",
         )
 
-    def _parallel(self, item: Parallel, inside: bool) -> ParallelPlace:
+    def _parallel(self, item: Parallel) -> ParallelPlace:
         address = self._address("par")
         change = self.left.pop(address, {})
         merge, wrap = self._merge(item), self.design.full_wrap
@@ -138,12 +145,17 @@ class Resolver:
             wrap = convert(change["wrap"], Wrap, f"at.{address}.wrap").over(wrap)
         if wrap.reads != "stream":
             raise ValueError(f"{address}: branches read the stream alone; give wrap.reads to the layers of other slots")
-        branches = tuple(tuple(self._node(part, inside=True) for part in branch) for branch in item.branches)
+        if merge.at == "inner":
+            for branch in item.branches:
+                if len(branch) != 1 or not all(isinstance(item, Letter) for item in branch):
+                    raise ValueError(f"{address}: a merge at inner takes one layer a branch, got {render(branch)!r}")
+        branches = tuple(tuple(self._node(part, merge) for part in branch) for branch in item.branches)
+        place = ParallelPlace(address, branches, merge, wrap.replace(value_residual=False))
         try:
-            merge.check(len(branches))
+            merge.check(place.widths(self.design.dim))
         except ValueError as error:
             raise ValueError(f"{address}: {error}") from None
-        return ParallelPlace(address, branches, merge, wrap.replace(value_residual=False))
+        return place
 
     def _merge(self, item: Parallel) -> Merge:
         """The design's where the pattern names none or names the same kind; else the one bound to the name, or of that kind."""
@@ -194,6 +206,22 @@ def _joined(data: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """`change` over `data`, mappings inside mappings too."""
     inner = {k: _joined(data[k], v) for k, v in change.items() if isinstance(v, dict) and isinstance(data.get(k), dict)}
     return data | change | inner
+
+
+def _before_merge(layer: Layer, asked: Wrap | None, inner: bool) -> Layer:
+    """A layer whose heads are merged before any projection has none of its own, and nothing behind it. asked: its own wrap."""
+    name = type(layer).__name__
+    if not inner:
+        if isinstance(layer, Mixer) and not layer.out_proj:
+            raise ValueError(f"{name}.out_proj: false is for the branches of a merge at inner")
+        return layer
+    if not isinstance(layer, Mixer):
+        raise ValueError(f"{name} has no heads to merge; a merge at inner takes mixers, such as attention and mamba2")
+    if asked is not None and (asked.norms in ("after", "both") or asked.factor not in (None, 1.0)):
+        raise ValueError(
+            f"{name}: a merge at inner has no place for a branch's factor or norm after it; give them to the slot"
+        )
+    return layer.replace(out_proj=False, wrap=layer.wrap.replace(norms="before", factor=1.0))
 
 
 def _fitting(layer: Layer, wrap: Wrap, inside: bool) -> Wrap:

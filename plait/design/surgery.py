@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from plait.design.layers import LETTERS, Layer
+from plait.design.layers import LETTERS, Layer, Mixer
 from plait.design.model import ModelConfig
 from plait.design.pattern import Item, Letter, Parallel, render
 from plait.design.places import Node, ParallelPlace, Place, overridden, read_layer
@@ -60,7 +60,8 @@ class _Rewriter:
         if not isinstance(node, Place) or type(layer) is not type(node.layer):
             return False
         wrap = (layer.wrap or Wrap()).over(node.wrap)
-        return layer.replace(wrap=wrap).resolve(self.design.dim) == node.layer
+        placed = {"out_proj": node.layer.out_proj} if isinstance(node.layer, Mixer) else {}  # where it stands says so
+        return layer.replace(wrap=wrap, **placed).resolve(self.design.dim) == node.layer
 
     def _as_wrapped(self, layer: Layer, node: Node) -> Layer:
         """A layer that says nothing of its wrap sits on the stream as the one before it did."""

@@ -71,6 +71,12 @@ class Weight:
     used: float = 1.0
 
     @property
+    def key(self) -> str:
+        """What it is drawn by, beside the seed: its name. Short convolutions were once weights of the layers themselves, and a
+        seed gives what it gave."""
+        return self.name.replace("conv1d.", "conv1d_")
+
+    @property
     def numel(self) -> int:
         return prod(self.shape)
 
@@ -110,8 +116,8 @@ def norm(name: str, width: int, *, plain: bool = False) -> Weight:
 def short_conv(channels: int, width: int, bias: bool) -> Weights:
     """A depthwise causal convolution, uniform in +-1/sqrt(width) as torch's."""
     start = Uniform(-(width**-0.5), width**-0.5)
-    weight = Weight("conv1d_weight", (channels, width), "conv", start)
-    return (weight, Weight("conv1d_bias", (channels,), "bias", start)) if bias else (weight,)
+    weight = Weight("conv1d.weight", (channels, width), "conv", start)
+    return (weight, Weight("conv1d.bias", (channels,), "bias", start)) if bias else (weight,)
 
 
 def total(weights: Weights) -> int:

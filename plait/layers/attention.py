@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from plait.design.layers import Attention
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
-from plait.layers.declared import LayerModule
+from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
 from plait.layers.rope import turn
 from plait.ops.attention import attention
@@ -16,12 +16,12 @@ from plait.ops.kernels import Call, cast
 from plait.state import KV, Pages, State, Window
 
 
-class AttentionLayer(LayerModule):
+class AttentionLayer(MixerModule):
     """`qkv_proj` holds the rows of q, k, v and, with `output_gate`, of the gate, in this order."""
 
+    projection = "o_proj"
     config: Attention
     qkv_proj: nn.Linear
-    o_proj: nn.Linear
     q_norm: Norm | None
     k_norm: Norm | None
     value_mix: nn.Parameter | None
@@ -41,7 +41,7 @@ class AttentionLayer(LayerModule):
         if not (config.wrap and config.wrap.value_residual):
             self.value_mix = None
 
-    def forward(
+    def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | Pages | None
     ) -> tuple[Float[Tensor, "b t d"], KV | Window | Pages | None]:
         c = self.config
@@ -67,7 +67,7 @@ class AttentionLayer(LayerModule):
         else:
             raise TypeError(f"attention has no use for a state of kind {state.kind!r}")
         o = o.flatten(2)
-        return self.o_proj(o * torch.sigmoid(gate[0]) if gate else o), state
+        return o * torch.sigmoid(gate[0]) if gate else o, state
 
     def with_first(self, v: Tensor, mix: Tensor, context: Context) -> Tensor:
         """l1 v + l2 v0, v0 the values of the model's first attention layer (arXiv 2410.17897); in that layer v0 is v."""

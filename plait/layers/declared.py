@@ -1,6 +1,6 @@
 """From declared weights to modules: a layer's parameters are made from what its config says it learns."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,6 +13,8 @@ from plait.design.norms import Norm as NormConfig
 from plait.design.norms import inner
 from plait.design.weights import FLOAT32, Weight, Weights
 from plait.layers.norm import Norm
+from plait.layers.short_conv import ShortConv
+from plait.layers.start import empty
 from plait.ops.kernels import Call
 
 
@@ -70,9 +72,8 @@ class DeclaredModule(nn.Module):
         super().__init__()
         self.wide: tuple[str, ...] = ()
 
-    def declare(self, weights: Weights, norm: NormConfig, norms: Mapping[str, NormConfig] | None = None) -> None:
-        """Make the parameters; weights inside a module that is there already are its own. `norm` is that of all norms
-        but the named ones in `norms`."""
+    def declare(self, weights: Weights, norm: NormConfig) -> None:
+        """Make the parameters, and the modules that they are in; weights of a module that is there already are its own."""
         self.wide = tuple(w.name for w in weights if w.role in FLOAT32)
         by_name = {weight.name: weight for weight in weights}
         for name, weight in by_name.items():
@@ -80,8 +81,7 @@ class DeclaredModule(nn.Module):
             if not path:
                 self.register_parameter(leaf, empty(weight))
             elif leaf == "weight" and not hasattr(self, path.partition(".")[0]):
-                kind = (norms or {}).get(path, norm)
-                self.add_module(path, _module(weight, by_name.get(f"{path}.bias"), kind))
+                self.add_module(path, _module(weight, by_name.get(f"{path}.bias"), norm))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As of nn.Module, behind `to`, `half`, `bfloat16` and the like. A decay rounded to bfloat16 is another decay."""
@@ -106,7 +106,7 @@ class LayerModule(DeclaredModule):
         super().__init__()
         self.config = config
         self.assemble(design)
-        self.declare(config.weights(design.dim, self.reads(design)), inner(design.norm), self.norms(design))
+        self.declare(config.weights(design.dim, self.reads(design)), inner(design.norm))
 
     @classmethod
     def ops(cls, config: Any, call: Call) -> Sequence[tuple[str, Any]]:
@@ -115,11 +115,7 @@ class LayerModule(DeclaredModule):
         return ()
 
     def assemble(self, design: ModelConfig) -> None:
-        """Make the modules inside that declare their own weights."""
-
-    def norms(self, design: ModelConfig) -> Mapping[str, NormConfig]:
-        """Norms inside the layer that are not the design's RMSNorm, by name."""
-        return {}
+        """Make the modules inside that are not simply made of their weights."""
 
     def reads(self, design: ModelConfig) -> int | None:
         """Channels that the layer reads; None: the model's width."""
@@ -139,12 +135,29 @@ class LayerModule(DeclaredModule):
             setattr(self.get_submodule(path), leaf, empty(weight))
 
 
-def empty(weight: Weight) -> nn.Parameter:
-    """Room for a weight, float32 whatever the process's default is."""
-    return nn.Parameter(torch.empty(weight.shape, dtype=torch.float32))
+class MixerModule(LayerModule):
+    """A layer of heads: `inner` gives their outputs side by side, and one projection takes them to the model's width, unless
+    the merge of a parallel slot does that."""
+
+    projection = "out_proj"
+
+    def __init__(self, config: Any, design: ModelConfig):
+        super().__init__(config, design)
+        if not config.out_proj:
+            self.register_module(self.projection, None)
+
+    def inner(self, x: Float[Tensor, "b t d"], context: Any, state: Any) -> tuple[Float[Tensor, "b t w"], Any]:
+        raise NotImplementedError(f"{type(self).__name__} has no inner(self, x, context, state)")
+
+    def forward(self, x: Float[Tensor, "b t d"], context: Any, state: Any) -> tuple[Float[Tensor, "b t d"], Any]:
+        y, state = self.inner(x, context, state)
+        project = getattr(self, self.projection)
+        return y if project is None else project(y), state
 
 
 def _module(weight: Weight, bias: Weight | None, norm: NormConfig) -> nn.Module:
     if weight.role == "norm":
         return Norm(weight.shape[0], norm)
+    if weight.role == "conv":
+        return ShortConv(weight, bias)
     return Projection(weight, bias) if weight.role == "matrix" else HeadProjection(weight, bias)

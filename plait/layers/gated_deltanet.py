@@ -5,26 +5,25 @@ from torch import Tensor, nn
 
 from plait.design.layers import GatedDeltaNet
 from plait.design.model import ModelConfig
-from plait.design.norms import RMSNorm, inner
+from plait.design.norms import inner
 from plait.layers.context import Context
-from plait.layers.declared import LayerModule
-from plait.layers.norm import Norm
-from plait.ops.conv import causal_conv
+from plait.layers.declared import MixerModule
+from plait.layers.norm import GatedNorm
+from plait.layers.short_conv import ShortConv
 from plait.ops.delta import Gates, gated_delta
 from plait.ops.kernels import Call
 from plait.state import Recurrent, recurrent
 
 
-class GatedDeltaNetLayer(LayerModule):
+class GatedDeltaNetLayer(MixerModule):
     """arXiv 2412.06464 as in Qwen3-Next. `in_proj` holds the rows of q, k, v, z, b and a, heads in order."""
 
     config: GatedDeltaNet
     in_proj: nn.Linear
-    conv1d_weight: nn.Parameter
+    conv1d: ShortConv
     A_log: nn.Parameter
     dt_bias: nn.Parameter
-    norm: Norm
-    out_proj: nn.Linear
+    norm: GatedNorm
 
     @classmethod
     def ops(cls, config: GatedDeltaNet, call: Call) -> list[tuple[str, None]]:
@@ -35,21 +34,22 @@ class GatedDeltaNetLayer(LayerModule):
         q, k, v, z, b, a = config.rows().values()
         self.widths, self.conv_widths = [q + k + v, z, b, a], [q + k, v]
 
-    def norms(self, design: ModelConfig) -> dict[str, RMSNorm]:
+    def assemble(self, design: ModelConfig) -> None:
         # queries are scaled by 1/sqrt(k); here outputs stay that much larger, and the bound inside the norm grows with them
-        eps = inner(design.norm).eps * self.config.head_dim
-        return {"norm": RMSNorm(eps=eps)}
+        c = self.config
+        self.norm = GatedNorm(c.value_head_dim, inner(design.norm).eps * c.head_dim)
 
-    def forward(
+    def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         qkv, z, b, a = self.in_proj(x).split_with_sizes(self.widths, -1)
-        where = {"rows": context.rows, "packing": context.packing}
-        qkv, conv = causal_conv(qkv, self.conv1d_weight, silu=True, state=state and state.conv, **where)
+        qkv, conv = self.conv1d(qkv, context, state and state.conv)
         qk, v = qkv.split_with_sizes(self.conv_widths, -1)
         q, k = qk.unflatten(-1, (2, -1, self.config.head_dim)).unbind(2)  # (b, t, g, k)
         v = v.unflatten(-1, (-1, self.config.value_head_dim))  # (b, t, h, v)
         z = z.unflatten(-1, (-1, self.config.value_head_dim))
         gates = Gates(self.A_log, self.dt_bias)
-        o, s = gated_delta(q, k, v, a, b, gates=gates, state=state and state.s, **where)
-        return self.out_proj(self.norm(o, z).flatten(2)), recurrent(s, conv)
+        o, s = gated_delta(
+            q, k, v, a, b, gates=gates, state=state and state.s, rows=context.rows, packing=context.packing
+        )
+        return self.norm(o, z).flatten(2), recurrent(s, conv)

@@ -13,21 +13,33 @@ Branch = Float[Tensor, "b t d"]
 
 
 class MergeModule(DeclaredModule):
-    """`forward(u, branches)`: u is what all branches read. Its parameters are those that the config declares."""
+    """`forward(u, branches)`: u is what all branches read; `widths` are the branches'. Its parameters are those that the config
+    declares; at inner what is merged goes through its output projection."""
 
-    def __init__(self, config: Merge, dim: int, branches: int):
+    out_proj: nn.Linear | None
+
+    def __init__(self, config: Merge, dim: int, widths: tuple[int, ...]):
         super().__init__()
-        self.declare(config.learned(dim, branches), RMSNorm())
+        self.declare(config.learned(dim, widths), RMSNorm())
+        if not hasattr(self, "out_proj"):
+            self.out_proj = None
+
+    def forward(self, u: Branch, branches: list[Branch]) -> Branch:
+        y = self.merged(u, branches)
+        return y if self.out_proj is None else self.out_proj(y)
+
+    def merged(self, u: Branch, branches: list[Branch]) -> Branch:
+        raise NotImplementedError
 
 
 class SumMerge(MergeModule):
     """w_1 b_1 + ... + w_n b_n."""
 
-    def __init__(self, config: Sum, dim: int, branches: int):
-        super().__init__(config, dim, branches)
+    def __init__(self, config: Sum, dim: int, widths: tuple[int, ...]):
+        super().__init__(config, dim, widths)
         self.weights = config.weights
 
-    def forward(self, u: Branch, branches: list[Branch]) -> Branch:
+    def merged(self, u: Branch, branches: list[Branch]) -> Branch:
         if self.weights:
             branches = [w * b for w, b in zip(self.weights, branches, strict=True)]
         return sum(branches[1:], branches[0])
@@ -36,17 +48,15 @@ class SumMerge(MergeModule):
 class AverageMerge(MergeModule):
     """The mean of the branches."""
 
-    def forward(self, u: Branch, branches: list[Branch]) -> Branch:
+    def merged(self, u: Branch, branches: list[Branch]) -> Branch:
         return sum(branches[1:], branches[0]) / len(branches)
 
 
 class ProjectionMerge(MergeModule):
-    """W [b_1; ...; b_n]."""
+    """W [b_1; ...; b_n], W the output projection."""
 
-    out_proj: nn.Linear
-
-    def forward(self, u: Branch, branches: list[Branch]) -> Branch:
-        return self.out_proj(torch.cat(branches, -1))
+    def merged(self, u: Branch, branches: list[Branch]) -> Branch:
+        return torch.cat(branches, -1)
 
 
 class GatedMerge(MergeModule):
@@ -54,7 +64,7 @@ class GatedMerge(MergeModule):
 
     gate: nn.Parameter
 
-    def forward(self, u: Branch, branches: list[Branch]) -> Branch:
+    def merged(self, u: Branch, branches: list[Branch]) -> Branch:
         return weighted(F.linear(u, self.gate), branches)
 
 
@@ -68,7 +78,7 @@ class MergeAttentionMerge(MergeModule):
     k_proj: nn.Linear
     v_proj: nn.Linear
 
-    def forward(self, u: Branch, branches: list[Branch]) -> Branch:
+    def merged(self, u: Branch, branches: list[Branch]) -> Branch:
         query = (self.query * len(self.query) ** -0.5)[None]
         scores = torch.cat([F.linear(self.k_proj(b), query) for b in branches], -1)  # (b, t, n)
         return self.v_proj(weighted(scores, branches))

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm."""
+"""RMSNorm, gated or not, and LayerNorm."""
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +21,25 @@ class Norm(nn.Module):
         biased = isinstance(config, LayerNorm) and config.bias
         self.bias = nn.Parameter(torch.zeros(width, dtype=torch.float32)) if biased else None
 
-    def forward(
-        self, x: Float[Tensor, "*n d"], gate: Float[Tensor, "*n d"] | None = None, gate_first: bool = False
-    ) -> Float[Tensor, "*n d"]:
-        """With a gate, norm(x) silu(gate); or with `gate_first` norm(x silu(gate))."""
+    def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         c = self.config
         if isinstance(c, RMSNorm):
-            if gate is None:
-                return rms_norm(x, self.weight, c.eps, c.zero_centered)
-            return gated_rms_norm(x, gate, self.weight, c.eps, zero_centered=c.zero_centered, gate_first=gate_first)
-        if gate is not None:
-            return self(x * F.silu(gate)) if gate_first else self(x) * F.silu(gate)
+            return rms_norm(x, self.weight, c.eps, c.zero_centered)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, c.eps)
+
+
+class GatedNorm(nn.Module):
+    """What a recurrence gives, normed and gated: norm(x) silu(gate), or with `gate_first` norm(x silu(gate)), each of `groups`
+    of channels normed alone. The weight starts at 1, whatever the design's norms do."""
+
+    def __init__(self, width: int, eps: float, *, groups: int = 1, gate_first: bool = False):
+        super().__init__()
+        self.eps, self.groups, self.gate_first = eps, groups, gate_first
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.float32))
+
+    def forward(self, x: Float[Tensor, "*n d"], gate: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        if self.groups == 1:
+            return gated_rms_norm(x, gate, self.weight, self.eps, gate_first=self.gate_first)
+        x, gate = (y.unflatten(-1, (self.groups, -1)) for y in (x, gate))
+        return gated_rms_norm(x, gate, self.weight, self.eps, gate_first=self.gate_first).flatten(-2)

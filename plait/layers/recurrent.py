@@ -11,10 +11,10 @@ from plait.design.layers.recurrent import GRU, LSTM, RNN, SLSTM, NonlinearRecurr
 from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm, inner
 from plait.layers.context import Context
-from plait.layers.declared import DeclaredModule, HeadProjection, LayerModule
-from plait.layers.norm import Norm
+from plait.layers.declared import DeclaredModule, HeadProjection, MixerModule
+from plait.layers.norm import GatedNorm
+from plait.layers.short_conv import ShortConv
 from plait.layers.start import start
-from plait.ops.conv import causal_conv
 from plait.ops.frame import Rows
 from plait.ops.kernels import Call
 from plait.ops.packing import Packing
@@ -146,15 +146,13 @@ def _rows(cell: type[Cell], weight: Tensor) -> Tensor:
     return torch.cat([signs[order.index(i)] * parts[order.index(i)] for i in range(len(order))])
 
 
-class RecurrentLayer(LayerModule):
+class RecurrentLayer(MixerModule):
     """The cell between a short convolution and a gated norm, as in ParaRNN (arXiv 2510.21450) and Mamba-2."""
 
     config: NonlinearRecurrence
-    conv1d_weight: nn.Parameter | None
-    conv1d_bias: nn.Parameter | None
+    conv1d: ShortConv | None
     gate_proj: nn.Linear | None
-    norm: Norm | None
-    out_proj: nn.Linear
+    norm: GatedNorm | None
 
     @classmethod
     def ops(cls, config: NonlinearRecurrence, call: Call) -> list[tuple[str, Sizes | None]]:
@@ -164,34 +162,27 @@ class RecurrentLayer(LayerModule):
 
     def __init__(self, config: NonlinearRecurrence, design: ModelConfig):
         super().__init__(config, design)
-        for name, present in (
-            ("conv1d_weight", config.conv_width),
-            ("conv1d_bias", config.conv_width and config.bias),
-            ("gate_proj", config.output_gate),
-            ("norm", config.output_gate),
-        ):
-            if not present:
-                setattr(self, name, None)
+        if not config.conv_width:
+            self.conv1d = None
+        if not config.output_gate:
+            self.gate_proj = None
 
     def assemble(self, design: ModelConfig) -> None:
         self.cell = RecurrentCell(self.config, self.reads(design) or design.dim)
+        self.norm = GatedNorm(self.config.units, inner(design.norm).eps) if self.config.output_gate else None
 
-    def norms(self, design: ModelConfig) -> dict[str, RMSNorm]:
-        return {"norm": inner(design.norm).replace(zero_centered=False)}
-
-    def forward(
+    def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         u, conv = x, state and state.conv
-        if self.conv1d_weight is not None:
-            conv1d, where = (self.conv1d_weight, self.conv1d_bias), {"rows": context.rows, "packing": context.packing}
-            u, conv = causal_conv(x, *conv1d, silu=True, state=conv, **where)
+        if self.conv1d is not None:
+            u, conv = self.conv1d(x, context, conv)
         solve = self._strictly if self.cell.config.strict else self._solve
         h, s, info = solve(u, context, state)
         context.stat("solver", info, "max")
         if self.norm is not None and self.gate_proj is not None:
             h = self.norm(h, self.gate_proj(x))
-        return self.out_proj(h), recurrent(s, conv)
+        return h, recurrent(s, conv)
 
     def _solve(self, u: Tensor, context: Context, state: Recurrent | None) -> tuple[Tensor, Tensor | None, Info]:
         return self.cell(u, state and state.s, context.packing, context.rows)

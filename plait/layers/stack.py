@@ -101,14 +101,15 @@ class ChainLayer(nn.Module):
 
 
 class ParallelLayer(nn.Module):
-    """Branches side by side on one normed input, each normed again (unless its merge says otherwise) and merged."""
+    """Branches side by side on one normed input, each normed again (unless its merge says otherwise) and merged: what their
+    layers give, or at inner their heads."""
 
     def __init__(self, branches: list[ChainLayer], place: ParallelPlace, design: ModelConfig):
         super().__init__()
-        config = place.merge
+        config, widths = place.merge, place.widths(design.dim)
         self.branches = nn.ModuleList(branches)
-        self.norms = nn.ModuleList(Norm(design.dim, design.norm) for _ in branches) if config.branch_norm else None
-        self.merge = MERGES[type(config)](config, design.dim, len(branches))  # type: ignore[arg-type]  # each its own config
+        self.norms = nn.ModuleList(Norm(width, design.norm) for width in widths) if config.branch_norm else None
+        self.merge = MERGES[type(config)](config, design.dim, widths)  # type: ignore[arg-type]  # each its own config
 
     def forward(self, u: Hidden, context: Context, state: Branches | None) -> tuple[Hidden, Branches | None]:
         states = [None] * len(self.branches) if state is None else state.parts

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from plait.design.weights import Constant, Normal, Ramp, Uniform, Weight, Weights
 
 
+def empty(weight: Weight) -> nn.Parameter:
+    """Room for a weight, float32 whatever the process's default is."""
+    return nn.Parameter(torch.empty(weight.shape, dtype=torch.float32))
+
+
 def start(module: nn.Module, weights: Weights, seed: int) -> None:
     """Draw the parameters of `module` that `weights` declares, in place and on their device."""
     parameters = dict(module.named_parameters())
@@ -17,14 +22,14 @@ def start(module: nn.Module, weights: Weights, seed: int) -> None:
 
 
 def drawn(weight: Weight, seed: int) -> Tensor:
-    """The first values of a weight, float32 on the CPU: a function of seed and name alone."""
+    """The first values of a weight, float32 on the CPU: a function of seed and key alone."""
     start = weight.start
     values = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     if isinstance(start, Constant):
         return values.fill_(start.value)
     if isinstance(start, Ramp):
         return _ramp(values, start)
-    digest = hashlib.blake2b(f"{seed}:{weight.name}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{weight.key}".encode(), digest_size=8).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
     if isinstance(start, Normal):
         return values.normal_(0.0, start.std, generator=generator)

@@ -18,8 +18,9 @@ from plait.design.spec import Leaf, Memories, StateSpec, TensorSpec
 from plait.design.summary import summary
 from plait.layers import Channels, Context, build_stack, context_for, pooled_context
 from plait.layers.channels import Listener, Place, send
-from plait.layers.declared import Projection, empty
+from plait.layers.declared import Projection
 from plait.layers.norm import Norm
+from plait.layers.start import empty
 from plait.model.front import with_meta
 from plait.model.head import Head
 from plait.model.padding import Padding, check_longest, packed

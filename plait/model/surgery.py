@@ -77,11 +77,13 @@ class _Swap:
             _keep(branch.after, chain.after)
             chains.append(branch)
         parallel = self._like_model(ParallelLayer(chains, now, self.design))
-        if before.merge == now.merge:
+        if before.merge == now.merge and before.widths(self.design.dim) == now.widths(self.design.dim):
             parallel.norms, parallel.merge = module.norms, module.merge
         else:
-            branches = len(now.branches)
-            parallel.merge = self._drawn(MERGES[type(now.merge)](now.merge, self.design.dim, branches), f"{path}merge.")  # type: ignore[arg-type]  # each its own config
+            merge: Any = MERGES[type(now.merge)]
+            parallel.merge = self._drawn(
+                merge(now.merge, self.design.dim, now.widths(self.design.dim)), f"{path}merge."
+            )
         return parallel
 
     def _drawn(self, module: nn.Module, path: str) -> nn.Module:

@@ -113,8 +113,9 @@ class TestMerges:
 
     def merge(self, kind, **config):
         config = kind(**config)
-        merge = MERGES[kind](config, DIM, self.branches)
-        start(merge, config.learned(DIM, self.branches), seed=0)
+        widths = (DIM,) * self.branches
+        merge = MERGES[kind](config, DIM, widths)
+        start(merge, config.learned(DIM, widths), seed=0)
         merge = merge.double()
         return merge, randn(2, 5, DIM), [randn(2, 5, DIM) for _ in range(self.branches)]
 
@@ -145,6 +146,76 @@ class TestMerges:
 
     def test_every_merge_has_a_module(self):
         assert set(MERGES) == set(plait.design.merges.MERGE_KINDS.values())
+
+
+class TestMergesAtInner:
+    """The heads of several mixers before one projection."""
+
+    layers = {  # noqa: RUF012 (read only)
+        "A": plait.Attention(heads=4, head_dim=12),
+        "M": plait.Mamba2(heads=3, head_dim=16, state_dim=8),
+        "D": plait.GatedDeltaNet(heads=1, head_dim=8, value_heads=3, value_head_dim=16),
+        "G": plait.GRU(heads=2, head_dim=24),
+    }
+
+    def build(self, pattern, merge, at=None):
+        design = plait.ModelConfig(vocab=5, dim=16, pattern=pattern, layers=self.layers, merge=merge, at=at or {})
+        return plait.build(design).double()
+
+    def mixer(self, model, x):
+        """The parallel layer, and what it makes of x without a state."""
+        layer = model.slots[0].mixer
+        return layer, layer(x, context_for(x), None)[0]
+
+    def test_hymba(self):
+        """arXiv 2411.13676, equation 3: W_out (norm(attention) + norm(SSM)) / 2."""
+        x = randn(2, 5, 16)
+        layer, y = self.mixer(self.build("[A|M]", plait.Average(at="inner")), x)
+        heads = [branch.layers[0].inner(x, context_for(x), None)[0] for branch in layer.branches]
+        assert [h.shape[-1] for h in heads] == [48, 48]
+        mean = sum(norm(h) for norm, h in zip(layer.norms, heads, strict=True)) / 2
+        assert torch.allclose(y, mean @ layer.merge.out_proj.weight.T)
+
+    def test_a_sum_of_heads_is_the_sum_of_outputs_by_one_matrix(self):
+        x, merge = randn(2, 5, 16), plait.Sum(branch_norm=False, weights=(0.5, 1.0, 2.0, -1.0))
+        inner, outer = (self.build("[A|M|D|G]", merge.replace(at=at)) for at in ("inner", "output"))
+        matrix = inner.slots[0].mixer.merge.out_proj.weight
+        kept = inner.state_dict()
+        for name, parameter in outer.named_parameters():
+            own = name.endswith(("o_proj.weight", "out_proj.weight"))
+            parameter.data.copy_(matrix if own else kept[name])
+        assert torch.allclose(self.mixer(inner, x)[1], self.mixer(outer, x)[1])
+
+    def test_a_projection_takes_heads_of_any_width(self):
+        x = randn(2, 5, 16)
+        wide = {"A#0": {"head_dim": 20}}
+        layer, y = self.mixer(self.build("[A|M]", plait.Projection(at="inner", branch_norm=False), wide), x)
+        heads = [branch.layers[0].inner(x, context_for(x), None)[0] for branch in layer.branches]
+        assert [h.shape[-1] for h in heads] == [80, 48]
+        assert torch.allclose(y, torch.cat(heads, -1) @ layer.merge.out_proj.weight.T)
+
+    @pytest.mark.parametrize(
+        ("pattern", "change", "message"),
+        [
+            (
+                "[A|M]",
+                {"A#0": {"heads": 5}},
+                "par#0: Average at inner needs heads of equal width .* got 60 | 48 channels",
+            ),
+            ("[A|MF]", {}, "par#0: a merge at inner takes one layer a branch, got 'MF'"),
+            ("[A|[M|D]]", {}, r"par#0: a merge at inner takes one layer a branch, got '\[M|D\]'"),
+            ("[A|F]", {}, "SwiGLU has no heads to merge"),
+            ("[A|M]", {"A#0": {"wrap": {"norms": "both"}}}, "A#0.* a merge at inner has no place for .* norm after"),
+            (
+                "[A|M]F",
+                {"F#0": {"kind": "gru", "heads": 2, "head_dim": 4, "out_proj": False}},
+                "GRU.out_proj: false is for the branches of a merge",
+            ),
+        ],
+    )
+    def test_what_does_not_fit(self, pattern, change, message):
+        with pytest.raises(ValueError, match=message):
+            self.build(pattern, plait.Average(at="inner"), change)
 
 
 def build_one(letter, config, **design):

@@ -221,7 +221,7 @@ def test_layer_written_out():
     layer, x = layer_of(plait.GRU(heads=HEADS, head_dim=K)), randn(2, 20, DIM)
     layer.norm.weight.data = randn(HEADS * K)
     padded = F.pad(x, (0, 0, 3, 0)).mT
-    u = F.conv1d(padded, layer.conv1d_weight[:, None], layer.conv1d_bias, groups=DIM).mT
+    u = F.conv1d(padded, layer.conv1d.weight[:, None], layer.conv1d.bias, groups=DIM).mT
     h = layer.cell(F.silu(u))[0]
     gate = F.silu(x @ layer.gate_proj.weight.T)
     want = F.rms_norm(h, (HEADS * K,), layer.norm.weight, eps=1e-6) * gate @ layer.out_proj.weight.T

@@ -83,7 +83,7 @@ def qwen3_next_weights(theirs: Weights, design: plait.ModelConfig) -> Weights:
         qkvz = grouped.split([18, 18, share * 22, share * 22], 1)
         ba = here["linear_attn.in_proj_ba.weight"].unflatten(0, (delta.heads, 2 * share)).split(share, 1)
         ours[mixer + "in_proj.weight"] = torch.cat([x.flatten(0, 1) for x in (*qkvz, *ba)])
-        ours[mixer + "conv1d_weight"] = here["linear_attn.conv1d.weight"].squeeze(1)
+        ours[mixer + "conv1d.weight"] = here["linear_attn.conv1d.weight"].squeeze(1)
         for name in ("A_log", "dt_bias", "norm.weight", "out_proj.weight"):
             ours[mixer + name] = here[f"linear_attn.{name}"]
     return ours
@@ -153,8 +153,8 @@ def mamba2_weights(theirs: Weights, design: plait.ModelConfig) -> Weights:
     for layer in range(3):
         theirs_here, mixer = f"backbone.layers.{layer}.", f"slots.{layer}.mixer."
         ours[f"slots.{layer}.norm.weight"] = theirs[theirs_here + "norm.weight"]
-        ours[mixer + "conv1d_weight"] = theirs[theirs_here + "mixer.conv1d.weight"].squeeze(1)
-        ours[mixer + "conv1d_bias"] = theirs[theirs_here + "mixer.conv1d.bias"]
+        ours[mixer + "conv1d.weight"] = theirs[theirs_here + "mixer.conv1d.weight"].squeeze(1)
+        ours[mixer + "conv1d.bias"] = theirs[theirs_here + "mixer.conv1d.bias"]
         for name in ("in_proj.weight", "out_proj.weight", "norm.weight", "A_log", "dt_bias", "D"):
             ours[mixer + name] = theirs[f"{theirs_here}mixer.{name}"]
     return ours

@@ -12,6 +12,7 @@ from plait.design.layers.feed_forward import ReLU2 as ReLU2
 from plait.design.layers.feed_forward import SwiGLU as SwiGLU
 from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers.layer import Layer as Layer
+from plait.design.layers.layer import Mixer as Mixer
 from plait.design.layers.mamba2 import Mamba2 as Mamba2
 from plait.design.layers.recurrent import GRU as GRU
 from plait.design.layers.recurrent import LSTM as LSTM

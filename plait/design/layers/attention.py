@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from plait.design.layers.layer import Layer, head_sizes
+from plait.design.layers.layer import Mixer, head_sizes
 from plait.design.spec import Leaf, Memory
 from plait.design.spelling import suggest
 from plait.design.struct import DERIVED, Struct, positive
@@ -29,7 +29,7 @@ class RoPE(Struct, frozen=True, kw_only=True, tag=False):
         return int(head_dim * self.fraction) // 2 * 2
 
 
-class Attention(Layer, frozen=True, kw_only=True, tag="attention"):
+class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
     """Softmax attention (arXiv 1706.03762). `kv_heads` 1 is MQA, below `heads` GQA (arXiv 2305.13245).
 
     window: a query sees itself and the window - 1 tokens before it. softcap: logits become c tanh(logits / c).
@@ -67,6 +67,9 @@ class Attention(Layer, frozen=True, kw_only=True, tag="attention"):
             )
         return self.replace(heads=heads, kv_heads=self.kv_heads or heads, head_dim=head_dim)
 
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
     def rows(self) -> dict[str, int]:
         """Channels of q, k, v and the gate, in the order of the fused projection."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -80,7 +83,7 @@ class Attention(Layer, frozen=True, kw_only=True, tag="attention"):
         )
         return (
             *projection("qkv_proj", rows, reads or dim, bias=self.bias),
-            *projection("o_proj", dim, rows["q"], bias=o, writes=True),
+            *self.output("o_proj", dim, bias=o),
             *norms,
             *residual,
         )

@@ -2,13 +2,13 @@
 
 from typing import Self
 
-from plait.design.layers.layer import Layer, head_sizes, wide_head_dim
+from plait.design.layers.layer import Mixer, head_sizes, wide_head_dim
 from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import Constant, Uniform, Weight, Weights, norm, projection, short_conv
 
 
-class GatedDeltaNet(Layer, frozen=True, kw_only=True, tag="gated_deltanet"):
+class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
     """Gated DeltaNet (arXiv 2412.06464) as laid out in Qwen3-Next; `heads` and `head_dim` are those of q and k."""
 
     heads: int = DERIVED
@@ -32,6 +32,9 @@ class GatedDeltaNet(Layer, frozen=True, kw_only=True, tag="gated_deltanet"):
             raise ValueError(f"{name}: heads {heads} does not divide value_heads {value_heads}")
         return self.replace(heads=heads, head_dim=head_dim, value_heads=value_heads, value_head_dim=value_head_dim)
 
+    def inner(self) -> int:
+        return self.value_heads * self.value_head_dim
+
     def rows(self) -> dict[str, int]:
         """Channels of q, k and v (which the convolution sees), of the output gate z, and of b and a, one a head."""
         key, value = self.heads * self.head_dim, self.value_heads * self.value_head_dim
@@ -45,7 +48,7 @@ class GatedDeltaNet(Layer, frozen=True, kw_only=True, tag="gated_deltanet"):
             Weight("A_log", (self.value_heads,), "decay", Uniform(0.01, 16, "log")),
             Weight("dt_bias", (self.value_heads,), "decay", Constant(1.0)),
             norm("norm", self.value_head_dim, plain=True),
-            *projection("out_proj", dim, rows["v"], writes=True),
+            *self.output("out_proj", dim),
         )
 
     def mixing(self, dim: int, context: int) -> int:

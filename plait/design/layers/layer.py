@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from plait.design.spec import Memory
 from plait.design.struct import Struct, convert, positive
-from plait.design.weights import Constant, Normal, Weight, Weights, total
+from plait.design.weights import Constant, Normal, Weight, Weights, projection, total
 from plait.design.wrap import Wrap
 
 
@@ -55,6 +55,21 @@ class Layer(Struct, frozen=True, kw_only=True):
         """Forward FLOPs for one token that sees `context` tokens (2 per multiply-add)."""
         learned = self.weights(dim, reads) + self.adapters(dim, reads)
         return sum(weight.flops for weight in learned) + self.mixing(dim, context)
+
+
+class Mixer(Layer, frozen=True, kw_only=True):
+    """A layer of heads, whose outputs go through one projection. `out_proj` false leaves that to the merge of a parallel slot,
+    which sets it."""
+
+    out_proj: bool = True
+
+    def inner(self) -> int:
+        """Channels of the heads' outputs side by side, once the layer is resolved."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how wide its heads' outputs are")
+
+    def output(self, name: str, dim: int, bias: bool = False) -> Weights:
+        """The output projection, where there is one."""
+        return projection(name, dim, self.inner(), bias=bias, writes=True) if self.out_proj else ()
 
 
 def adapter(weight: Weight, rank: int) -> Weights:

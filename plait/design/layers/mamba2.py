@@ -3,13 +3,13 @@
 import math
 from typing import Self
 
-from plait.design.layers.layer import Layer
+from plait.design.layers.layer import Mixer
 from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import Constant, Uniform, Weight, Weights, norm, projection, short_conv
 
 
-class Mamba2(Layer, frozen=True, kw_only=True, tag="mamba2"):
+class Mamba2(Mixer, frozen=True, kw_only=True, tag="mamba2"):
     """Mamba-2 (arXiv 2405.21060): short convolution, scalar-decay recurrence over a (head_dim, state_dim) state per head."""
 
     heads: int = DERIVED
@@ -33,6 +33,9 @@ class Mamba2(Layer, frozen=True, kw_only=True, tag="mamba2"):
             )
         return self.replace(heads=self.heads or self.expand * dim // self.head_dim)
 
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
     def rows(self) -> dict[str, int]:
         """Channels of the gate z, of x, B and C (which the convolution sees), and of the steps dt."""
         inner, keys = self.heads * self.head_dim, self.groups * self.state_dim
@@ -47,7 +50,7 @@ class Mamba2(Layer, frozen=True, kw_only=True, tag="mamba2"):
             Weight("dt_bias", heads, "decay", Uniform(math.log(1e-3), math.log(0.1), "step")),
             Weight("D", heads, "decay", Constant(1.0)),
             norm("norm", rows["x"], plain=True),
-            *projection("out_proj", dim, rows["x"], writes=True),
+            *self.output("out_proj", dim),
         )
 
     def mixing(self, dim: int, context: int) -> int:

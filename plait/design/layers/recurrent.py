@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal, Self
 
-from plait.design.layers.layer import Layer, head_sizes, wide_head_dim
+from plait.design.layers.layer import Mixer, head_sizes, wide_head_dim
 from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import (
@@ -23,7 +23,7 @@ Solver = Literal["shooting", "sequential"]
 EMPTY = -1e4  # the log of a normaliser that has seen nothing: its exponential is 0 even in float64
 
 
-class NonlinearRecurrence(Layer, frozen=True, kw_only=True):
+class NonlinearRecurrence(Mixer, frozen=True, kw_only=True):
     """A cell of heads * head_dim units between projections: out_proj(norm(h) * silu(gate)), h from silu(conv(x)).
 
     recurrence: who hears of h: "diagonal" each unit of itself, "heads" the units of a head of each other, "dense" all.
@@ -84,6 +84,9 @@ class NonlinearRecurrence(Layer, frozen=True, kw_only=True):
     def units(self) -> int:
         return self.heads * self.head_dim
 
+    def inner(self) -> int:
+        return self.units
+
     def groups(self) -> tuple[int, int]:
         """Heads and units per head as the recurrence sees them: all units are one head where it is dense."""
         return (1, self.units) if self.recurrence == "dense" else (self.heads, self.head_dim)
@@ -127,7 +130,7 @@ class NonlinearRecurrence(Layer, frozen=True, kw_only=True):
             *(weight.inside("cell.") for weight in self.cell_weights(own)),
             *(projection("gate_proj", self.units, own) if self.output_gate else ()),
             *((norm("norm", self.units, plain=True),) if self.output_gate else ()),
-            *projection("out_proj", dim, self.units, writes=True),
+            *self.output("out_proj", dim),
         )
 
     def state(self, dim: int, dtype: str) -> Memory:

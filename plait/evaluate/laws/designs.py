@@ -131,6 +131,13 @@ DESIGNS: dict[str, ModelConfig] = {
     "[MF|A]:gated F": small("[MF|A]:gated F"),
     "[A|M|D]:projection F": small("[A|M|D]:projection F"),
     "[M|D]:merge_attention F": small("[M|D]:merge_attention F"),
+    "[M|A|D]:hymba [G|W]:joined F": small(
+        "[M|A|D]:hymba [G|W]:joined F",
+        merges={"hymba": Average(at="inner"), "joined": Projection(at="inner", branch_norm=False)},
+        M=Mamba2(heads=3, head_dim=16, state_dim=12),
+        A=Attention(heads=4, kv_heads=2, head_dim=12),
+        D=GatedDeltaNet(heads=2, head_dim=10, value_head_dim=24),
+    ),
     "[M[A|D]:sum|W]F": small("[M[A|D]:sum|W]F"),
     "[WF|DAF]:average [A|[M|D]:gated]": small("[WF|DAF]:average [A|[M|D]:gated]", merge=Projection(branch_norm=False)),
     "norms after, both, none; factors": small(

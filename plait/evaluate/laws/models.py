@@ -17,9 +17,9 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.function import BackwardCFunction
 from torch.utils.flop_counter import FlopCounterMode
 
-from plait.design import GELU, Attention, count, declared
+from plait.design import GELU, Attention, Mixer, count, declared
 from plait.design.model import ModelConfig
-from plait.design.places import layers
+from plait.design.places import Place, layers
 from plait.design.weights import FLOAT32
 from plait.evaluate.laws import graphs
 from plait.evaluate.laws.compare import (
@@ -131,13 +131,17 @@ def surgery(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
             raise LawBroken(law, f"{place.address} for its equal is another model")
         agree(law, f"{place.address} for its equal", {"": same(tokens)[0]}, logits, exactly=True)
     for place in list(layers(design.slots))[:2]:
-        _other_layer(law, model, place.address, tokens)
+        _other_layer(law, model, place, tokens)
     agree(law, "the model that was changed", {"": model(tokens)[0]}, logits, exactly=True)
     return 0.0
 
 
-def _other_layer(law: str, model: LanguageModel, address: str, tokens: torch.Tensor) -> None:
-    student = swap(model, {address: GELU(hidden=24)})
+def _other_layer(law: str, model: LanguageModel, place: Place, tokens: torch.Tensor) -> None:
+    layer, address = place.layer, place.address
+    other = GELU(hidden=24)
+    if isinstance(layer, Mixer) and not layer.out_proj:  # at inner, where a layer must be as wide as the others
+        other = Attention(heads=1, head_dim=layer.inner())
+    student = swap(model, {address: other})
     kept = {id(p) for p in model.parameters()}
     names = {name for name, p in student.named_parameters() if id(p) not in kept}
     stated = {weight.name: weight.shape for weight in declared.weights(student.design)}
