@@ -259,8 +259,8 @@ def _cut(cu_seqlens: Int[Tensor, " n+1"], size: int, device: torch.device) -> Ch
     back = torch.empty(total, dtype=torch.long, device="cpu").index_copy_(0, index.flatten()[places], places)
     index.masked_fill_(~inside, total)
     alive = tuple(step.bincount().tolist())
-    tensors = (x.to(device) for x in (index, back, order))
-    return Chunks(size, alive, 1, total, *tensors, tuple(lengths.tolist()))
+    index, back, order = index.to(device), back.to(device), order.to(device)
+    return Chunks(size, alive, 1, total, index, back, order, tuple(lengths.tolist()))
 
 
 def each_document(

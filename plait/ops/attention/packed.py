@@ -259,7 +259,8 @@ def _apart(
     run = {"chunked": chunked.run, "reference": reference.run}[form]
 
     def documents() -> Tensor:
-        return torch.cat([run(*(x[:, a:b] for x in (q, k, v)), 0, 0, window, softcap) for a, b in packing.bounds], 1)
+        pieces = (slice(a, b) for a, b in packing.bounds)
+        return torch.cat([run(q[:, at], k[:, at], v[:, at], 0, 0, window, softcap) for at in pieces], 1)
 
     return fused.for_any_length(documents) if q.device.type in fused.DEVICES else documents()
 
@@ -303,8 +304,8 @@ def _pull_apart(
     """Gradients at q, k and v, for which the documents run again."""
     packing = known(cu_seqlens, q.device)
     with autograd_inside():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        gradients = torch.autograd.grad(_apart(*leaves, packing, window, softcap, form), leaves, do)
+        q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        gradients = torch.autograd.grad(_apart(q, k, v, packing, window, softcap, form), leaves, do)
     return [x.contiguous() for x in gradients]
 
 
