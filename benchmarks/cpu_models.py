@@ -4,6 +4,9 @@
 
 Each pair has the same widths, heads, vocabulary and depth, the same optimiser (AdamW), float32 and the same tokens. The
 two sides take turns, round by round, so that a busy machine slows both; figures are medians and ratios of medians.
+
+Ratios to peers change with the machine. So there is one to ourselves: a training step over the time of its weights' matrix
+products alone. Its bars hold for two cores with AVX2 only: `ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2`.
 """
 
 import argparse
@@ -96,6 +99,8 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], float, 
 }
 # hybrids against our own transformer, at its parameter count: (pattern, bar)
 HYBRIDS = {"((DF)3 AF)2": 0.8, "([D|A]F)8": 0.8, "([M|A]F)8": 0.8}
+# a training step over its weights' matrix products alone: (pattern, bar)
+PRODUCTS = {"(AF)4": 1.4, "(DF)3 AF": 1.7, "M4": 1.6}
 
 
 def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -214,6 +219,40 @@ def hybrids(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def products(design: plait.ModelConfig, rows: int) -> Callable[[], float]:
+    """One call is the products of a training step with all weights that are matrices, for `rows` tokens; gives its seconds."""
+    matrices = [torch.randn(w.shape) for w in plait.design.declared.weights(design) if w.role == "matrix"]
+    if design.tied:
+        matrices.append(torch.randn(design.vocab, design.dim))  # the embeddings, as the head uses them
+    x = {width: torch.randn(rows, width) for W in matrices for width in W.shape}
+
+    @torch.inference_mode()
+    def run() -> float:
+        start = time.perf_counter()
+        for W in matrices:
+            dy, into = (x[width] for width in W.shape)
+            torch.mm(into, W.mT)  # y
+            torch.mm(dy, W)  # dx
+            torch.mm(dy.mT, into)  # dW
+        return time.perf_counter() - start
+
+    return run
+
+
+def step_over_products(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
+    """A step is short here, and one that is held up says nothing: medians of many more turns."""
+    rows, tokens = [], torch.randint(VOCAB, (batch, length + 1))
+    for pattern, bar in PRODUCTS.items():
+        design = ours_design(pattern, HIDDEN)
+        step_s, products_s = turns([trainer(plait.build(design), tokens), products(design, batch * length)], 8 * rounds)
+        ratio = step_s / products_s
+        rows.append(
+            {"pattern": pattern, "step_ms": step_s * 1e3, "products_ms": products_s * 1e3, "ratio": ratio, "bar": bar}
+        )
+        print(f"{pattern:<10} step {step_s * 1e3:6.1f} ms, {ratio:.2f} of its products (bar {bar})", flush=True)
+    return rows
+
+
 def ours_design(pattern: str, hidden: int) -> plait.ModelConfig:
     layers = {"A": A, "F": F | {"hidden": hidden}}
     return plait.ModelConfig(vocab=VOCAB, dim=DIM, pattern=pattern, layers=layers)
@@ -226,6 +265,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--no-hybrids", action="store_true")
+    parser.add_argument("--no-products", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     names = [n for n in PAIRS if not args.pairs or any(part in n for part in args.pairs.split(","))]
@@ -236,6 +276,14 @@ def main() -> None:
         "rounds": args.rounds,
         "pairs": [compare(name, args.batch, args.length, args.rounds) for name in names],
     }
+    if not args.no_products:
+        result["step_over_products"] = {
+            "batch": args.batch,
+            "length": 512,
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "rows": step_over_products(args.batch, 512, args.rounds),
+        }
     if not args.no_hybrids:
         result["hybrids"] = hybrids(args.batch, args.length, args.rounds)
     if args.out:
