@@ -54,7 +54,12 @@ def randn(*shape, dtype=torch.float32):
 
 def linear(op, groups, heads):
     gates = [-torch.rand(1, T, heads), *([torch.rand(1, T, heads)] if op is gated_delta else [])]
-    inputs = [randn(1, T, groups, 6), randn(1, T, groups, 6), randn(1, T, heads, 5), *(x.requires_grad_() for x in gates)]
+    inputs = [
+        randn(1, T, groups, 6),
+        randn(1, T, groups, 6),
+        randn(1, T, heads, 5),
+        *(x.requires_grad_() for x in gates),
+    ]
     return lambda **call: op(*inputs, **call), (heads, 5, 6)
 
 
