@@ -71,13 +71,13 @@ class Packing:
     def counts(self) -> Int[Tensor, " n"]:
         """Tokens of each document, on the device."""
         with torch.inference_mode(False):
-            return self.cu_seqlens.diff().to(self.offsets.device)
+            return sent(self.cu_seqlens.diff(), self.offsets.device)
 
     @cached_property
     def cuts(self) -> Int[Tensor, " n+1"]:
         """`cu_seqlens` as kernels want them."""
         with torch.inference_mode(False):
-            return self.cu_seqlens.to(self.offsets.device, torch.int32)
+            return sent(self.cu_seqlens.int(), self.offsets.device)
 
     @cached_property
     def place(self) -> Int[Tensor, " t"]:
@@ -106,6 +106,11 @@ class Packing:
         return self._chunks[size]
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on the device; the host does not wait for what the device is at."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def known(cu_seqlens: Int[Tensor, " n+1"], device: torch.device) -> Packing:
     """The packing of these offsets, which are on the host: made once, then the same one."""
     return _known(tuple(cu_seqlens.tolist()), device)
@@ -121,7 +126,8 @@ def _known(cuts: tuple[int, ...], device: torch.device) -> Packing:
         layout = _cut(cu_seqlens, CHUNK, device)
         assert layout.index is not None and layout.back is not None
         index = F.pad(layout.index, (0, 0, 0, max(0, 2 - len(layout.index))), value=cuts[-1])
-        packing = Packing(cu_seqlens, offsets[None].to(device), documents.to(device), index, layout.back)
+        offsets, documents = sent(offsets[None], device), sent(documents, device)
+        packing = Packing(cu_seqlens, offsets, documents, index, layout.back)
         packing._chunks[CHUNK] = layout
         return packing
 
@@ -259,7 +265,7 @@ def _cut(cu_seqlens: Int[Tensor, " n+1"], size: int, device: torch.device) -> Ch
     back = torch.empty(total, dtype=torch.long, device="cpu").index_copy_(0, index.flatten()[places], places)
     index.masked_fill_(~inside, total)
     alive = tuple(step.bincount().tolist())
-    index, back, order = index.to(device), back.to(device), order.to(device)
+    index, back, order = (sent(x, device) for x in (index, back, order))
     return Chunks(size, alive, 1, total, index, back, order, tuple(lengths.tolist()))
 
 

@@ -39,7 +39,7 @@ def solve(
     bound, packing = _bound(cell, tensors, bias), _documents(cu_seqlens, x)
     first = start(bound, x, packing) if h0 is None else h0
     h, rest, final, info = _solve(bound, x, first, packing, kernel, solver, tol, max_passes)
-    return h, rest, final.new_empty(0, *final.shape[1:]) if h0 is None else final, info
+    return h, rest.contiguous(), final.new_empty(0, *final.shape[1:]) if h0 is None else final.contiguous(), info
 
 
 def start(cell: Bound, x: Tensor, packing: Packing | None) -> Tensor:
@@ -91,7 +91,7 @@ def _(x, h0, tensors, cu_seqlens, cell, bias, kernel, solver, tol, max_passes):
     return (
         x.new_empty(b, t, h, k),
         x.new_empty(b, t, states - 1, h, k, dtype=_wide(x)),
-        x.new_empty(0, states, h, k, dtype=_wide(x)) if h0 is None else torch.empty_like(h0),
+        x.new_empty(0, states, h, k, dtype=_wide(x)) if h0 is None else h0.new_empty(h0.shape),
         x.new_empty(3, dtype=torch.float32),
     )
 
@@ -132,7 +132,7 @@ def pull(
             dx, dh0, *weights = chunked.backward(
                 bound, tokens, h0, states, g, grad_final, packing, tol, max_passes, engine, one_chunk=fell_back
             )
-    dh0 = dh0.new_empty(0) if given is None else dh0
+    dh0 = dh0.new_empty(0) if given is None else dh0.contiguous()
     return [_laid_out(dx, x), dh0, *(cast(dw, w.dtype) for dw, w in zip(weights, tensors, strict=True))]
 
 
@@ -145,7 +145,7 @@ def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
 
 @torch.library.register_fake("plait::shooting_backward")
 def _(grad, grad_final, x, h0, h, rest, info, tensors, cu_seqlens, cell, bias, kernel, tol, max_passes):
-    dh0 = x.new_empty(0, dtype=_wide(x)) if h0 is None else torch.empty_like(h0)
+    dh0 = x.new_empty(0, dtype=_wide(x)) if h0 is None else h0.new_empty(h0.shape)
     return [torch.empty_like(x), dh0, *(torch.empty_like(w) for w in tensors)]
 
 

@@ -81,8 +81,8 @@ def _forward(
     if first < len(before):
         before[first:] = 0
     B = _per_head(q @ k.mT, P)
-    read = _ungrouped(q.flatten(0, 1) @ before.view(len(v) * groups, -1, k.shape[-1]).mT, v)
-    o = (B.flatten(0, 1) @ v.flatten(0, 1)).view(v.shape).addcmul_(read, a[..., None])
+    read = q.flatten(0, 1) @ before.view(len(v) * groups, -1, k.shape[-1]).mT  # (n g, c, h/g v)
+    o = (B.flatten(0, 1) @ v.flatten(0, 1)).view(v.shape).addcmul_(_ungrouped(read, v), a[..., None])
     return o, S, q, k, v, a, P, to_end, B, before, read
 
 
@@ -98,7 +98,7 @@ def _backward(saved: Sequence[Tensor], do: Tensor, dS: Tensor, rows: tuple[int, 
     from_end = _ungrouped(k_flat @ dstates.mT, v)  # (n, h, c, v)
     into_end = (vecdot(v, from_end) * to_end).double()
     dB = (do.flatten(0, 1) @ v.flatten(0, 1).mT).view(B.shape)
-    dG = vecdot(do, read) * a - into_end
+    dG = vecdot(do, _ungrouped(read, v)) * a - into_end
     dG[..., -1] += into_end.sum(-1) + a[..., -1] * vecdot(before.flatten(2), dafter.flatten(2))
 
     dg = from_sums(dG, v.dtype).add_(from_pairs(dB * B))
@@ -180,7 +180,8 @@ def _packed(
 def _(q, k, v, g, state, cu_seqlens, index, back):
     (n, c), groups, dk, h, dv = index.shape, *q.shape[2:], *v.shape[2:]
     keys, values, tokens, square = (n, groups, c, dk), (n, h, c, dv), (n, h, c), (n, h, c, c)
-    shapes = keys, keys, values, tokens, square, tokens, square, (n, h, dv, dk), values
+    read = n * groups, c, h // groups * dv
+    shapes = keys, keys, values, tokens, square, tokens, square, (n, h, dv, dk), read
     last = v.new_empty(0, h, dv, dk) if state is None else torch.empty_like(state)
     return [v.new_empty(v.shape), last, *(v.new_empty(shape) for shape in shapes)]
 

@@ -1,0 +1,124 @@
+"""What a compiled graph is told of an operator on packed documents is so: shapes, strides, dtypes, and no shared memory."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from plait.ops.attention import packed
+from plait.ops.delta import gated_delta
+from plait.ops.kernels import forced
+from plait.ops.packing import Packing
+from plait.ops.shooting import GRU, LSTM, shooting
+from plait.ops.ssd import ssd
+from tests.ops.conftest import DOCUMENTS, packing
+
+T = sum(DOCUMENTS)
+
+
+class Told(TorchDispatchMode):
+    """Compares every call of an operator of plait with what its fake implementation says of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function.namespace != "plait":
+            return found
+        self.names.append(function.name())
+        mode, plain = FakeTensorMode(), tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+        with mode:
+            told = function(*tree_map_only(torch.Tensor, mode.from_tensor, plain))
+        real, fake = (tree_leaves(x) for x in (found, told))
+        assert len(real) == len(fake)
+        for got, said in zip(real, fake, strict=True):
+            assert got.dtype == said.dtype
+            assert got.shape == said.shape
+            assert got.stride() == said.stride()
+        memory = [_memory(x) for x in real if x.numel()]
+        assert len(set(memory)) == len(memory)
+        assert not set(memory) & {_memory(x) for x in tree_leaves(args) if torch.is_tensor(x) and x.numel()}
+        return found
+
+
+def _memory(x):
+    return x.untyped_storage().data_ptr()
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def linear(op, groups, heads):
+    gates = [-torch.rand(1, T, heads), *([torch.rand(1, T, heads)] if op is gated_delta else [])]
+    inputs = [
+        randn(1, T, groups, 6),
+        randn(1, T, groups, 6),
+        randn(1, T, heads, 5),
+        *(x.requires_grad_() for x in gates),
+    ]
+    return lambda **call: op(*inputs, **call), (heads, 5, 6)
+
+
+def nonlinear(cell, matrix):
+    g = len(cell.inputs)
+    x, bound = randn(1, T, g, 2, 4), cell.bind(randn(g, 2, 4, *([4] if matrix else [])) / 4)
+    return lambda **call: shooting(bound, x, **call)[:2], (len(cell.states), 2, 4)
+
+
+RECURRENCES = {
+    "ssd": lambda: linear(ssd, 2, 4),
+    "ssd, one group": lambda: linear(ssd, 1, 4),
+    "ssd, one head": lambda: linear(ssd, 1, 1),
+    "delta": lambda: linear(gated_delta, 2, 4),
+    "delta, one head": lambda: linear(gated_delta, 1, 1),
+    "gru": lambda: nonlinear(GRU(), False),
+    "lstm": lambda: nonlinear(LSTM(), True),
+}
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_recurrences(name, state):
+    op, shape = RECURRENCES[name]()
+    given = {"state": randn(len(DOCUMENTS), *shape)} if state else {}
+    with Told() as told, forced("chunked"):
+        outputs = op(packing=packing(), **given)
+        sum(x.sum() for x in outputs if x is not None).backward()
+    assert len(told.names) == 2
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("together", [True, False])
+def test_attention(together, dtype, window):
+    q, k, v = randn(1, T, 4, 8, dtype=dtype), randn(1, T, 2, 8, dtype=dtype), randn(1, T, 2, 8, dtype=dtype)
+    with Told() as told:
+        if together:
+            o = packed._Together.apply(q, k, v, packing().cu_seqlens, window)
+        else:
+            o = packed._Apart.apply(q, k, v, packing().cu_seqlens, window, 2.0, "chunked")
+        o.sum().backward()
+    assert len(told.names) == 2
+
+
+@pytest.mark.parametrize("documents", [DOCUMENTS, (1,), (5,), (1, 1, 1), (300,)])
+def test_a_packing_in_shapes_that_follow_its_arguments(documents):
+    known, like = packing(documents), torch.zeros(1, sum(documents))
+    with Told():
+        offsets, number, index, back = torch.ops.plait.packing(known.cu_seqlens, like)
+    assert torch.equal(offsets, known.offsets)
+    assert torch.equal(number, known.documents)
+    assert torch.equal(back, known.back)
+    assert torch.equal(index[: len(known.index)], known.index)
+    assert (index[len(known.index) :] == sum(documents)).all()
+
+
+def test_equal_offsets_are_one_packing():
+    like = torch.zeros(1, 5, 3)
+    first = Packing.of(torch.tensor([0, 2, 5], dtype=torch.int32), like)
+    assert Packing.of(torch.tensor([0, 2, 5]), like) is first
+    assert Packing.of(torch.tensor([0, 3, 5]), like) is not first
