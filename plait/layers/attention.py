@@ -1,5 +1,7 @@
 """Softmax attention as a layer: full or windowed, grouped heads, rotary positions, query/key norm, output gate."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ class AttentionLayer(MixerModule):
             self.q_norm = self.k_norm = None
         if not (config.wrap and config.wrap.value_residual):
             self.value_mix = None
+        self.logits: dict[str, Any] = {"scale": config.scale, "softcap": config.softcap}
 
     def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | Pages | None
@@ -54,10 +57,8 @@ class AttentionLayer(MixerModule):
         if c.rope is not None:
             qk = turn(qk, c.rope, context)
         q, k = qk.split_with_sizes((c.heads, c.kv_heads), 2)
-        if c.scale is not None:
-            q = q * (c.scale * c.head_dim**0.5)  # the op's own scale is 1 / sqrt(k)
         if state is None:
-            o = attention(q, k, v, window=c.window, softcap=c.softcap, packing=context.packing)
+            o = attention(q, k, v, window=c.window, packing=context.packing, **self.logits)
         elif context.rows is not None:
             o = self.pooled(q, k, v, context, state)
         elif isinstance(state, Window):
@@ -82,18 +83,18 @@ class AttentionLayer(MixerModule):
 
     def appended(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: KV) -> tuple[Tensor, KV]:
         """Attend to all keys since the start; in the buffer, key j stands at position j."""
-        packing, softcap = context.packing, self.config.softcap
+        packing = context.packing
         if torch.compiler.is_compiling() and packing is None:
             state, (keys, values) = state.lined_up((k, v), context.starts)
             keys, values = keys.to(q.dtype), values.to(q.dtype)
             before = context.starts - (keys.shape[1] - k.shape[1])
-            return attention(q, keys, values, q_start=context.starts, k_start=before, softcap=softcap), state
+            return attention(q, keys, values, q_start=context.starts, k_start=before, **self.logits), state
         if not context.ragged and context.lengths is not None:
             state, (k, v) = state.extend((k, v), None, None)
-            return attention(q, cast(k, q.dtype), cast(v, q.dtype), q_start=context.lengths[0], softcap=softcap), state
+            return attention(q, cast(k, q.dtype), cast(v, q.dtype), q_start=context.lengths[0], **self.logits), state
         state, (keys, values) = state.extend((k, v), context.row_of, context.positions)
         rows = q if packing is None else packing.to_rows(q)
-        o = attention(rows, keys.to(q.dtype), values.to(q.dtype), q_start=context.starts, softcap=softcap)
+        o = attention(rows, keys.to(q.dtype), values.to(q.dtype), q_start=context.starts, **self.logits)
         return (o if packing is None else packing.from_rows(o)), state
 
     def windowed(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: Window) -> tuple[Tensor, Window]:
@@ -103,8 +104,8 @@ class AttentionLayer(MixerModule):
             q, k, v = (packing.to_rows(x) for x in (q, k, v))
         keys, values = (torch.cat([old.to(new.dtype), new], 1) for old, new in ((state.k, k), (state.v, v)))
         start = context.starts if context.ragged or context.lengths is None else context.lengths[0]
-        window, softcap = self.config.window, self.config.softcap
-        o = attention(q, keys, values, q_start=start, k_start=start - tail, window=window, softcap=softcap)
+        window = self.config.window
+        o = attention(q, keys, values, q_start=start, k_start=start - tail, window=window, **self.logits)
         if packing is None:
             kept = [x[:, x.shape[1] - tail :] for x in (keys, values)]
         else:
@@ -114,12 +115,12 @@ class AttentionLayer(MixerModule):
     def pooled(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> Tensor:
         """Write the new tokens into a pool and attend to what it holds of their rows."""
         keys, values = state.tensors().values()
-        softcap, rows, table, ends = self.config.softcap, context.rows, context.table, context.ends
+        rows, table, ends = context.rows, context.table, context.ends
         if not isinstance(state, Window):
             if table is None:  # a row's one page is its own
                 keys, values = keys[rows], values[rows]
             write_pages(keys, values, k, v, table, ends)
-            return paged_attention(q, keys, values, table, ends, softcap=softcap)
+            return paged_attention(q, keys, values, table, ends, **self.logits)
         if isinstance(rows, slice):
             keys, values, rows = keys[rows], values[rows], None
         if q.shape[1] > 1:
@@ -127,7 +128,7 @@ class AttentionLayer(MixerModule):
         # a ring is a page: in which order keys lie in it, attention does not ask
         places, table = keys.shape[1], None if rows is None else rows[:, None]
         write_pages(keys, values, k, v, table, context.starts % places + 1)
-        return paged_attention(q, keys, values, table, ends.clamp_max(places), softcap=softcap)
+        return paged_attention(q, keys, values, table, ends.clamp_max(places), **self.logits)
 
     def round_the_ring(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context, ring: tuple[Tensor, Tensor], rows: Tensor | None
@@ -140,5 +141,5 @@ class AttentionLayer(MixerModule):
         last = context.positions[:, -size:] % size
         for x, new in zip(ring, (k, v), strict=True):
             x[row, last] = new[:, -size:].to(x.dtype)
-        window, softcap = self.config.window, self.config.softcap
-        return attention(q, keys, values, q_start=starts, k_start=starts - (size - 1), window=window, softcap=softcap)
+        window = self.config.window
+        return attention(q, keys, values, q_start=starts, k_start=starts - (size - 1), window=window, **self.logits)

@@ -38,6 +38,14 @@ def test_chunked_is_reference(length, window, softcap, close):
     both(inputs(length), close, window=window, softcap=softcap)
 
 
+@pytest.mark.parametrize("call", [{}, {"window": 7}, {"softcap": 1.5}, {"packing": packing()}], ids=str)
+def test_scale_is_that_of_queries(call, close):
+    """In every form, with gradients."""
+    tensors = inputs(sum(DOCUMENTS), batch=1)
+    got = both(tensors, close, scale=0.3, **call)
+    close(got, attention(**tensors | {"q": tensors["q"] * 0.3 * K**0.5}, **call))
+
+
 @pytest.mark.parametrize("keys", [1, 2, 4])
 def test_reference_is_torch(keys, close):
     tensors = inputs(70, keys=keys)

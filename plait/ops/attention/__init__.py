@@ -33,16 +33,18 @@ def attention(
     k_start: Start = 0,
     window: int | None = None,
     softcap: float | None = None,
+    scale: float | None = None,
     packing: Packing | None = None,
 ) -> Float[Tensor, "b t h v"]:
     """`g` key heads serve h query heads in order (h a multiple).
 
     Query i stands at position q_start + i and key j at k_start + j, for all rows alike (int) or row by row (tensor).
     A query sees keys from position 0 up to its own; with `window`, only the last `window` of them. `softcap` c turns
-    logits x into c tanh(x / c). With `packing` there is no past: each document attends to itself.
+    logits x into c tanh(x / c). scale: on q . k, 1 / sqrt(k) if left out. With `packing` there is no past: each document
+    attends to itself.
     """
     if packing is not None:
         heads = packed.Heads(k.shape[3], v.shape[3], softcap is not None)
-        return choose(PACKED, q, packed=True, sizes=heads).run(q, k, v, window, softcap, packing)
-    run, arguments = choose(KERNELS, q).run, (q, k, v, q_start, k_start, window, softcap)
+        return choose(PACKED, q, packed=True, sizes=heads).run(q, k, v, window, softcap, scale, packing)
+    run, arguments = choose(KERNELS, q).run, (q, k, v, q_start, k_start, window, softcap, scale)
     return run(*arguments) if may_plan(q) else for_any_length(run, *arguments)

@@ -51,10 +51,12 @@ def supports(call: Call) -> str | None:
     return None if call.dtype in CPU else f"no kernel for {call.dtype}"
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, packing: Packing) -> Tensor:
+def run(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, scale: float | None, packing: Packing
+) -> Tensor:
     """Shapes as in `attention`."""
     q, k, v = (_narrowed(x) for x in (q, k, v))
-    return _Together.apply(q, k, v, packing.cu_seqlens, window)
+    return _Together.apply(q, k, v, packing.cu_seqlens, window, scale)
 
 
 def _narrowed(x: Tensor) -> Tensor:
@@ -67,44 +69,54 @@ def _narrowed(x: Tensor) -> Tensor:
 
 class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, window):
-        o, lse = _attend(q, k, v, cu_seqlens, window)
+    def forward(ctx, q, k, v, cu_seqlens, *how):
+        o, lse = _attend(q, k, v, cu_seqlens, *how)
         ctx.save_for_backward(q, k, v, cu_seqlens, o, lse)
-        ctx.window = window
+        ctx.how = how
         return o
 
     @staticmethod
     @gradient
     def backward(ctx, do):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_pull(do, *ctx.saved_tensors, ctx.window), None, None
+        return *_pull(do, *ctx.saved_tensors, *ctx.how), None, None, None
 
 
 @operator("packed_attention")
-def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
     """o (1, t, h, v), and the log of every query's sum of weights (h, t)."""
     forward, _ = _engine(q, v)
-    o, lse = forward(q, k, v, known(cu_seqlens, q.device), window)
+    o, lse = forward(q, k, v, known(cu_seqlens, q.device), window, scale)
     return o.contiguous(), lse.contiguous()
 
 
 @torch.library.register_fake("plait::packed_attention")
-def _(q, k, v, cu_seqlens, window):
+def _(q, k, v, cu_seqlens, window, scale):
     _, t, h, _ = q.shape
     return q.new_empty(1, t, h, v.shape[3]), q.new_empty(h, t, dtype=_wide(q))
 
 
 @operator("packed_attention_backward")
 def _pull(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, o: Tensor, lse: Tensor, window: int | None
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    window: int | None,
+    scale: float | None,
 ) -> list[Tensor]:
     """Gradients at q, k and v."""
     _, backward = _engine(q, v)
-    gradients = backward(do.contiguous(), q, k, v, o, lse, known(cu_seqlens, q.device), window)
+    gradients = backward(do.contiguous(), q, k, v, o, lse, known(cu_seqlens, q.device), window, scale)
     return [x.contiguous() for x in gradients]
 
 
 @torch.library.register_fake("plait::packed_attention_backward")
-def _(do, q, k, v, cu_seqlens, o, lse, window):
+def _(do, q, k, v, cu_seqlens, o, lse, window, scale):
     return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
@@ -143,26 +155,36 @@ def _heads(x: Tensor, place: slice) -> Tensor:
     return x[:, place].transpose(1, 2)
 
 
-def _in_turn(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> tuple[Tensor, Tensor]:
+def _in_turn(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
     _, t, h, _ = q.shape
     o, lse = q.new_empty(1, t, h, v.shape[3]), q.new_empty(h, t, dtype=_wide(q))
     for queries, keys, mask in _pieces(packing, window, q):
         parts = _heads(q, queries), _heads(k, keys), _heads(v, keys)
         part, lse[:, queries] = aten._scaled_dot_product_flash_attention_for_cpu(
-            *parts, 0.0, mask is None, attn_mask=mask
+            *parts, 0.0, mask is None, attn_mask=mask, scale=scale
         )
         _heads(o, queries).copy_(part)
     return o, lse
 
 
 def _in_turn_back(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, packing: Packing, window: int | None
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    packing: Packing,
+    window: int | None,
+    scale: float | None,
 ) -> tuple[Tensor, ...]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for queries, keys, mask in _pieces(packing, window, q):
         parts = _heads(q, queries), _heads(k, keys), _heads(v, keys), _heads(o, queries)
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _heads(do, queries), *parts, lse[None, :, queries], 0.0, mask is None, attn_mask=mask
+            _heads(do, queries), *parts, lse[None, :, queries], 0.0, mask is None, attn_mask=mask, scale=scale
         )
         _heads(dq, queries).copy_(gradients[0])
         _heads(dk, keys).add_(gradients[1])
@@ -192,40 +214,64 @@ def _aligned(x: Float[Tensor, "1 t h k"]) -> Float[Tensor, "1 t h l"]:
     return F.pad(x, (0, missing)) if missing else x
 
 
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[3] ** -0.5 if scale is None else scale
+
+
 def _sides(window: int | None) -> dict[str, int]:
     return {"window_size_left": -1 if window is None else window - 1, "window_size_right": -1 if window is None else 0}
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> tuple[Tensor, Tensor]:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
     parts = [_aligned(x)[0] for x in (q, k, v)]
     o, lse, *_ = aten._flash_attention_forward(
-        *parts, *_lengths(packing), 0.0, window is None, False, scale=q.shape[3] ** -0.5, **_sides(window)
+        *parts, *_lengths(packing), 0.0, window is None, False, scale=_scale(q, scale), **_sides(window)
     )
     return o[None, ..., : v.shape[3]], lse
 
 
 def _flash_back(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, packing: Packing, window: int | None
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    packing: Packing,
+    window: int | None,
+    scale: float | None,
 ) -> tuple[Tensor, ...]:
     parts = [_aligned(x)[0] for x in (do, q, k, v, o)]
     random = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # nothing is dropped
     found = aten._flash_attention_backward(
-        *parts, lse, *_lengths(packing), 0.0, window is None, *random, scale=q.shape[3] ** -0.5, **_sides(window)
+        *parts, lse, *_lengths(packing), 0.0, window is None, *random, scale=_scale(q, scale), **_sides(window)
     )
     return tuple(x[None, ..., : like.shape[3]] for x, like in zip(found, (q, k, v), strict=True))
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> tuple[Tensor, Tensor]:
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
     h = q.shape[2]
     parts = _aligned(q), _aligned(_repeated(k, h)), _aligned(_repeated(v, h))
     o, lse, *_ = aten._efficient_attention_forward(
-        *parts, None, *_lengths(packing), 0.0, CAUSAL, True, scale=q.shape[3] ** -0.5, window_size=window
+        *parts, None, *_lengths(packing), 0.0, CAUSAL, True, scale=_scale(q, scale), window_size=window
     )
     return o[..., : v.shape[3]], lse[packing.documents, :, packing.offsets[0]].T
 
 
 def _efficient_back(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, packing: Packing, window: int | None
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    packing: Packing,
+    window: int | None,
+    scale: float | None,
 ) -> tuple[Tensor, ...]:
     (_, _, h, size), (*lengths, longest) = q.shape, _lengths(packing)
     by_document = lse.new_full((packing.count, h, longest + -longest % 32), torch.inf)  # as the kernel gave it
@@ -233,7 +279,7 @@ def _efficient_back(
     parts = [_aligned(x) for x in (do, q, _repeated(k, h), _repeated(v, h))]
     random = [torch.zeros((), dtype=torch.int64, device=q.device)] * 2  # nothing is dropped
     dq, dk, dv, _ = aten._efficient_attention_backward(
-        *parts, None, _aligned(o), *lengths, longest, by_document, 0.0, *random, CAUSAL, False, scale=size**-0.5,
+        *parts, None, _aligned(o), *lengths, longest, by_document, 0.0, *random, CAUSAL, False, scale=_scale(q, scale),
         window_size=window,
     )  # fmt: skip
     return dq[..., :size], _summed(dk[..., :size], k), _summed(dv[..., : v.shape[3]], v)
@@ -243,24 +289,39 @@ def _efficient_back(
 
 
 def one_by_one(form: str) -> Callable[..., Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, packing: Packing) -> Tensor:
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        softcap: float | None,
+        scale: float | None,
+        packing: Packing,
+    ) -> Tensor:
         if not torch.compiler.is_compiling():
-            return _apart(q, k, v, packing, window, softcap, form)
+            return _apart(q, k, v, packing, window, softcap, scale, form)
         if form == "chunked" and softcap is None:
             q, k, v = (_narrowed(x) for x in (q, k, v))
-        return _Apart.apply(q, k, v, packing.cu_seqlens, window, softcap, form)
+        return _Apart.apply(q, k, v, packing.cu_seqlens, window, softcap, scale, form)
 
     return run
 
 
 def _apart(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, softcap: float | None, form: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    form: str,
 ) -> Tensor:
     run = {"chunked": chunked.run, "reference": reference.run}[form]
 
     def documents() -> Tensor:
-        pieces = (slice(a, b) for a, b in packing.bounds)
-        return torch.cat([run(q[:, at], k[:, at], v[:, at], 0, 0, window, softcap) for at in pieces], 1)
+        how = window, softcap, scale
+        return torch.cat([run(q[:, a:b], k[:, a:b], v[:, a:b], 0, 0, *how) for a, b in packing.bounds], 1)
 
     return fused.for_any_length(documents) if q.device.type in fused.DEVICES else documents()
 
@@ -275,18 +336,25 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     @gradient
     def backward(ctx, do):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_pull_apart(do, *ctx.saved_tensors, *ctx.how), None, None, None, None
+        return *_pull_apart(do, *ctx.saved_tensors, *ctx.how), None, None, None, None, None
 
 
 @operator("attention_by_document")
 def _attend_apart(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, softcap: float | None, form: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    form: str,
 ) -> Tensor:
-    return _apart(q, k, v, known(cu_seqlens, q.device), window, softcap, form).contiguous()
+    return _apart(q, k, v, known(cu_seqlens, q.device), window, softcap, scale, form).contiguous()
 
 
 @torch.library.register_fake("plait::attention_by_document")
-def _(q, k, v, cu_seqlens, window, softcap, form):
+def _(q, k, v, cu_seqlens, window, softcap, scale, form):
     return v.new_empty(*q.shape[:3], v.shape[3])
 
 
@@ -299,16 +367,17 @@ def _pull_apart(
     cu_seqlens: Tensor,
     window: int | None,
     softcap: float | None,
+    scale: float | None,
     form: str,
 ) -> list[Tensor]:
     """Gradients at q, k and v, for which the documents run again."""
     packing = known(cu_seqlens, q.device)
     with autograd_inside():
         q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        gradients = torch.autograd.grad(_apart(q, k, v, packing, window, softcap, form), leaves, do)
+        gradients = torch.autograd.grad(_apart(q, k, v, packing, window, softcap, scale, form), leaves, do)
     return [x.contiguous() for x in gradients]
 
 
 @torch.library.register_fake("plait::attention_by_document_backward")
-def _(do, q, k, v, cu_seqlens, window, softcap, form):
+def _(do, q, k, v, cu_seqlens, window, softcap, scale, form):
     return [x.new_empty(x.shape) for x in (q, k, v)]

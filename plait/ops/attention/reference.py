@@ -27,19 +27,20 @@ def run(
     k_start: int | Tensor,
     window: int | None,
     softcap: float | None,
+    scale: float | None,
 ) -> Tensor:
     """Shapes as in `attention`."""
     mask = visible(positions(q_start, q.shape[1], q.device), positions(k_start, k.shape[1], q.device), window)
-    return weigh(q, k, v, mask, softcap)
+    return weigh(q, k, v, mask, softcap, scale)
 
 
-def weigh(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None) -> Tensor:
+def weigh(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None, scale: float | None) -> Tensor:
     """The weighted sum of values for a given mask (b, 1, t, s)."""
     with torch.autocast(q.device.type, enabled=False):
         times = q.shape[2] // k.shape[2]
         queries = wide(q).transpose(1, 2)  # (b, h, t, k)
         keys, values = (wide(x).repeat_interleave(times, 2).transpose(1, 2) for x in (k, v))
-        logits = queries @ keys.mT * q.shape[-1] ** -0.5
+        logits = queries @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
