@@ -69,8 +69,7 @@ def _computed(
         with full_precision(like.device):
             return _computed(kernel, run, like, inputs, state, rows, packing, scale)
     if kernel.wide:
-        if like.dtype not in WIDE or inputs[0].dtype not in WIDE:
-            inputs = tuple([wide(x) for x in inputs])
+        inputs = tuple([x if x.dtype in WIDE else wide(x) for x in inputs])
         if scale is not None:
             inputs = (inputs[0] * scale, *inputs[1:])
     elif scale is not None:

@@ -11,7 +11,7 @@ from plait.evaluate.laws.compare import TOLERANCES, agree
 from plait.evaluate.laws.models import input_dtypes, under_autocast
 from plait.evaluate.selfcheck import selfcheck
 from plait.layers import attention as attention_layer
-from plait.layers import gated_deltanet, mamba2, recurrent
+from plait.layers import gated_deltanet, mamba2, recurrent, short_conv
 from plait.layers.merges import GatedMerge
 from plait.layers.norm import Norm
 from plait.ops import graph
@@ -58,10 +58,10 @@ def one_pass(op):
 
 
 MISTAKES = {
-    "a convolution that packing does not reset": ("packed", "DF", gated_deltanet, "causal_conv", unreset),
+    "a convolution that packing does not reset": ("packed", "DF", short_conv, "causal_conv", unreset),
     "a recurrence that packing does not reset": ("packed", "MF", mamba2, "ssd", unreset),
     "the same, through padding": ("padded", "DF", gated_deltanet, "gated_delta", unreset),
-    "a convolution that starts each call from nothing": ("split", "MF", mamba2, "causal_conv", forgets_its_state),
+    "a convolution that starts each call from nothing": ("split", "MF", short_conv, "causal_conv", forgets_its_state),
     "a recurrence that starts each call from nothing": (
         "split",
         "DF",

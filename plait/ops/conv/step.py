@@ -11,7 +11,7 @@ def run(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor | None, packing: Packing | None, own: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `causal_conv` with t = 1, so packed or not there is one sequence per row."""
-    past = x if state is None else torch.cat([cast(state, x.dtype), x], 1)
+    past = x if state is None else torch.cat([state if state.dtype == x.dtype else state.to(x.dtype), x], 1)
     taps = cast(weight, x.dtype).T  # (w, d), the token's own last
     if past.shape[1] < len(taps):
         taps = taps[-past.shape[1] :]
