@@ -6,7 +6,7 @@ Each pair has the same widths, heads, vocabulary and depth, the same optimiser (
 two sides take turns, round by round, so that a busy machine slows both; figures are medians and ratios of medians.
 
 Ratios to peers change with the machine. So there is one to ourselves: a training step over the time of its weights' matrix
-products alone. Its bars hold for two cores with AVX2 only: `ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2`.
+products alone. Its bars hold for two cores with AVX2 only (`ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2`).
 """
 
 import argparse
