@@ -5,6 +5,7 @@ from torch import Tensor
 
 from plait.ops.attention import chunked, packed, reference
 from plait.ops.attention.fused import chosen, for_any_length, may_plan
+from plait.ops.attention.packed import Heads as Heads
 from plait.ops.kernels import Kernel, Kernels, always, choose
 from plait.ops.packing import Packing
 
@@ -15,7 +16,7 @@ KERNELS = Kernels(
 PACKED = Kernels(
     "packed_attention",
     (
-        Kernel("varlen", packed.run, packed.supports),
+        Kernel("varlen", packed.run, packed.supports, packed.within),
         Kernel("chunked", packed.one_by_one("chunked"), always),
         Kernel("reference", packed.one_by_one("reference"), always),
     ),
@@ -44,7 +45,7 @@ def attention(
     attends to itself.
     """
     if packing is not None:
-        heads = packed.Heads(k.shape[3], v.shape[3], softcap is not None)
+        heads = Heads(k.shape[3], v.shape[3], softcap is not None)
         return choose(PACKED, q, packed=True, sizes=heads).run(q, k, v, window, softcap, scale, packing)
     run, arguments = choose(KERNELS, q).run, (q, k, v, q_start, k_start, window, softcap, scale)
     return run(*arguments) if may_plan(q) else for_any_length(run, *arguments)

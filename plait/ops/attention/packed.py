@@ -51,6 +51,19 @@ def supports(call: Call) -> str | None:
     return None if call.dtype in CPU else f"no kernel for {call.dtype}"
 
 
+def within(call: Call) -> str | None:
+    """The kernel of torch's that documents share."""
+    if call.device == "cpu":
+        return "torch's flash kernel, document by document"
+    heads: Heads | None = call.sizes
+    flash = heads is None or _fits_flash(call.dtype, heads.key, heads.value)
+    return f"torch's {'flash' if flash else 'memory-efficient'} kernel"
+
+
+def _fits_flash(dtype: torch.dtype, key: int, value: int) -> bool:
+    return dtype != torch.float32 and key == value <= WIDEST
+
+
 def run(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, scale: float | None, packing: Packing
 ) -> Tensor:
@@ -127,9 +140,7 @@ def _wide(x: Tensor) -> torch.dtype:
 def _engine(q: Tensor, v: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, ...]]]:
     if q.device.type == "cpu":
         return _in_turn, _in_turn_back
-    if q.dtype != torch.float32 and q.shape[3] == v.shape[3] <= WIDEST:
-        return _flash, _flash_back
-    return _efficient, _efficient_back
+    return (_flash, _flash_back) if _fits_flash(q.dtype, q.shape[3], v.shape[3]) else (_efficient, _efficient_back)
 
 
 # --- one after the other, on a CPU

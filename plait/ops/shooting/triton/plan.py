@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from plait.ops.packing import Packing
+from plait.ops.packing import Packing, sent
 
 
 class Plan(NamedTuple):
@@ -100,7 +100,11 @@ def spans(x: Tensor, packing: Packing | None) -> Spans:
 @lru_cache(maxsize=64)
 def row_table(rows: Spans, device: torch.device) -> Tensor:
     """(n, 4): batch row, first token, tokens, sequence."""
-    return torch.tensor([(*span, row) for row, span in enumerate(rows)], dtype=torch.int32, device=device)
+    return _table([(*span, row) for row, span in enumerate(rows)], device)
+
+
+def _table(numbers: list[tuple[int, ...]], device: torch.device) -> Tensor:
+    return sent(torch.tensor(numbers, dtype=torch.int32, device="cpu"), device)
 
 
 class ChunkTables(NamedTuple):
@@ -120,4 +124,4 @@ def chunk_tables(rows: Spans, length: int, warm: int, device: torch.device) -> C
             before = min(warm, length) if c else 0
             chunks.append((batch, at, used, row))
             burn.append((batch, at - before, before, row))
-    return ChunkTables(*(torch.tensor(t, dtype=torch.int32, device=device) for t in (chunks, burn, ranges)))
+    return ChunkTables(*(_table(numbers, device) for numbers in (chunks, burn, ranges)))
