@@ -19,4 +19,6 @@ class ShortConv(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t d"], context: Context, tail: Float[Tensor, "n w-1 d"] | None
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n w-1 d"] | None]:
-        return causal_conv(x, self.weight, self.bias, silu=True, state=tail, rows=context.rows, packing=context.packing)
+        where = {"rows": context.rows, "packing": context.packing}
+        y, tail = causal_conv(x, self.weight, self.bias, silu=True, state=tail, **where)
+        return y, tail

@@ -34,24 +34,34 @@ def recur(
     packing: Packing | None,
     *,
     scale: float | None = None,
+    at: Int[Tensor, " m"] | None = None,
     sizes: Any = None,
     around: Around | None = None,
 ) -> tuple[Any, ...]:
     """Outputs in the dtype of `like` (b, t, ...), the state, and what else the form gives; `around` them what a layer does.
+    With `at`, the numbers of some of the t tokens, the last are the states (b, m, ...) after them, without gradients.
 
     A form is called as `run(*inputs, state, packing, own)` and gives (y, new state or None, ...); one that takes no wide inputs
     gets `scale` too where there is one. Without `rows`, `state` (n, ...) is a value, which no form writes to. With them it is a
     pool's tensor: row i of the call goes on from `state[rows[i]]`, its new state is written there, and `state` itself comes
     back. `own` tells a form that `state` is contiguous and its to overwrite; a form that does so returns it. Rows must be
-    distinct.
+    distinct. `at` is given to forms that run several tokens.
     """
-    kernel = choose(kernels, like, packed=packing is not None, pooled=rows is not None, sizes=sizes)
+    several = False
+    if at is not None:
+        _check_at(at, state, packing)
+        several = like.shape[1] > 1
+    kernel = choose(kernels, like, packed=packing is not None, pooled=rows is not None, at=several, sizes=sizes)
     run, given = kernel.run, inputs
+    if several:
+        run = partial(run, at=at)
     if around is not None and kernel.rows:
         run, around = partial(run, **around._asdict()), None
     if around is not None:
         inputs = around.before(*inputs)
     y, state, *more = _computed(kernel, run, like, inputs, state, rows, packing, scale)
+    if at is not None and not several:
+        more.append(_copies(state, rows, len(at)))
     return y if around is None else around.after(y, *given), state, *more
 
 
@@ -84,6 +94,22 @@ def _computed(
         else:
             y, state, *more = _on_rows(run, inputs, state, rows, len(like))
     return y if y.dtype == like.dtype else y.to(like.dtype), state, *more
+
+
+def _check_at(at: Tensor, state: Tensor | None, packing: Packing | None) -> None:
+    if at.ndim != 1:
+        raise ValueError(f"at must be the numbers of some tokens, the same for all rows; got {tuple(at.shape)}")
+    if state is None or packing is not None:
+        wrong = "no state" if state is None else "packed documents"
+        raise ValueError(f"states after chosen tokens are of rows that start from a state; got {wrong}")
+    if torch.is_grad_enabled():
+        raise ValueError("states after chosen tokens have no gradients; call under torch.no_grad()")
+
+
+def _copies(state: Any, rows: Rows | None, count: int) -> Tensor:
+    """The states after a single token, once for each time that it was asked for."""
+    last = state if rows is None else state[rows].clone()
+    return last[:, None].expand(-1, count, *[-1] * (last.ndim - 1))
 
 
 def _refuse(state: Tensor | None, packing: Packing | None) -> NoReturn:

@@ -43,6 +43,7 @@ class Call(NamedTuple):
     gradients: bool = False  # whether they may be asked for
     packed: bool = False
     pooled: bool = False  # the state is rows of a pool
+    at: bool = False  # states after chosen tokens are asked for
     sizes: Any = None  # what else an op's forms ask about, such as the cell of a recurrence; None: the usual one
     architecture: tuple[int, int] | None = None  # CUDA's compute capability
 
@@ -92,6 +93,7 @@ def choose(
     *,
     packed: bool = False,
     pooled: bool = False,
+    at: bool = False,
     gradients: bool | None = None,
     sizes: Any = None,
 ) -> Kernel:
@@ -100,7 +102,7 @@ def choose(
     kind: Tokens = "one" if count == 1 else "few" if count <= FEW else "many"
     if gradients is None:
         gradients = torch.is_grad_enabled()
-    facts = x.device, x.dtype, kind, gradients, packed, pooled, sizes
+    facts = x.device, x.dtype, kind, gradients, packed, pooled, at, sizes
     form = forced_form(kernels.op) if _forced else None
     if torch.compiler.is_compiling():
         return _find(kernels, _call(*facts), form)

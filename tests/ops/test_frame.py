@@ -2,65 +2,15 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plait.ops.conv import causal_conv
 from plait.ops.delta import gated_delta
 from plait.ops.frame import recur
 from plait.ops.kernels import Kernel, Kernels, always, forced
-from plait.ops.shooting import LSTM, SLSTM, shooting
 from plait.ops.ssd import ssd
 from tests.ops.conftest import packing
-
-B, POOL, H, G, K, V, D = 3, 7, 4, 2, 6, 5, 8
-
-
-def conv(t, dtype):
-    x, weight, bias = torch.randn(B, t, D, dtype=dtype), torch.randn(D, 4), torch.randn(D)
-    return lambda **state: causal_conv(x, weight, bias, **state), (3, D)
-
-
-def linear(op):
-    def make(t, dtype):
-        q, k = (F.normalize(torch.randn(B, t, G, K, dtype=dtype), dim=-1) for _ in range(2))
-        gates = [-torch.rand(B, t, H), *([torch.rand(B, t, H)] if op is gated_delta else [])]
-        v = torch.randn(B, t, H, V, dtype=dtype)
-        return lambda **state: op(q, k, v, *gates, **state), (H, V, K)
-
-    return make
-
-
-def nonlinear(cell):
-    def make(t, dtype):
-        g = len(cell.inputs)
-        x, bound = torch.randn(B, t, g, 2, 4, dtype=dtype), cell.bind(torch.randn(g, 2, 4, 4) / 4)
-        return lambda **state: shooting(bound, x, **state)[:2], (len(cell.states), 2, 4)
-
-    return make
-
-
-OPS = {
-    "conv": conv,
-    "ssd": linear(ssd),
-    "delta": linear(gated_delta),
-    "lstm": nonlinear(LSTM()),
-    "slstm": nonlinear(SLSTM()),
-}
-ROWS = {
-    "a slice": slice(2, 5),
-    "all": slice(None, B),
-    "every second": slice(1, 7, 2),
-    "any order": torch.tensor([5, 0, 3]),
-}
-
-
-def problem(name, tokens, dtype=torch.float32):
-    """The op as a function of its state, and a pool."""
-    torch.manual_seed(tokens)
-    op, shape = OPS[name](tokens, dtype)
-    return op, torch.randn(POOL, *shape)
+from tests.ops.problems import OPS, ROWS, B, G, H, K, V, problem
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)

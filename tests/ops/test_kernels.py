@@ -36,7 +36,7 @@ def test_a_choice_knows_the_kind_of_call_and_no_lengths():
         with torch.no_grad():
             choose(kernels, torch.zeros(2, tokens), packed=tokens > 2, pooled=tokens == 1, sizes=("a size",))
     assert [call.tokens for call in seen] == ["one", "few", "few", "many"]
-    assert seen[0] == Call("cpu", torch.float32, "one", False, False, True, ("a size",), None)
+    assert seen[0] == Call("cpu", torch.float32, "one", False, False, True, False, ("a size",), None)
     assert [call.packed for call in seen] == [False, False, True, True]
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.ops.conv import chunked, pooled, reference, step
@@ -15,7 +15,7 @@ from plait.ops.packing import Packing
 from plait.ops.summary import Tail
 
 
-def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]]:
     """A form that takes a state, of one that looks back within `x` only."""
 
     def form(
@@ -26,14 +26,19 @@ def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | No
         state: Tensor | None,
         packing: Packing | None,
         own: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+        at: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]:
         if state is None:
             return run(x, weight, bias, None, packing), None
         tail = state.shape[1]
         past = torch.cat([cast(state, x.dtype), x if packing is None else packing.to_rows(x)], 1)  # (n, tail + t, d)
         y = run(past, weight, bias, tail, None)
         if packing is None:
-            return y, cast(past.narrow(1, x.shape[1], tail), state.dtype)
+            last = cast(past.narrow(1, x.shape[1], tail), state.dtype)
+            if at is None:
+                return y, last
+            seen = at[:, None] + torch.arange(1, tail + 1, device=x.device)  # (m, tail)
+            return y, last, cast(past[:, seen], state.dtype)
         return packing.from_rows(y), packing.last(past, tail).to(state.dtype)
 
     return form
@@ -71,16 +76,17 @@ def causal_conv(
     state: Float[Tensor, "n tail d"] | None = None,
     rows: Rows | None = None,
     packing: Packing | None = None,
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n tail d"] | None]:
+    at: Int[Tensor, " m"] | None = None,
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n tail d"] | None, *tuple[Float[Tensor, "b m tail d"], ...]]:
     """Outputs and, where a state was given, each sequence's last w - 1 inputs. `weight[:, -1]` is the token's own tap.
 
     Before the start of a sequence stands its state, else zeros. n is the batch, or the number of packed documents. silu: of
-    the outputs. With `rows`, `state` is a pool's (`plait.ops.frame`).
+    the outputs. With `rows`, `state` is a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these
+    come third.
     """
     sizes = pooled.sizes_of(state, weight) if rows is not None else None
     around = Activation() if silu else None
-    y, state = recur(KERNELS, x, (x, weight, bias), state, rows, packing, sizes=sizes, around=around)
-    return y, state
+    return recur(KERNELS, x, (x, weight, bias), state, rows, packing, at=at, sizes=sizes, around=around)
 
 
 def summary(x: Float[Tensor, "b t d"], width: int) -> Tail:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.ops.delta import chunked, pooled, reference, step
@@ -54,17 +54,17 @@ def gated_delta(
     state: Float[Tensor, "n h v k"] | None = None,
     rows: Rows | None = None,
     packing: Packing | None = None,
-) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v k"] | None]:
+    at: Int[Tensor, " m"] | None = None,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v k"] | None, *tuple[Float[Tensor, "b m h v k"], ...]]:
     """Outputs and, where a state was given, the state after the last token.
 
     g is the log decay, log a <= 0. `g` key heads serve h value heads in order (h a multiple). Computed in float32, or
     float64 for float64 inputs. n is the batch, or the number of documents with `packing`. scale: on q, 1 if
     left out. With `gates`, g and beta come as the projections that those are made of. With `rows`, `state` is a pool's
-    (`plait.ops.frame`).
+    (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.
     """
     sizes, inputs = held(state) if rows is not None else None, (q, k, v, g, beta)
-    o, state = recur(KERNELS, v, inputs, state, rows, packing, scale=scale, sizes=sizes, around=gates)
-    return o, state
+    return recur(KERNELS, v, inputs, state, rows, packing, scale=scale, at=at, sizes=sizes, around=gates)
 
 
 def summary(
@@ -77,7 +77,7 @@ def summary(
     state = torch.cat(
         [v.new_zeros(b, h, dv, dk), torch.eye(dk, dtype=v.dtype, device=v.device).expand(b, h, dk, dk)], 2
     )
-    _, last = gated_delta(k, k, torch.cat([v, v.new_zeros(b, t, h, dk)], 3), g, beta, state=state)
+    _, last, *_ = gated_delta(k, k, torch.cat([v, v.new_zeros(b, t, h, dk)], 3), g, beta, state=state)
     assert last is not None  # a state was given
     final, transition = last.split_with_sizes((dv, dk), 2)
     return Summary(transition, final)

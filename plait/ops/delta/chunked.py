@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 from torch.nn.functional import hardshrink
 
+from plait.ops.chosen import states_at
 from plait.ops.decay import chunk_decay, from_pairs, from_sums
 from plait.ops.graph import gradient, one_step
 from plait.ops.operator import operator
@@ -34,7 +35,8 @@ def run(
     state: Tensor | None,
     packing: Packing | None,
     own: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    at: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]:
     """Shapes as in `gated_delta`."""
     b, t, h, dv = v.shape
     if packing is not None:
@@ -45,6 +47,10 @@ def run(
     q, k, v, g, beta = (layout.split(x).flatten(0, 1) for x in (q, k, v, g, beta))  # (n h, c, ...)
     rows = tuple(alive * h for alive in layout.alive)
     S = v.new_zeros(rows[0], dv, k.shape[-1]) if state is None else state.flatten(0, 1)
+    if at is not None:
+        o, S, _, k, _, _, a, P, _, _, _, _, V, before = _forward(q, k, v, g, beta, S, rows)
+        states = states_at(at, b, t, *(x.unflatten(0, (-1, h)) for x in (k, V, a, P, before)))
+        return layout.join(o.unflatten(0, (-1, h))), S.unflatten(0, (-1, h)), states
     o, S = _chunked(q, k, v, g, beta, S, rows)
     return layout.join(o.unflatten(0, (-1, h))), None if state is None else S.unflatten(0, (-1, h))
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.design.spelling import suggest
@@ -82,17 +82,18 @@ def shooting(
     state: Float[Tensor, "n s h k"] | None = None,
     rows: Rows | None = None,
     packing: Packing | None = None,
+    at: Int[Tensor, " m"] | None = None,
     tol: float | None = None,
     max_passes: int | None = None,
     strict: bool = False,
     solver: str = "shooting",
-) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "n s h k"] | None, Info]:
+) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "n s h k"] | None, Info, *tuple[Float[Tensor, "b m s h k"], ...]]:
     """Outputs in x's dtype, where a state was given the states after the last token, and how it was solved.
 
     x: the projected inputs, g per unit, h heads of k units. state: the states before the first token (the cell's own start if
     left out), one row per batch row, or per packed document; with `rows`, a pool's (`plait.ops.frame`). Computed in float32,
     float64 for float64. The result is within about `tol` (`tolerance`) of the loop over tokens; where `max_passes` do not get
-    there, the loop itself is run.
+    there, the loop itself is run. at: numbers of tokens, the states after which come fourth.
     strict: raise NotConverged instead (waits for the device).
     solver: "shooting", or "sequential": the loop over tokens, in torch's operations.
     """
@@ -105,14 +106,14 @@ def shooting(
         _check_state(cell, x, state, rows, packing)
     options = Options(solver, tolerance(cell, x.dtype) if tol is None else tol, max_passes)
     sizes = sizes_of(cell, x, solver)
-    h, state, info = recur(KERNELS, x, (cell, x, options), state, rows, packing, sizes=sizes)
+    h, state, info, *states = recur(KERNELS, x, (cell, x, options), state, rows, packing, at=at, sizes=sizes)
     if strict and bool(info[2] > 0):
         raise NotConverged(
             f"{type(cell.cell).__name__}: a gap of {float(info[1]):.1e} is left after {int(info[0])} passes, "
             f"above tol {options.tol:.0e}; the cell is not contracting here (allow fall-back with strict=False, or bound its "
             "recurrent weights with `clip`)"
         )
-    return h, state, Info(info[0].int(), info[1], info[2] > 0)
+    return h, state, Info(info[0].int(), info[1], info[2] > 0), *states
 
 
 def _check(cell: Bound, x: Tensor, solver: str) -> None:
@@ -141,15 +142,23 @@ def _exact(like: Tensor) -> Tensor:
     ]  # a list would be copied, which no graph may capture
 
 
-def _form(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+def _form(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
     """A form that takes a state, of one that starts from the states `h0` of every sequence, or without them."""
 
     def form(
-        cell: Bound, x: Tensor, options: Options, *, state: Tensor | None, packing: Packing | None, own: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        cell: Bound,
+        x: Tensor,
+        options: Options,
+        *,
+        state: Tensor | None,
+        packing: Packing | None,
+        own: bool = False,
+        at: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        h, final, info = run(cell, x, None if state is None else cast(state, dtype), packing, options)
-        return h, None if state is None else final, info
+        h0 = None if state is None else cast(state, dtype)
+        h, final, *more = run(cell, x, h0, packing, options) if at is None else run(cell, x, h0, packing, options, at)
+        return h, None if state is None else final, *more
 
     return form
 
@@ -161,23 +170,34 @@ def _step(cell: Bound, x: Tensor, h0: Tensor | None, packing: Packing | None, op
 
 
 def _reference(
-    cell: Bound, x: Tensor, h0: Tensor | None, packing: Packing | None, options: Options
+    cell: Bound,
+    x: Tensor,
+    h0: Tensor | None,
+    packing: Packing | None,
+    options: Options,
+    at: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     h0 = library.start(cell, x, packing) if h0 is None else h0
     states, final = reference.run(cell.to(h0.dtype), wide(x), h0, packing)
-    return states[:, :, 0], final, _exact(x)
+    return states[:, :, 0], final, _exact(x), *(() if at is None else (states[:, at],))
 
 
 def _solver(kernel: str):
-    def run(cell: Bound, x: Tensor, h0: Tensor | None, packing: Packing | None, options: Options) -> tuple[Tensor, ...]:
+    def run(
+        cell: Bound,
+        x: Tensor,
+        h0: Tensor | None,
+        packing: Packing | None,
+        options: Options,
+        at: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         cu_seqlens = None if packing is None else packing.cu_seqlens
         how, tensors = (cell.cell.key, cell.bias is not None, kernel, *options), cell.tensors()
         if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in (x, h0, *tensors)):
             return library.Solve.apply(how, cu_seqlens, x, h0, *tensors)
-        h, _, final, info = library.solve(
-            x, h0, tensors, cu_seqlens, *how
-        )  # where Dynamo would miscount a Function's *args
-        return h, final, info
+        # where Dynamo would miscount a Function's *args
+        h, _, final, info, states = library.solve(x, h0, tensors, cu_seqlens, *how, at)
+        return h, final, info, *(() if at is None else (states,))
 
     return run
 
@@ -196,6 +216,8 @@ def _diagonal(call: Call) -> str | None:
     reason = _on_gpu(call)
     if reason is not None or call.sizes is None:
         return reason
+    if call.at and call.dtype != torch.float32:
+        return "its outputs are rounded, and the states after chosen tokens would be"
     from plait.ops.shooting import triton
 
     return triton.supports(call)

@@ -33,13 +33,16 @@ def solve(
     solver: str,
     tol: float,
     max_passes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    at: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h (b, t, h, k) in x's dtype, the other states (b, t, s - 1, h, k), the last states (n, s, h, k), nothing in them where
-    no first ones are given, and (passes, gap, fell back)."""
+    no first ones are given, (passes, gap, fell back), and the states (b, m, s, h, k) after tokens `at`, if asked for."""
     bound, packing = _bound(cell, tensors, bias), _documents(cu_seqlens, x)
     first = start(bound, x, packing) if h0 is None else h0
-    h, rest, final, info = _solve(bound, x, first, packing, kernel, solver, tol, max_passes)
-    return h, rest.contiguous(), final.new_empty(0, *final.shape[1:]) if h0 is None else final.contiguous(), info
+    h, rest, final, info = _solve(bound, x, first, packing, kernel, solver, tol, max_passes, at is not None)
+    states = final.new_empty(0) if at is None else torch.cat([h[:, at, None], rest[:, at]], 2)
+    last = final.new_empty(0, *final.shape[1:]) if h0 is None else final.contiguous()
+    return h.to(x.dtype).contiguous(), rest.contiguous(), last, info, states
 
 
 def start(cell: Bound, x: Tensor, packing: Packing | None) -> Tensor:
@@ -60,6 +63,7 @@ def _solve(
     solver: str,
     tol: float,
     max_passes: int | None,
+    with_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if kernel == "triton":
         from plait.ops.shooting import triton
@@ -70,11 +74,11 @@ def _solve(
     in_turn = solver == "sequential"
     h, rest, final, record = chunked.forward(bound, tokens, h0, packing, tol, max_passes, engine, one_chunk=in_turn)
     info = torch.tensor([record.passes, record.gap, record.fell_back], dtype=torch.float32, device=x.device)
-    if record.fell_back and torch_rnn.supports(bound):
+    if record.fell_back and torch_rnn.supports(bound) and not with_states:
         h, final = torch_rnn.run(bound, tokens, h0, packing)  # `rest` is wrong then, and nobody reads it
     elif record.fell_back:
         h, rest, final, _ = chunked.forward(bound, tokens, h0, packing, tol, max_passes, engine, one_chunk=True)
-    return h.to(x.dtype).contiguous(), rest, final, info
+    return h, rest, final, info
 
 
 def _engine(kernel: str) -> chunked.Engine:
@@ -86,13 +90,14 @@ def _engine(kernel: str) -> chunked.Engine:
 
 
 @torch.library.register_fake("plait::shooting")
-def _(x, h0, tensors, cu_seqlens, cell, bias, kernel, solver, tol, max_passes):
+def _(x, h0, tensors, cu_seqlens, cell, bias, kernel, solver, tol, max_passes, at=None):
     (b, t, _, h, k), states = x.shape, len(KNOWN[cell].states)
     return (
         x.new_empty(b, t, h, k),
         x.new_empty(b, t, states - 1, h, k, dtype=_wide(x)),
         x.new_empty(0, states, h, k, dtype=_wide(x)) if h0 is None else h0.new_empty(h0.shape),
         x.new_empty(3, dtype=torch.float32),
+        x.new_empty(0 if at is None else (b, at.shape[0], states, h, k), dtype=_wide(x)),
     )
 
 
@@ -157,7 +162,7 @@ class Solve(torch.autograd.Function):
     def forward(
         ctx, options: tuple, cu_seqlens: Tensor | None, x: Tensor, h0: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        h, rest, final, info = solve(x, h0, tensors, cu_seqlens, *options)
+        h, rest, final, info, _ = solve(x, h0, tensors, cu_seqlens, *options)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info)
         ctx.save_for_backward(cu_seqlens, x, h0, h, rest, info, *tensors)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.ops.decay import decay_of
@@ -52,17 +52,17 @@ def ssd(
     state: Float[Tensor, "n h v k"] | None = None,
     rows: Rows | None = None,
     packing: Packing | None = None,
-) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v k"] | None]:
+    at: Int[Tensor, " m"] | None = None,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v k"] | None, *tuple[Float[Tensor, "b m h v k"], ...]]:
     """Outputs and, where a state was given, the state after the last token.
 
     In Mamba-2's letters q is C, k is B, v is dt x and g = dt A, the log decay, one per head. `g` groups of q and k serve
     h heads in order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the documents
     packed. scale: on q, 1 if left out. With `gates`, v is x and g the projection that dt is made of. With `rows`, `state` is
-    a pool's (`plait.ops.frame`).
+    a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.
     """
     sizes = held(state) if rows is not None else None
-    o, state = recur(KERNELS, v, (q, k, v, g), state, rows, packing, scale=scale, sizes=sizes, around=gates)
-    return o, state
+    return recur(KERNELS, v, (q, k, v, g), state, rows, packing, scale=scale, at=at, sizes=sizes, around=gates)
 
 
 def summary(k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"], g: Float[Tensor, "b t h"]) -> Summary:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import vecdot
 
+from plait.ops.chosen import states_at
 from plait.ops.decay import chunk_decay, from_pairs, from_sums
 from plait.ops.graph import gradient, one_step
 from plait.ops.operator import operator
@@ -23,8 +24,16 @@ from plait.ops.packing import CHUNK, Packing, chunks, gathered, known, scattered
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None, packing: Packing | None, own: bool = False
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    state: Tensor | None,
+    packing: Packing | None,
+    own: bool = False,
+    at: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]:
     """Shapes as in `ssd`."""
     b, t, h, dv = v.shape
     if packing is not None:
@@ -33,6 +42,9 @@ def run(
     layout = chunks(b, t, CHUNK, None)
     q, k, v, g = (layout.split(x) for x in (q, k, v, g))  # (n, g, c, k), (n, h, c, v), (n, h, c)
     S = v.new_zeros(layout.alive[0], h, dv, k.shape[-1]) if state is None else state
+    if at is not None:
+        o, S, _, k, v, a, P, _, _, before, _ = _forward(q, k, v, g, S, layout.alive)
+        return layout.join(o), S, states_at(at, b, t, k, v, a, P, before)
     o, S = _chunked(q, k, v, g, S, layout.alive)
     return layout.join(o), None if state is None else S
 
