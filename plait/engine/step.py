@@ -45,7 +45,7 @@ def captures(model: LanguageModel, buckets: Sequence[int] = BUCKETS, length: int
                 started = time.perf_counter()
                 step(pool.at(range(bucket))).tolist()
                 times.append(1e3 * (time.perf_counter() - started))
-            used = torch.cuda.memory_reserved(pool.device) - before
+            used = max(0, torch.cuda.memory_reserved(pool.device) - before)
             rows.append({"rows": bucket, "capture_s": captured, "step_ms": sorted(times)[4], "bytes": used})
     return rows
 

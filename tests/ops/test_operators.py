@@ -98,9 +98,9 @@ def test_attention(together, dtype, window):
     q, k, v = randn(1, T, 4, 8, dtype=dtype), randn(1, T, 2, 8, dtype=dtype), randn(1, T, 2, 8, dtype=dtype)
     with Told() as told:
         if together:
-            o = packed._Together.apply(q, k, v, packing().cu_seqlens, window)
+            o = packed._Together.apply(q, k, v, packing().cu_seqlens, window, None)
         else:
-            o = packed._Apart.apply(q, k, v, packing().cu_seqlens, window, 2.0, "chunked")
+            o = packed._Apart.apply(q, k, v, packing().cu_seqlens, window, 2.0, None, "chunked")
         o.sum().backward()
     assert len(told.names) == 2
 
