@@ -19,6 +19,6 @@ class ShortConv(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t d"], context: Context, tail: Float[Tensor, "n w-1 d"] | None
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n w-1 d"] | None]:
-        where = {"rows": context.rows, "packing": context.packing}
-        y, tail = causal_conv(x, self.weight, self.bias, silu=True, state=tail, **where)
+        rows, packing = context.rows, context.packing
+        y, tail = causal_conv(x, self.weight, self.bias, silu=True, state=tail, rows=rows, packing=packing)
         return y, tail

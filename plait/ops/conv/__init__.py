@@ -56,6 +56,9 @@ class Activation(NamedTuple):
         return F.silu(y)
 
 
+SILU = Activation()
+
+
 KERNELS = Kernels(
     "conv",
     (
@@ -85,7 +88,7 @@ def causal_conv(
     come third.
     """
     sizes = pooled.sizes_of(state, weight) if rows is not None else None
-    around = Activation() if silu else None
+    around = SILU if silu else None
     return recur(KERNELS, x, (x, weight, bias), state, rows, packing, at=at, sizes=sizes, around=around)
 
 
