@@ -12,7 +12,7 @@ from plait.layers.context import Context
 from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
 from plait.layers.rope import turn
-from plait.ops.attention import attention
+from plait.ops.attention import Heads, attention
 from plait.ops.attention.paged import paged_attention, write_pages
 from plait.ops.kernels import Call, cast
 from plait.state import KV, Pages, State, Window
@@ -29,10 +29,12 @@ class AttentionLayer(MixerModule):
     value_mix: nn.Parameter | None
 
     @classmethod
-    def ops(cls, config: Attention, call: Call) -> list[tuple[str, None]]:
+    def ops(cls, config: Attention, call: Call) -> list[tuple[str, Heads | None]]:
         if call.pooled and (call.tokens == "one" or not config.window):
             return [("write_pages", None), ("paged_attention", None)]
-        return [("packed_attention" if call.packed else "attention", None)]
+        if call.packed:
+            return [("packed_attention", Heads(config.head_dim, config.head_dim, config.softcap is not None))]
+        return [("attention", None)]
 
     def __init__(self, config: Attention, design: ModelConfig):
         super().__init__(config, design)

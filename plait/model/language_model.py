@@ -148,6 +148,10 @@ class LanguageModel(nn.Module):
             packing = packed(tokens, cu_seqlens, most)
         else:
             check_longest(tokens.shape[1], most)
+        if packing is not None and state is not None and torch.compiler.is_compiling():
+            raise ValueError(
+                "packed documents that go on from a state are no part of a compiled graph: call the model itself"
+            )
         self._check_state(state, tokens.shape[0] if packing is None else packing.count)
         seen = None if state is None or torch.compiler.is_compiling() else state.lengths
         begins = state is None or state.fresh or (seen is not None and 0 in seen)

@@ -119,6 +119,19 @@ class TestCalls:
         with pytest.raises(ValueError, match=message):
             model(**{"tokens": TOKENS} | call)
 
+    def test_a_compiled_graph_refuses_the_same_documents(self):
+        layers = {"A": plait.Attention(rope=plait.RoPE(max_positions=8)), "F": plait.SwiGLU(hidden=8)}
+        model = torch.compile(plait.build(DESIGN.replace(layers=layers)), fullgraph=True, backend="eager")
+        model(TOKENS[:1], cu_seqlens=torch.tensor([0, 5, 12]))
+        for cuts, message in (
+            ([0, 5, 9], "from 0 to the number of tokens, 12"),
+            ([0, 12, 12], "document 1 has 0 tokens"),
+            ([0, 1, 12], "11 tokens is longer than this model's positions go"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                model(TOKENS[:1], cu_seqlens=torch.tensor(cuts))
+        torch.compiler.reset()
+
     @pytest.mark.parametrize("name", ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"])
     def test_tokens_and_offsets_of_any_integer_dtype(self, model, name):
         kind, row, offsets = getattr(torch, name), TOKENS[:1], torch.tensor([0, 5, 12])

@@ -67,8 +67,8 @@ def forms(kernels: Kernels, count: int) -> list[str]:
     return [kernel.name for kernel in kernels.forms if kernel.supports(call) is None]
 
 
-def packing(lengths=DOCUMENTS) -> Packing:
-    return Packing.of_lengths(lengths, torch.device("cpu"))
+def packing(lengths=DOCUMENTS, device="cpu") -> Packing:
+    return Packing.of_lengths(lengths, torch.device(device))
 
 
 @pytest.fixture

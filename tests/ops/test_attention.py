@@ -102,6 +102,30 @@ def test_packed(window, close):
         close(got[:, start:end], attention(*(x[:, start:end] for x in tensors.values()), window=window))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("k", "v"), [(64, 64), (20, 20), (24, 40)])  # both of torch's kernels, aligned and not
+@pytest.mark.parametrize("window", [None, 7])
+def test_packed_on_a_gpu(window, k, v, dtype):
+    row = packing(device="cuda")
+    shapes = {"q": (HEADS, k), "k": (2, k), "v": (2, v)}
+    tensors = {
+        name: torch.randn(1, sum(DOCUMENTS), *shape, device="cuda", dtype=dtype) for name, shape in shapes.items()
+    }
+
+    def run(**x):
+        return attention(**x, window=window, packing=row), None
+
+    with forced("reference"):
+        want = run_with_gradients(run, {name: x.double() for name, x in tensors.items()})
+    for name, x in run_with_gradients(run, tensors).items():
+        bound = (
+            2e-5 if dtype == torch.float32 else 2e-2
+        )  # some roundings of the largest value; 9e-7 and 7e-3 on an H100
+        assert (x.double() - want[name]).abs().max() <= bound * want[name].abs().max()
+
+
 def test_softcap_bounds_logits(close):
     """With logits of plus and minus a thousand, a cap of 1 leaves weights within e^2 of each other."""
     q = torch.full((1, 2, 1, 2), 100.0, dtype=torch.float64)
