@@ -13,7 +13,7 @@ from plait.ops.packing import Packing
 from plait.state import PoolRows
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Context:
     """Built once per call, of device tensors and of facts that a compiler may rely on.
 
@@ -23,7 +23,8 @@ class Context:
 
     `out` takes what the layers of a slot send by `loss`, `stat` and `tap`, each under its `path` in the slot, where anyone asks
     for it; nothing is left on modules. Which slot it is nobody inside knows, so that equal slots are one graph to
-    torch.compile. `embeddings` (b, t, d), what the first slot reads, are there where another slot reads them too.
+    torch.compile. `shared` holds what one slot leaves for those after it: `x0` (b, t, d), what the first slot reads, where
+    another slot reads it too; values `v0`; and what is computed once for all layers.
     """
 
     positions: Int[Tensor, "b t"]
@@ -34,8 +35,7 @@ class Context:
     table: Int[Tensor, "b n"] | None = None
     out: Outbox | None = None
     path: str = ""
-    embeddings: Tensor | None = None
-    _cache: dict[Any, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def ragged(self) -> bool:
@@ -57,32 +57,32 @@ class Context:
 
     def cached(self, key: Any, compute: Callable[[], Any]) -> Any:
         """`compute()` for the first layer that asks for `key`, the same value for the others."""
-        if key not in self._cache:
-            self._cache[key] = compute()
-        return self._cache[key]
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
 
     def slot(self, listeners: Mapping[Place, Listener] | None = None) -> Callable[[], "Context"]:
         """Makes the same call as the next slot sees it, each time anew: a slot that is recomputed must see what it saw.
 
         Nothing that the slot sends is kept where `listeners` is None.
         """
-        known = dict(self._cache)
+        known = dict(self.shared)
 
         def make() -> Context:
             out = None if listeners is None else Outbox(listeners)
-            return self._with(out, "", self.embeddings, dict(known))
+            return self._with(out, "", dict(known))
 
         return make
 
     def keep(self, slot: "Context") -> None:
         """What a slot has computed once is there for the slots after it."""
-        self._cache.update(slot._cache)
+        self.shared.update(slot.shared)
 
     def inside(self, part: int) -> "Context":
         """The same call as a part of this layer sees it."""
-        return self._with(self.out, f"{self.path}.{part}", None, self._cache)
+        return self._with(self.out, f"{self.path}.{part}", self.shared)
 
-    def _with(self, out: Outbox | None, path: str, embeddings: Tensor | None, cache: dict) -> "Context":
+    def _with(self, out: Outbox | None, path: str, shared: dict[Any, Any]) -> "Context":
         return Context(
             self.positions,
             self.starts,
@@ -92,8 +92,7 @@ class Context:
             self.table,
             out,
             path,
-            embeddings,
-            cache,
+            shared,
         )
 
     def loss(self, name: str, value: Float[Tensor, ""]) -> None:

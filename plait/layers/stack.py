@@ -54,8 +54,7 @@ class Sublayer(nn.Module):
     def forward(self, x: Hidden, context: Context, state: SlotState | None) -> tuple[Hidden, SlotState | None]:
         u = x
         if self.reads_both:
-            assert context.embeddings is not None  # the model leaves them where a slot reads them
-            u = torch.cat([x, context.embeddings], -1)
+            u = torch.cat([x, context.shared["x0"]], -1)  # which the model leaves where a slot reads it
         y, state = self.mixer(u if self.norm is None else self.norm(u), context, state)
         y = y if context.out is None else context.tap("output", y)
         if self.after is not None or self.factor != 1:

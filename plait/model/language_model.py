@@ -224,7 +224,7 @@ class LanguageModel(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         if self.reads_embeddings:
-            context.embeddings = x
+            context.shared["x0"] = x
         return x
 
     def run(

@@ -35,10 +35,11 @@ def save_checkpoint(
     model: LanguageModel,
     tokenizer: Tokenizer | None,
     optimizers: Optimizers,
-    loader: Batches,
+    place: dict[str, Any],
     payload: Payload = SAFETENSORS,
 ) -> Path:
-    """Write a checkpoint of this moment, whole or not at all, then remove all but the newest `keep_last`."""
+    """Write a checkpoint of this moment, whole or not at all, then remove all but the newest `keep_last`. place: where the
+    run's batches stand."""
     folder = Path(run.folder)
     final = checkpoint_path(folder, position.step)
     if not final.exists():  # a name is only given to a whole checkpoint, and equal steps of one run are equal
@@ -48,7 +49,7 @@ def save_checkpoint(
             temporary.mkdir(parents=True)
             with naming(final, within=temporary):
                 payload.save(temporary, model, tokenizer, optimizers)
-                _write_facts(temporary, run, position, loader)
+                _write_facts(temporary, run, position, place)
             os.replace(temporary, final)
             sync_folder(final.parent)
             sync_folder(folder)
@@ -62,7 +63,7 @@ def save_checkpoint(
     return final
 
 
-def _write_facts(folder: Path, run: RunConfig, position: Position, loader: Batches) -> None:
+def _write_facts(folder: Path, run: RunConfig, position: Position, place: dict[str, Any]) -> None:
     """What there is besides tensors; then all of it is on disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = {
@@ -70,7 +71,7 @@ def _write_facts(folder: Path, run: RunConfig, position: Position, loader: Batch
         "step": position.step,
         "tokens": position.tokens,
         "seconds": position.seconds,
-        "loader": loader.state_dict(),
+        "loader": place,
         "run": run.to_dict(),
         "files": {path.relative_to(folder).as_posix(): checksum(path) for path in files},
     }

@@ -27,9 +27,11 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """batches: to train on; tokenizer: None where they are no text; measure: the objective's loss on what was held out."""
+    """batches: to train on; ahead: whether they may be read in a thread: those of one's own could draw from the generators that
+    the run draws from; tokenizer: None where they are no text; measure: the objective's loss on what was held out."""
 
     batches: Batches
+    ahead: bool
     tokenizer: Tokenizer | None
     design: ModelConfig
     measure: Callable[[Objective], HeldOut]
@@ -58,7 +60,7 @@ def text_inputs(
         how = {"batch": run.batch, "length": run.data.length, "tokens": run.eval_tokens, "precision": run.precision}
         return heldout_loss(objective, shards, **how)
 
-    return Inputs(loader, tokenizer, design, measure, summary)
+    return Inputs(loader, True, tokenizer, design, measure, summary)
 
 
 def own_inputs(run: RunConfig, batches: Batches, heldout: Callable[[], Iterable[Any]] | None) -> Inputs:
@@ -68,7 +70,7 @@ def own_inputs(run: RunConfig, batches: Batches, heldout: Callable[[], Iterable[
     def measure(objective: Objective) -> HeldOut:
         return mean_loss(objective, heldout() if heldout else (), run.precision)
 
-    return Inputs(batches, None, design, measure, f"batches of {type(batches).__name__}; {run.steps:,} steps")
+    return Inputs(batches, False, None, design, measure, f"batches of {type(batches).__name__}; {run.steps:,} steps")
 
 
 def spec(run: RunConfig) -> Any:

@@ -22,6 +22,7 @@ from plait.model import LanguageModel, NextToken, Objective, build, load
 from plait.model.device import find_device
 from plait.ops.shooting import NotConverged
 from plait.run_folder import METRICS, RUN, latest, remove_leftovers
+from plait.train.ahead import Ahead
 from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
 from plait.train.config import RunConfig, from_folder, to_yaml
 from plait.train.display import Display
@@ -93,10 +94,22 @@ def train(
                 inputs.tokenizer.save(folder / "tokenizer")
             write_text(folder / RUN, to_yaml(stored(run)))
         with Signals() as signals, MetricsLog(folder / METRICS, position.step) if writes else NoLog() as log:
-            broken = torch.zeros((), device=model.device)
-            return _Training(
-                run, objective(model), inputs, optimizers, position, sample, display, signals, log, ranks, broken
-            ).to_the_end()
+            broken, steps = torch.zeros((), device=model.device), run.steps - position.step
+            with Ahead(inputs.batches, steps if inputs.ahead else 0, run.accumulate, model.device) as loader:
+                return _Training(
+                    run,
+                    objective(model),
+                    inputs,
+                    loader,
+                    optimizers,
+                    position,
+                    sample,
+                    display,
+                    signals,
+                    log,
+                    ranks,
+                    broken,
+                ).to_the_end()
 
 
 def first_model(run: RunConfig, design: ModelConfig, device: torch.device) -> LanguageModel:
@@ -155,6 +168,7 @@ class _Training:
     run: RunConfig
     objective: Objective
     inputs: Inputs
+    loader: Ahead
     optimizers: Optimizers
     position: Position
     sample: Sample | None
@@ -168,10 +182,6 @@ class _Training:
     @property
     def model(self) -> LanguageModel:
         return self.objective.model
-
-    @property
-    def loader(self) -> Batches:
-        return self.inputs.batches
 
     def to_the_end(self) -> Result:
         run, position, heldout, begun = self.run, self.position, None, self.position.step
@@ -233,12 +243,11 @@ class _Training:
     def queue(self) -> _Queued:
         """The next step: gradients, and the weights moved by them where all of it is finite."""
         run, position, ranks, started = self.run, self.position, self.ranks, time.perf_counter()
-        batch, channels = next(self.loader), Channels()
+        ready, channels = next(self.loader), Channels()
+        batch = ready.batch
         scored, tokens = ranks.sum(int(self.objective.count(batch)), batch.inputs.numel())
         with self.solving(f"step {position.step + 1}"):
-            loss, parts = backward(
-                self.objective, batch, run.accumulate, run.precision, scored=scored, channels=channels
-            )
+            loss, parts = backward(self.objective, batch, ready.parts, run.precision, scored=scored, channels=channels)
         loss, *values = ranks.reduce([loss, *parts.values()], "sum")
         ranks.sum_gradients(self.model.parameters())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), run.clip or math.inf)
@@ -282,7 +291,7 @@ class _Training:
     def evaluate(self) -> HeldOut:
         heldout, step = self.heldout(), self.position.step
         if not math.isfinite(heldout.loss):
-            raise self.not_finite(f"after step {step}: held-out loss is {heldout.loss}", next(self.loader))
+            raise self.not_finite(f"after step {step}: held-out loss is {heldout.loss}", next(self.loader).batch)
         if not heldout.tokens:
             return heldout
         layers = {"solver": as_data(heldout.layers)} if heldout.layers else {}
@@ -305,12 +314,13 @@ class _Training:
         self.settle()
         step, path, failed = self.position.step, None, None
         if not weights_finite(self.model):
-            raise self.not_finite(f"after step {step}: a weight is not finite", next(self.loader))
+            raise self.not_finite(f"after step {step}: a weight is not finite", next(self.loader).batch)
         try:
             self.log.sync()
             tokenizer = self.inputs.tokenizer
             if self.ranks.rank == 0:
-                path = save_checkpoint(self.run, self.position, self.model, tokenizer, self.optimizers, self.loader)
+                place = self.loader.place
+                path = save_checkpoint(self.run, self.position, self.model, tokenizer, self.optimizers, place)
         except (OSError, SafetensorError) as error:
             failed = error
         if self.ranks.any(failed is not None):  # the others have waited for it here

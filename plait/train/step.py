@@ -1,5 +1,6 @@
 """Loss and gradients of one optimizer step, in as many parts as memory asks for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def split(batch: Any, parts: int) -> list[Any]:
 def backward(
     objective: Objective,
     batch: Any,
-    parts: int,
+    parts: int | Sequence[Any],
     precision: str,
     *,
     scored: int | None = None,
@@ -39,6 +40,7 @@ def backward(
     """Add the gradients of the mean loss over all that counts in `batch`; gives that loss, and by name what it
     is made of where that is more than one.
 
+    parts: how many to cut it into, or those parts on the model's device.
     scored: how many positions count, where this batch is a rank's share of one; else those of the batch.
     channels: gets the stats of the layers, over all parts.
     """
@@ -47,10 +49,10 @@ def backward(
     scored = max(1, own if scored is None else scored)
     mean, means = torch.zeros((), device=device), dict[str, Tensor]()
     count = torch.zeros((), dtype=torch.long, device=device)
-    for part in split(batch, parts):
+    for part in [each.to(device) for each in split(batch, parts)] if isinstance(parts, int) else parts:
         sent = Channels()
         with autocast(device, precision):
-            loss = objective(part.to(device), channels=sent)
+            loss = objective(part, channels=sent)
         (loss.total / scored).backward()
         mean += loss.total.detach() / scored
         count += loss.count
