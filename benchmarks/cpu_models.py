@@ -5,8 +5,9 @@
 Each pair has the same widths, heads, vocabulary and depth, the same optimiser (AdamW), float32 and the same tokens. The
 two sides take turns, round by round, so that a busy machine slows both; figures are medians and ratios of medians.
 
-Ratios to peers change with the machine. So there is one to ourselves: a training step over the time of its weights' matrix
-products alone. Its bars hold for two cores with AVX2 only (`ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2`).
+Rows of unequal lengths are decoded beside rows of one length. Ratios to peers change with the machine, so there is one to
+ourselves: a training step over the time of its weights' matrix products alone. Its bars hold for two cores with AVX2 only
+(`ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2`).
 """
 
 import argparse
@@ -22,6 +23,8 @@ import transformers
 from torch import nn
 
 import plait
+from plait.engine.decode import Decoding
+from plait.engine.sampling import Sampling
 from plait.evaluate.machine import machine
 from plait.model import token_loss
 
@@ -101,6 +104,8 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], float, 
 HYBRIDS = {"((DF)3 AF)2": 0.8, "([D|A]F)8": 0.8, "([M|A]F)8": 0.8}
 # a training step over its weights' matrix products alone: (pattern, bar)
 PRODUCTS = {"(AF)4": 1.4, "(DF)3 AF": 1.7, "M4": 1.6}
+# eight rows of unequal lengths, LENGTH tokens in the mean, over eight that have as many
+RAGGED, RAGGED_BAR, LENGTH = ("(AF)8", "((DF)3 AF)2", "(MF)8", "((GF)3 AF)2"), 0.9, 128
 
 
 def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -253,6 +258,35 @@ def step_over_products(batch: int, length: int, rounds: int) -> list[dict[str, A
     return rows
 
 
+def writer(model: plait.LanguageModel, lengths: list[int], count: int) -> Callable[[], float]:
+    """One call continues prompts of these lengths together by `count` tokens; gives seconds per step, reading not counted."""
+    prompts = [torch.randint(VOCAB, (length,)).tolist() for length in lengths]
+
+    def run() -> float:
+        decoding = Decoding(model, prompts, max_tokens=count + 1, sampling=Sampling(temperature=0.0))
+        decoding.step()  # chosen already
+        start = time.perf_counter()
+        for _ in range(count):
+            decoding.step()
+        return (time.perf_counter() - start) / count
+
+    return run
+
+
+def ragged(rounds: int) -> list[dict[str, Any]]:
+    """Decoding eight rows of unequal lengths beside eight of their mean length, on a pool as `plait.generate` does."""
+    rows = []
+    for pattern in RAGGED:
+        model = plait.build(ours_design(pattern, HIDDEN)).eval()
+        unequal = [int(LENGTH * (1 + (i - 3.5) / 7)) for i in range(8)]
+        even_s, ragged_s = turns([writer(model, lengths, 32) for lengths in ([LENGTH] * 8, unequal)], 3 * rounds)
+        ratio = even_s / ragged_s
+        rows.append({"pattern": pattern, "lengths": unequal, "even_ms": even_s * 1e3, "ragged_ms": ragged_s * 1e3})
+        rows[-1] |= {"ratio": ratio, "bar": RAGGED_BAR}
+        print(f"{pattern:<12} ragged {ragged_s * 1e3:5.2f} ms, {ratio:.2f} of even (bar {RAGGED_BAR})", flush=True)
+    return rows
+
+
 def ours_design(pattern: str, hidden: int) -> plait.ModelConfig:
     layers = {"A": A, "F": F | {"hidden": hidden}}
     return plait.ModelConfig(vocab=VOCAB, dim=DIM, pattern=pattern, layers=layers)
@@ -266,6 +300,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--no-hybrids", action="store_true")
     parser.add_argument("--no-products", action="store_true")
+    parser.add_argument("--no-ragged", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     names = [n for n in PAIRS if not args.pairs or any(part in n for part in args.pairs.split(","))]
@@ -276,6 +311,8 @@ def main() -> None:
         "rounds": args.rounds,
         "pairs": [compare(name, args.batch, args.length, args.rounds) for name in names],
     }
+    if not args.no_ragged:
+        result["ragged"] = ragged(args.rounds)
     if not args.no_products:
         result["step_over_products"] = {
             "batch": args.batch,

@@ -157,7 +157,7 @@ def test_why_not_triton():
         pool = Pool(**{"dtype": torch.float32} | change)
         assert reason in dict(explain(KERNELS, call(pool)._replace(device="cuda")))["triton"]
     assert dict(explain(KERNELS, call(Pool(dtype=torch.float32))._replace(device="cuda")))["triton"] == "used"
-    assert dict(explain(WRITERS, call(pool)))["reference"] == "used"
+    assert dict(explain(WRITERS, call(pool)))["sliced"] == "used"
 
 
 def call(pool: Pool):

@@ -95,7 +95,10 @@ KERNELS = Kernels(
         Kernel("reference", reference.run, always),
     ),
 )
-WRITERS = Kernels("write_pages", (Kernel("triton", _write, _triton), Kernel("reference", write.run, always)))
+WRITERS = Kernels(
+    "write_pages",
+    (Kernel("triton", _write, _triton), Kernel("sliced", write.sliced, _host), Kernel("reference", write.run, always)),
+)
 
 
 def paged_attention(

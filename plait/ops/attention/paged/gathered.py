@@ -40,9 +40,9 @@ def visible(lengths: Tensor, t: int, at: Tensor, window: int | None) -> Bool[Ten
     ends = lengths.clamp(min=t)[:, None]
     if t > 1:
         ends = ends - torch.arange(t - 1, -1, -1, device=lengths.device)
-    gap = ends[..., None] - (at + 1 if at.ndim == 1 else (at + 1)[:, None])  # (b, t, s)
-    seen = gap >= 0
-    return (seen if window is None else seen & (gap < window))[:, None]
+    at, ends = at if at.ndim == 1 else at[:, None], ends[..., None]  # (s) or (b, 1, s), (b, t, 1)
+    seen = at < ends
+    return (seen if window is None else seen & (at >= ends - window))[:, None]
 
 
 def touched(tokens: int, page: int) -> int:
