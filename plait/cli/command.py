@@ -27,12 +27,13 @@ SHARED = {
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a command ended. `data` is the JSON line; `wrote`, paths, and `next`, command lines worth running now, are
-    said on stderr."""
+    said on stderr. line: whether the JSON line is there without --json too."""
 
     data: dict[str, Any]
     wrote: Sequence[Any] = ()
     next: Sequence[str] = ()
     failed: bool = False
+    line: bool = False
 
 
 def as_command(work: Callable[..., Outcome]) -> Callable[..., int]:
@@ -45,7 +46,7 @@ def as_command(work: Callable[..., Outcome]) -> Callable[..., int]:
     def run(*, json: bool, debug: bool, **given: Any) -> int:
         try:
             outcome = work(console(stderr=json), **given)
-            _finish(outcome, json)
+            _finish(outcome, json or outcome.line)
             sys.stdout.flush()
         except (typer.Exit, typer.BadParameter):
             raise

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from plait.evaluate.selfcheck import LawResult
 
+RANDOM = 200  # designs drawn for --all
 LINE_EVERY = 25  # checks, where there is no terminal to draw a bar on
 
 
@@ -26,8 +27,16 @@ def command(
     ] = None,
     law: Annotated[list[str] | None, typer.Option(help="Check this law alone; may be given again.")] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float32 or float64 alone; may be given again. [default: both]")
+        list[str] | None,
+        typer.Option(help="float64, float32 or bfloat16 alone; may be given again. [default: the first two]"),
     ] = None,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help=f"All three dtypes, {RANDOM} designs drawn from all options besides, and a JSON line at the end.",
+        ),
+    ] = False,
     imports: Imports = None,
 ) -> Outcome:
     """Check on this device that every way of calling a model gives the same numbers, for many patterns."""
@@ -49,8 +58,9 @@ def command(
             if not screen.is_terminal and (done % LINE_EVERY == 0 or done == total):
                 say(screen, f"{done} of {total} checks done")
 
-        results = selfcheck(where, tuple(dtype or ("float32", "float64")), pattern, law, progress)
-    screen.print(table(results))
+        dtypes = tuple(dtype or (("float64", "float32", "bfloat16") if everything else ("float32", "float64")))
+        results = selfcheck(where, dtypes, pattern, law, progress, random=RANDOM if everything else 0)
+    screen.print(table(results), layer_table(results))
     broken = [result for result in results if not result.passed]
     say(screen, f"{name}, torch {torch.__version__}: {len(results) - len(broken)} of {len(results)} checks passed")
     data = {
@@ -58,9 +68,10 @@ def command(
         "device_name": name,
         "torch": torch.__version__,
         "passed": not broken,
+        "layers": by_layer(results),
         "results": [as_data(result) for result in results],
     }
-    return Outcome(data, next=["plait doctor"] if broken else ["plait demo"], failed=bool(broken))
+    return Outcome(data, next=["plait doctor"] if broken else ["plait demo"], failed=bool(broken), line=everything)
 
 
 def progress_bar(screen: "Console") -> Any:
@@ -90,6 +101,34 @@ def table(results: Sequence["LawResult"]) -> Any:
             "all" if passed == len(rows) else f"{passed} of {len(rows)}",
             style="" if passed == len(rows) else "bold red",
         )
+    return grid
+
+
+def by_layer(results: Sequence["LawResult"]) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each kind of layer and law: how many checks of designs with it there were, how many passed."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for result in results:
+        for kind in result.layers:
+            cell = found.setdefault(kind, {}).setdefault(result.law, {"checks": 0, "passed": 0})
+            cell["checks"] += 1
+            cell["passed"] += result.passed
+    return dict(sorted(found.items()))
+
+
+def layer_table(results: Sequence["LawResult"]) -> Any:
+    """One row a kind of layer, one column a law: how many checks passed."""
+    from rich.table import Table
+
+    laws = list(dict.fromkeys(result.law for result in results if result.layers))
+    grid = Table("layer", *laws, title="checks passed", title_justify="left")
+    for kind, row in by_layer(results).items():
+        cells = [row.get(law, {"checks": 0, "passed": 0}) for law in laws]
+        broken = any(cell["passed"] < cell["checks"] for cell in cells)
+        texts = [
+            str(cell["passed"]) if cell["passed"] == cell["checks"] else f"{cell['passed']} of {cell['checks']}"
+            for cell in cells
+        ]
+        grid.add_row(kind, *texts, style="bold red" if broken else "")
     return grid
 
 

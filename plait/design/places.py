@@ -98,6 +98,7 @@ class Resolver:
             known = [node.address for node in nodes(slots)]
             raise ValueError(f"at: there is no place {address!r}; {nearest_place(address, known)}")
         self._check_shared(slots)
+        _check_values(slots)
         return slots
 
     def _address(self, name: str) -> str:
@@ -188,6 +189,21 @@ class Resolver:
                     f"{place.address} shares its weights with {other.address}, so it can differ in norms and factor alone; "
                     "bind another letter for a layer of its own"
                 )
+
+
+def _check_values(slots: tuple[Node, ...]) -> None:
+    """Values are mixed with the first layer's, number by number."""
+    mixed = {place.address: place.layer for place in layers(slots) if place.wrap.value_residual}
+    sizes = {
+        address: (layer.kv_heads, layer.head_dim) for address, layer in mixed.items() if isinstance(layer, Attention)
+    }
+    for address, own in sizes.items():
+        first, theirs = next(iter(sizes.items()))
+        if own != theirs:
+            raise ValueError(
+                f"{address}: value residual mixes its values of (kv_heads, head_dim) = {own} with those of {first}, {theirs}; "
+                "give both equal ones"
+            )
 
 
 def overridden(layer: Layer, change: Any, where: str) -> Layer:

@@ -10,9 +10,11 @@ import torch
 
 from plait.design.model import ModelConfig
 from plait.design.pattern import parse
+from plait.design.places import layers
 from plait.design.spelling import suggest
 from plait.evaluate.laws import DESIGNS, EXACT, LAWS, TOLERANCES, LawBroken, packages, small
 from plait.evaluate.laws.models import compiled, has_compiler
+from plait.evaluate.laws.space import random_designs
 from plait.model.device import find_device
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
@@ -23,10 +25,11 @@ GENERATED = ("AF", "DF", "MF")  # designs that inductor also makes code of, whic
 @dataclass(frozen=True, slots=True)
 class LawResult:
     """One law on one design. `error` is the largest relative one that was met (infinite where there is no number),
-    `tolerance` the largest that the law allows for this dtype; `message` says what broke."""
+    `tolerance` the largest that the law allows for this dtype; `message` says what broke. layers: kinds of those in it."""
 
     law: str
     pattern: str
+    layers: tuple[str, ...]
     dtype: str
     error: float
     tolerance: float
@@ -36,7 +39,7 @@ class LawResult:
 
 
 Progress = Callable[[int, int, LawResult], None]
-Check = tuple[str, str, str, Callable[[], float]]  # law, pattern, dtype, and what to run
+Check = tuple[str, str, tuple[str, ...], str, Callable[[], float]]  # law, pattern, layers, dtype, and what to run
 
 
 def selfcheck(
@@ -45,13 +48,16 @@ def selfcheck(
     patterns: Sequence[str | ModelConfig] | None = None,
     laws: Sequence[str] | None = None,
     progress: Progress | None = None,
+    *,
+    random: int = 0,
 ) -> list[LawResult]:
     """Run every law on every design and dtype. `patterns`: names of the built-in designs, patterns, or whole designs.
+    `random`: so many designs drawn from all that a design may say besides, the same ones each time, in the first dtype.
 
     device: "auto" takes the GPU where there is one. `progress(done, total, result)` is called after each check.
     Raises ValueError for a law, dtype, pattern or device that does not exist; a law that breaks is a result.
     """
-    checks = _checks(str(find_device(device)), dtypes, patterns, laws)
+    checks = _checks(str(find_device(device)), dtypes, patterns, laws, random)
     results = []
     with _full_precision():
         for done, check in enumerate(checks, 1):
@@ -62,7 +68,11 @@ def selfcheck(
 
 
 def _checks(
-    device: str, dtypes: Sequence[str], patterns: Sequence[str | ModelConfig] | None, laws: Sequence[str] | None
+    device: str,
+    dtypes: Sequence[str],
+    patterns: Sequence[str | ModelConfig] | None,
+    laws: Sequence[str] | None,
+    random: int,
 ) -> list[Check]:
     known = [*LAWS, "packages"]
     names = list(known if laws is None else laws)
@@ -77,17 +87,29 @@ def _checks(
     designs = dict(DESIGNS) if patterns is None else dict(_design(p) for p in patterns)
     checks: list[Check] = []
     for pattern, design in designs.items():
+        inside = kinds(design)
         for dtype in dtypes:
             for name in names:
                 # compilation takes seconds and does not care about digits
                 if name != "packages" and (name != "compiled" or dtype == dtypes[0]):
-                    checks.append((name, pattern, dtype, partial(LAWS[name], design, device, DTYPES[dtype])))
+                    checks.append((name, pattern, inside, dtype, partial(LAWS[name], design, device, DTYPES[dtype])))
         if "compiled" in names and pattern in GENERATED and has_compiler():
             run = partial(compiled, design, device, DTYPES[dtypes[0]], backend="inductor")
-            checks.append(("compiled", f"{pattern}, inductor", dtypes[0], run))
+            checks.append(("compiled", f"{pattern}, inductor", inside, dtypes[0], run))
     if "packages" in names:
-        checks.append(("packages", "all of them", "float32", partial(packages, list(designs.values()))))
+        checks.append(("packages", "all of them", (), "float32", partial(packages, list(designs.values()))))
+    for number, design in enumerate(random_designs(random)):
+        pattern = f"random {number}: {design.pattern}"
+        for name in names:
+            if name not in ("packages", "compiled"):
+                run = partial(LAWS[name], design, device, DTYPES[dtypes[0]])
+                checks.append((name, pattern, kinds(design), dtypes[0], run))
     return checks
+
+
+def kinds(design: ModelConfig) -> tuple[str, ...]:
+    """Those of its layers, each once."""
+    return tuple(dict.fromkeys(str(place.layer.__struct_config__.tag) for place in layers(design.slots)))
 
 
 def _design(pattern: str | ModelConfig) -> tuple[str, ModelConfig]:
@@ -99,7 +121,7 @@ def _design(pattern: str | ModelConfig) -> tuple[str, ModelConfig]:
     return pattern, small(pattern)
 
 
-def _run(law: str, pattern: str, dtype: str, check: Callable[[], float]) -> LawResult:
+def _run(law: str, pattern: str, inside: tuple[str, ...], dtype: str, check: Callable[[], float]) -> LawResult:
     tolerance = 0.0 if law in EXACT else max(TOLERANCES[DTYPES[dtype]])
     start = perf_counter()
     try:
@@ -108,7 +130,7 @@ def _run(law: str, pattern: str, dtype: str, check: Callable[[], float]) -> LawR
         error, tolerance, message = broken.error, broken.tolerance, str(broken)
     except Exception as crash:  # a kernel that dies on this device is a finding, not the end of the check
         error, message = float("inf"), f"{law}: {type(crash).__name__}: {' '.join(str(crash).split())[:300]}"
-    return LawResult(law, pattern, dtype, error, tolerance, perf_counter() - start, not message, message)
+    return LawResult(law, pattern, inside, dtype, error, tolerance, perf_counter() - start, not message, message)
 
 
 @contextmanager

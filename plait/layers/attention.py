@@ -75,11 +75,6 @@ class AttentionLayer(MixerModule):
     def with_first(self, v: Tensor, mix: Tensor, context: Context) -> Tensor:
         """l1 v + l2 v0, v0 the values of the model's first attention layer (arXiv 2410.17897); in that layer v0 is v."""
         first = context.cached("v0", lambda: v)
-        if first.shape != v.shape:
-            raise ValueError(
-                f"value residual: values of {tuple(v.shape[2:])} (heads, head_dim) cannot be mixed with the first "
-                f"attention layer's {tuple(first.shape[2:])}; give both layers equal kv_heads and head_dim"
-            )
         here, there = cast(mix, v.dtype).unbind()
         return here * v + there * first
 

@@ -21,11 +21,12 @@ Values = dict[str, Tensor]
 # float32 shows that the dtype people run has no fault of its own, such as decays summed in too few digits. Measured:
 #   outputs 2e-5, gradients 5e-4, the decays' under extreme gates the worst; the reference itself is up to 2e-4 from
 #   float64. The mildest real mistake known, a convolution not reset between packed documents, shows as 3e-4 in outputs.
-TOLERANCES = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-4, 1e-3)}
-
 # Under autocast two ways of computing differ by the roundings of bfloat16, 2^-9 each, in every product. Measured: outputs
 # 1e-2, gradients 9e-2 (inductor, which rounds less often); a wrong gradient is off by its own size.
 AUTOCAST = (2**-4, 2**-2)
+
+# bfloat16 is checked for what only it has, such as a dtype that does not fit: it rounds as autocast does, and weights too.
+TOLERANCES = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-4, 1e-3), torch.bfloat16: AUTOCAST}
 
 # A gradient much smaller than its neighbours is a difference of large numbers, so it is judged against this part of the
 # largest one.
@@ -143,7 +144,8 @@ def agree(
 
 
 def _dtype(values: Mapping[str, Tensor]) -> torch.dtype:
-    return torch.float64 if all(x.dtype == torch.float64 for x in values.values()) else torch.float32
+    """The narrowest of them."""
+    return min((x.dtype for x in values.values()), key=lambda dtype: dtype.itemsize)
 
 
 def relative(got: Tensor, want: Tensor, size: float) -> float:

@@ -98,9 +98,11 @@ def _refuses_strays(law: str, folder: Path) -> None:
 @torch.no_grad()
 def counts(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
     """10: parameters, FLOPs and state bytes are what the design says without building it."""
-    law, model = "counts", subject(design, device, dtype)
     windows = [place.layer.window for place in layers(design.slots) if isinstance(place.layer, Attention)]
-    length = min([window for window in windows if window], default=19) - design.front.meta
+    shortest = min([window for window in windows if window], default=19)  # within which no window cuts what is measured
+    if shortest <= design.front.meta:
+        design = design.replace(front=design.front.replace(meta=0))
+    law, model, length = "counts", subject(design, device, dtype), shortest - design.front.meta
     tokens = some_tokens(design, length, device)[None]
     with forced("reference"), FlopCounterMode(display=False) as counter:
         model(tokens)
