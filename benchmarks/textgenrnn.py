@@ -2,9 +2,9 @@
 
     python benchmarks/textgenrnn.py FOLDER [--texts 5] [--out benchmarks/results/textgenrnn.json]
 
-FOLDER holds `textgenrnn_weights.hdf5` and `textgenrnn_vocab.json` of textgenrnn 2.0.0's source package; h5py is needed to read them.
+FOLDER holds `textgenrnn_weights.hdf5` and `textgenrnn_vocab.json` of textgenrnn 2.0.0; h5py reads them.
 
-The original reads the last 40 characters, padded on the left: embedding (100) -> LSTM (128) -> LSTM (128) -> the mean of all three,
+The original reads the last 40 characters, padded on the left: embedding (100) -> LSTM (128) -> LSTM (128) -> the mean of all,
 side by side, under softmax(w . x) over the 40 places -> softmax over 465 characters. Here its stream is 712 wide: what
 layers read lies in the first 356 channels, each layer writes into its own, and the mean into the rest, which the head
 reads. It is compared with the same in torch.nn.LSTM, which nobody here wrote: logits, and texts written by both.
@@ -149,7 +149,7 @@ def main() -> None:
     error = float((ours(tokens) - want).abs().max() / want.abs().max())
     same = sum(a == b for a, b in texts)
     print(
-        f"logits in float64 differ by {error:.1e} of the largest; {same} of {len(texts)} texts are the same, such as {texts[0][1]!r}"
+        f"logits in float64 differ by {error:.1e} of the largest; {same} of {len(texts)} texts are the same: {texts[0][1]!r}"
     )
     result = {
         "machine": machine(),
