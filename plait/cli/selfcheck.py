@@ -37,6 +37,7 @@ def command(
             help=f"All three dtypes, {RANDOM} designs drawn from all options besides, and a JSON line at the end.",
         ),
     ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the checks.")] = 1,
     imports: Imports = None,
 ) -> Outcome:
     """Check on this device that every way of calling a model gives the same numbers, for many patterns."""
@@ -59,7 +60,7 @@ def command(
                 say(screen, f"{done} of {total} checks done")
 
         dtypes = tuple(dtype or (("float64", "float32", "bfloat16") if everything else ("float32", "float64")))
-        results = selfcheck(where, dtypes, pattern, law, progress, random=RANDOM if everything else 0)
+        results = selfcheck(where, dtypes, pattern, law, progress, random=RANDOM if everything else 0, jobs=jobs)
     screen.print(table(results), layer_table(results))
     broken = [result for result in results if not result.passed]
     say(screen, f"{name}, torch {torch.__version__}: {len(results) - len(broken)} of {len(results)} checks passed")

@@ -1,9 +1,11 @@
 """The laws on the machine at hand: `plait selfcheck`. No test framework, any device."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from time import perf_counter
 
 import torch
@@ -50,21 +52,38 @@ def selfcheck(
     progress: Progress | None = None,
     *,
     random: int = 0,
+    jobs: int = 1,
 ) -> list[LawResult]:
     """Run every law on every design and dtype. `patterns`: names of the built-in designs, patterns, or whole designs.
     `random`: so many designs drawn from all that a design may say besides, the same ones each time, in the first dtype.
+
+    `jobs`: processes that share the checks.
 
     device: "auto" takes the GPU where there is one. `progress(done, total, result)` is called after each check.
     Raises ValueError for a law, dtype, pattern or device that does not exist; a law that breaks is a result.
     """
     checks = _checks(str(find_device(device)), dtypes, patterns, laws, random)
     results = []
-    with _full_precision():
-        for done, check in enumerate(checks, 1):
-            results.append(_run(*check))
-            if progress is not None:
-                progress(done, len(checks), results[-1])
+    for result in _results(checks, jobs):
+        results.append(result)
+        if progress is not None:
+            progress(len(results), len(checks), result)
     return results
+
+
+def _results(checks: Sequence[Check], jobs: int) -> Iterator[LawResult]:
+    if jobs == 1:
+        with _full_precision():
+            yield from (_run(*check) for check in checks)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_alone) as pool:
+        yield from pool.map(_run, *zip(*checks, strict=True))
+
+
+def _alone() -> None:
+    """What a process that has the checks of one core does first."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
 
 
 def _checks(

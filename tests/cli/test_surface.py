@@ -14,7 +14,7 @@ SURFACE = {
     "eval": ["run", "measures", "--text", "--context", "--tokens", "--device", "--import"],
     "demo": ["--text", "--out", "--fresh"],
     "doctor": ["spec", "changes", "--device"],
-    "selfcheck": ["--device", "--pattern", "--law", "--dtype", "--all", "--import"],
+    "selfcheck": ["--device", "--pattern", "--law", "--dtype", "--all", "--jobs", "--import"],
 }
 
 

@@ -192,6 +192,13 @@ class TestSelfcheck:
         assert {result.pattern for result in results} == {"AF", "[M|D]:gated"}
         assert {result.tolerance for result in results if result.law == "spec"} == {0.0}
 
+    def test_in_processes_and_on_random_designs(self):
+        call = {"dtypes": ["float64"], "patterns": ["AF"], "laws": ["spec", "causal"], "random": 1}
+        alone, shared = (
+            [(r.law, r.pattern, r.layers, r.passed) for r in selfcheck("cpu", **call, jobs=jobs)] for jobs in (1, 2)
+        )
+        assert alone == shared and len(alone) == 4 and all(passed for *_, passed in alone)
+
     def test_a_design_of_the_users(self):
         design = small("DA", D=plait.GatedDeltaNet(heads=1, head_dim=16))
         (result,) = selfcheck("cpu", ["float32"], [design], ["split"])
