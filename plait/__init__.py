@@ -19,6 +19,7 @@ from plait.design import Logits as Logits
 from plait.design import Mamba2 as Mamba2
 from plait.design import MergeAttention as MergeAttention
 from plait.design import Mixer as Mixer
+from plait.design import MixtureOfExperts as MixtureOfExperts
 from plait.design import ModelConfig as ModelConfig
 from plait.design import PatternError as PatternError
 from plait.design import Projection as Projection

@@ -14,6 +14,7 @@ from plait.design.layers import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers import Layer as Layer
 from plait.design.layers import Mamba2 as Mamba2
 from plait.design.layers import Mixer as Mixer
+from plait.design.layers import MixtureOfExperts as MixtureOfExperts
 from plait.design.layers import ReLU2 as ReLU2
 from plait.design.layers import RoPE as RoPE
 from plait.design.layers import SwiGLU as SwiGLU

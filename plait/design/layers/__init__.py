@@ -14,6 +14,7 @@ from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers.layer import Layer as Layer
 from plait.design.layers.layer import Mixer as Mixer
 from plait.design.layers.mamba2 import Mamba2 as Mamba2
+from plait.design.layers.moe import MixtureOfExperts as MixtureOfExperts
 from plait.design.layers.recurrent import GRU as GRU
 from plait.design.layers.recurrent import LSTM as LSTM
 from plait.design.layers.recurrent import RNN as RNN
@@ -30,6 +31,7 @@ KINDS: dict[str, type[Layer]] = {
     "swiglu": SwiGLU,
     "gelu": GELU,
     "relu2": ReLU2,
+    "moe": MixtureOfExperts,
 }
 
 LETTERS: dict[str, Layer] = {
@@ -41,4 +43,5 @@ LETTERS: dict[str, Layer] = {
     "H": LSTM(),
     "S": SLSTM(),
     "F": SwiGLU(),
+    "E": MixtureOfExperts(),
 }

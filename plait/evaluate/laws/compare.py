@@ -105,7 +105,7 @@ def with_gradients(model: LanguageModel, run: Callable[[], Values], state: Model
     """What `run` gives, and the gradients of a fixed sum of all of it at the parameters and at `state`."""
     values = run()
     loss = sum((x * noise(name, x)).sum() for name, x in values.items())
-    inputs = dict(model.named_parameters())
+    inputs = {name: x for name, x in model.named_parameters() if x.requires_grad}
     if state is not None:
         inputs |= {f"initial state {name}": x for name, x in state.tensors().items()}
     gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)  # type: ignore[arg-type]  # sum of tensors
