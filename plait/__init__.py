@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from plait.design import GELU as GELU
 from plait.design import GRU as GRU
 from plait.design import LSTM as LSTM
+from plait.design import MLSTM as MLSTM
 from plait.design import PRESETS as PRESETS
 from plait.design import RNN as RNN
 from plait.design import SLSTM as SLSTM

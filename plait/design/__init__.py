@@ -7,6 +7,7 @@ from plait.design.ends import Vectors as Vectors
 from plait.design.layers import GELU as GELU
 from plait.design.layers import GRU as GRU
 from plait.design.layers import LSTM as LSTM
+from plait.design.layers import MLSTM as MLSTM
 from plait.design.layers import RNN as RNN
 from plait.design.layers import SLSTM as SLSTM
 from plait.design.layers import Attention as Attention

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plait.design.layers import GELU, Attention, GatedDeltaNet, Layer, Mamba2, MixtureOfExperts, ReLU2, SwiGLU
+from plait.design.layers import GELU, Attention, GatedDeltaNet, Layer, Mamba2, MLSTM, MixtureOfExperts, ReLU2, SwiGLU
 from plait.design.layers.recurrent import GRU, LSTM, RNN, SLSTM
 from plait.design.model import ModelConfig
 from plait.design.places import Node, ParallelPlace, Place
@@ -18,6 +18,7 @@ from plait.layers.feed_forward import FeedForwardLayer
 from plait.layers.gated_deltanet import GatedDeltaNetLayer
 from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merges import MERGES
+from plait.layers.mlstm import MLSTMLayer
 from plait.layers.moe import MixtureOfExpertsLayer
 from plait.layers.norm import Norm
 from plait.layers.recurrent import RecurrentLayer
@@ -27,6 +28,7 @@ LAYERS: dict[type[Layer], type[LayerModule]] = {
     Attention: AttentionLayer,
     Mamba2: Mamba2Layer,
     GatedDeltaNet: GatedDeltaNetLayer,
+    MLSTM: MLSTMLayer,
     RNN: RecurrentLayer,
     GRU: RecurrentLayer,
     LSTM: RecurrentLayer,

@@ -14,6 +14,7 @@ from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers.layer import Layer as Layer
 from plait.design.layers.layer import Mixer as Mixer
 from plait.design.layers.mamba2 import Mamba2 as Mamba2
+from plait.design.layers.mlstm import MLSTM as MLSTM
 from plait.design.layers.moe import MixtureOfExperts as MixtureOfExperts
 from plait.design.layers.recurrent import GRU as GRU
 from plait.design.layers.recurrent import LSTM as LSTM
@@ -24,6 +25,7 @@ KINDS: dict[str, type[Layer]] = {
     "attention": Attention,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
+    "mlstm": MLSTM,
     "rnn": RNN,
     "gru": GRU,
     "lstm": LSTM,
@@ -39,6 +41,7 @@ LETTERS: dict[str, Layer] = {
     "W": Attention(window=512),
     "M": Mamba2(),
     "D": GatedDeltaNet(),
+    "X": MLSTM(),
     "G": GRU(),
     "H": LSTM(),
     "S": SLSTM(),

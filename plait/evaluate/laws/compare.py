@@ -46,7 +46,7 @@ def subject(design: ModelConfig, device: str, dtype: torch.dtype) -> LanguageMod
     model = build(design, device=device, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or name.endswith("gate"):
+            if parameter.ndim == 1 or name.endswith("gate") or not parameter.any():
                 parameter.add_(0.1 * noise(name, parameter))
     return model
 

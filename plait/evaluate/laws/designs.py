@@ -6,6 +6,7 @@ from plait.design import (
     GELU,
     GRU,
     LSTM,
+    MLSTM,
     RNN,
     SLSTM,
     Attention,
@@ -40,6 +41,7 @@ LAYERS: dict[str, Layer] = {
     "W": Attention(heads=2, head_dim=20, window=7),
     "M": Mamba2(heads=6, head_dim=10, state_dim=14),
     "D": GatedDeltaNet(heads=2, head_dim=18, value_heads=4, value_head_dim=22),
+    "X": MLSTM(heads=3, head_dim=14, key_dim=10),
     "G": GRU(heads=2, head_dim=15),
     "H": LSTM(heads=2, head_dim=13),
     "S": SLSTM(heads=2, head_dim=11),
@@ -122,6 +124,7 @@ DESIGNS: dict[str, ModelConfig] = {
         X=RNN(heads=4, head_dim=9, activation="relu", projection="heads", conv_width=None),
     ),
     "GELU and ReLU2": small("AF DR", F=GELU(hidden=80, bias=True), R=ReLU2(hidden=72)),
+    "XF": small("XF"),
     "AE": small("AE"),
     "ME experts in groups, chosen with a bias, sigmoids, a gated shared expert": small(
         "M E",
