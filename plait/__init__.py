@@ -16,6 +16,7 @@ from plait.design import Gated as Gated
 from plait.design import GatedDeltaNet as GatedDeltaNet
 from plait.design import Layer as Layer
 from plait.design import LayerNorm as LayerNorm
+from plait.design import LightningAttention as LightningAttention
 from plait.design import Logits as Logits
 from plait.design import Mamba2 as Mamba2
 from plait.design import MergeAttention as MergeAttention
@@ -26,8 +27,10 @@ from plait.design import PatternError as PatternError
 from plait.design import Projection as Projection
 from plait.design import Regression as Regression
 from plait.design import ReLU2 as ReLU2
+from plait.design import RetNet as RetNet
 from plait.design import RMSNorm as RMSNorm
 from plait.design import RoPE as RoPE
+from plait.design import SimpleGLA as SimpleGLA
 from plait.design import Sum as Sum
 from plait.design import SwiGLU as SwiGLU
 from plait.design import Tokens as Tokens

@@ -13,11 +13,14 @@ from plait.design.layers import SLSTM as SLSTM
 from plait.design.layers import Attention as Attention
 from plait.design.layers import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers import Layer as Layer
+from plait.design.layers import LightningAttention as LightningAttention
 from plait.design.layers import Mamba2 as Mamba2
 from plait.design.layers import Mixer as Mixer
 from plait.design.layers import MixtureOfExperts as MixtureOfExperts
 from plait.design.layers import ReLU2 as ReLU2
+from plait.design.layers import RetNet as RetNet
 from plait.design.layers import RoPE as RoPE
+from plait.design.layers import SimpleGLA as SimpleGLA
 from plait.design.layers import SwiGLU as SwiGLU
 from plait.design.load import load_design as load_design
 from plait.design.merges import Average as Average

@@ -42,7 +42,7 @@ class MLSTMLayer(MixerModule):
         q, k, v = (y.unflatten(-1, (c.heads, -1)) for y in (q, k, v))
         i, f = self.gates_proj(x).chunk(2, -1)
         i, f = self.capped(i, self.i_bias), self.capped(f, self.f_bias)
-        kept = dict(state=state and state.s, rows=context.rows, packing=context.packing)
+        kept = {"state": state and state.s, "rows": context.rows, "packing": context.packing}
         h, s, *_ = mlstm(q, k, v, i, f, scale=c.key_dim**-0.5, **kept)
         h = self.norm(h).flatten(2) * torch.sigmoid(gate)
         return h, None if state is None or s is None else Recurrent(s, state.conv)

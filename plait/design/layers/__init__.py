@@ -20,12 +20,19 @@ from plait.design.layers.recurrent import GRU as GRU
 from plait.design.layers.recurrent import LSTM as LSTM
 from plait.design.layers.recurrent import RNN as RNN
 from plait.design.layers.recurrent import SLSTM as SLSTM
+from plait.design.layers.scalar_decay import LightningAttention as LightningAttention
+from plait.design.layers.scalar_decay import RetNet as RetNet
+from plait.design.layers.scalar_decay import ScalarDecay as ScalarDecay
+from plait.design.layers.scalar_decay import SimpleGLA as SimpleGLA
 
 KINDS: dict[str, type[Layer]] = {
     "attention": Attention,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
     "mlstm": MLSTM,
+    "retnet": RetNet,
+    "lightning_attention": LightningAttention,
+    "simple_gla": SimpleGLA,
     "rnn": RNN,
     "gru": GRU,
     "lstm": LSTM,
@@ -42,6 +49,9 @@ LETTERS: dict[str, Layer] = {
     "M": Mamba2(),
     "D": GatedDeltaNet(),
     "X": MLSTM(),
+    "Rn": RetNet(),
+    "Li": LightningAttention(),
+    "Sg": SimpleGLA(),
     "G": GRU(),
     "H": LSTM(),
     "S": SLSTM(),

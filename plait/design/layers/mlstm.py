@@ -9,8 +9,8 @@ from plait.design.weights import Constant, Ramp, Weight, Weights, norm, projecti
 
 
 class MLSTM(Mixer, frozen=True, kw_only=True, tag="mlstm"):
-    """mLSTM (xLSTM, arXiv 2405.04517) as laid out in xLSTM-7B (arXiv 2503.13427): a matrix per head with exponential gates, normed
-    within heads, times the sigmoid of a gate.
+    """mLSTM (xLSTM, arXiv 2405.04517) as laid out in xLSTM-7B (arXiv 2503.13427): a matrix per head with exponential gates,
+    normed within heads, times the sigmoid of a gate.
 
     `head_dim` is that of values, `key_dim` of queries and keys, half of it unless given. Gates are held within `cap`:
     cap tanh(x / cap).

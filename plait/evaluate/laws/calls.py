@@ -23,6 +23,7 @@ from plait.layers.gated_deltanet import GatedDeltaNetLayer
 from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.mlstm import MLSTMLayer
 from plait.layers.recurrent import RecurrentCell
+from plait.layers.scalar_decay import SimpleGLALayer
 from plait.model import LanguageModel
 from plait.ops.kernels import forced
 from plait.state import ModelState
@@ -208,6 +209,8 @@ def extreme_gates(model: LanguageModel) -> None:
         for module in model.modules():
             if isinstance(module, MLSTMLayer):  # within a cap
                 module.gates_proj.weight *= 300
+            elif isinstance(module, SimpleGLALayer):
+                module.in_proj.weight[-len(module.g_bias) :] *= 300
             elif isinstance(module, Mamba2Layer | GatedDeltaNetLayer):
                 module.in_proj.weight[-len(module.A_log) :] *= 30
             elif isinstance(module, RecurrentCell) and module.in_proj.bias is not None:

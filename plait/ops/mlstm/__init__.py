@@ -1,7 +1,6 @@
 """mLSTM (xLSTM, arXiv 2405.04517, equations 19 to 27): C_t = f_t C_{t-1} + i_t v_t k_t^T, n_t = f_t n_{t-1} + i_t k_t,
 h_t = C_t q_t / max(|n_t q_t|, 1), with f = sigmoid(f~) and i = exp(i~)."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -34,8 +33,8 @@ def mlstm(
     packing: Packing | None = None,
     at: Int[Tensor, " m"] | None = None,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v+2 k"] | None, *tuple[Float[Tensor, "b m h v+2 k"], ...]]:
-    """Outputs and, where a state was given, the state after the last token: the rows of C, then n, both times exp(-m), then m in
-    every column. m is the stabiliser, so that no gate overflows: m_t = max(log f_t + m_{t-1}, i~_t), from 0.
+    """Outputs and, where a state was given, the state after the last token: the rows of C, then n, both times exp(-m), then m
+    in every column. m is the stabiliser, so that no gate overflows: m_t = max(log f_t + m_{t-1}, i~_t), from 0.
 
     i and f come before their exponential and sigmoid. scale: on q, 1 if left out. n is the batch, or the documents packed. With
     `rows`, `state` is a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.

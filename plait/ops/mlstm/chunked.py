@@ -23,7 +23,7 @@ def run(
 ) -> tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]:
     """Shapes as in `mlstm`."""
     m, g, factor = stabilised(i, f, None if state is None else state[:, :, -1, 0], packing)
-    written = F.pad(v, (0, 1), value=1.0) * factor[..., None]
+    written = torch.cat([v * factor[..., None], factor[..., None]], -1)
     start = None if state is None else state[:, :, :-1]
     o, S, *states = ssd.chunked.run(q, k, written, g, state=start, packing=packing, at=at)
     h = divided(o, m)
@@ -49,8 +49,8 @@ def step(
     logf = F.logsigmoid(f)
     m0 = torch.zeros_like(i) if state is None else state[:, None, :, -1, 0]
     m = torch.maximum(logf + m0, i)
-    factor = (i - m).exp()
-    written = F.pad(F.pad(v, (0, 1), value=1.0) * factor[..., None], (0, 1))
+    factor = (i - m).exp()[..., None]
+    written = torch.cat([v * factor, factor, torch.zeros_like(factor)], -1)
     o, S = ssd.step.run(q, k, written, logf + m0 - m, state=state, packing=packing, own=own)
     h = divided(o[..., :-1], m)
     if S is None:

@@ -15,7 +15,10 @@ from torch import Tensor
 from plait.ops.packing import Packing
 
 EPS = 1e-6  # added to what is divided by, as in xLSTM's kernels
-LARGEST = {torch.float32: 80.0, torch.float64: 700.0}  # whose exponential is finite; what is divided by it is 0 beside 1
+LARGEST = {
+    torch.float32: 80.0,
+    torch.float64: 700.0,
+}  # whose exponential is finite; what is divided by it is 0 beside 1
 
 
 class Gates(NamedTuple):
@@ -29,7 +32,7 @@ class Gates(NamedTuple):
 def stabilised(
     i: Float[Tensor, "b t h"], f: Float[Tensor, "b t h"], before: Float[Tensor, "n h"] | None, packing: Packing | None
 ) -> Gates:
-    """`before`: m before the first token of each row, or of each document; None: 0. Sums run in float64: they reach thousands."""
+    """`before`: m before the first token of each row, or document; None: 0. Sums run in float64: they reach thousands."""
     dtype, i, logf = i.dtype, i.double(), F.logsigmoid(f.double())
     m0 = i.new_zeros(1, 1, i.shape[2])
     if before is not None:

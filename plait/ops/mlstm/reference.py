@@ -27,9 +27,7 @@ def run(
     return (h, S) if at is None else (h, S, torch.stack(states, 1)[:, at])
 
 
-def _loop(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _loop(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return _all(q, k, v, i, f, state)[:2]
 
 
