@@ -7,13 +7,13 @@ import typer
 from plait.cli.changes import reach_letters, read_changes
 from plait.cli.command import Outcome, say, shell
 from plait.design import PRESETS, ModelConfig, load_design, render
-from plait.design.count import flops_per_token, head_flops, parameters, slot_counts, state_bytes
+from plait.design.count import active_parameters, flops_per_token, head_flops, parameters, slot_counts, state_bytes
 from plait.design.declared import front_weights, head_weights
 from plait.design.imports import KEY, asked, load_modules
 from plait.design.layers import LETTERS
 from plait.design.load import SAVED, design_file, design_mapping, find_design, read_mapping
 from plait.design.merges import MERGE_KINDS
-from plait.design.summary import si, size
+from plait.design.summary import counted, si, size
 from plait.design.weights import total
 from plait.files import user_path
 from plait.run_folder import RUN
@@ -101,7 +101,7 @@ def table(design: ModelConfig) -> Any:
     grid.add_row(
         "all",
         f"{len(design.slots)} slots",
-        si(parameters(design)),
+        counted(design),
         si(flops_per_token(design, CONTEXTS[FLOPS_AT])),
         *(size(state_bytes(design, context)) for context in CONTEXTS.values()),
     )
@@ -127,6 +127,7 @@ def as_data(design: ModelConfig) -> dict[str, Any]:
         "hash": design.hash,
         "slots": slots,
         "parameters": parameters(design),
+        "active_parameters": active_parameters(design),
         "flops_per_token": {name: flops_per_token(design, context) for name, context in CONTEXTS.items()},
         "state_bytes": {name: state_bytes(design, context) for name, context in CONTEXTS.items()},
     }

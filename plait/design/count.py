@@ -6,7 +6,7 @@ from plait.design import declared
 from plait.design.model import ModelConfig
 from plait.design.places import Node, Place
 from plait.design.spec import Memories, Memory, StateSpec
-from plait.design.weights import total
+from plait.design.weights import active, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,11 @@ def _flops(design: ModelConfig, node: Node, context: int) -> int:
 def parameters(design: ModelConfig) -> int:
     """All weights, each once."""
     return total(declared.weights(design))
+
+
+def active_parameters(design: ModelConfig) -> int:
+    """Those that a token passes through: of experts, those that are chosen."""
+    return active(declared.weights(design))
 
 
 def head_flops(design: ModelConfig) -> int:

@@ -26,6 +26,12 @@ def size(count_bytes: float) -> str:
     return f"{count_bytes:.4g} TiB"
 
 
+def counted(design: ModelConfig) -> str:
+    """How many, and where a token passes some experts only, how many it passes."""
+    all_, active = count.parameters(design), count.active_parameters(design)
+    return si(all_) if active == all_ else f"{si(all_)} ({si(active)} active)"
+
+
 def summary(design: ModelConfig) -> str:
     """One line per run of equal slots, then the totals."""
     rows = count.slot_counts(design, CONTEXTS[0])
@@ -34,7 +40,7 @@ def summary(design: ModelConfig) -> str:
         slots = list(group)
         names = slots[0].address if len(slots) == 1 else f"{slots[0].address} .. {slots[-1].address}"
         lines.append(f"  {names:<14} {layer:<28} {si(parameters)} parameters")
-    lines.append(f"  {si(count.parameters(design))} parameters in all")
+    lines.append(f"  {counted(design)} parameters in all")
     for context in CONTEXTS:
         flops, state = count.flops_per_token(design, context), count.state_bytes(design, context)
         lines.append(f"  at {context:>7,} tokens: {si(flops)}FLOP per token forward, {size(state)} of state")

@@ -10,13 +10,16 @@ from math import prod
 from typing import Literal
 
 # matrix: a projection (rows out, columns in), a module that is called.  blocks: matrices of other shapes that an op reads.
+# experts: matrices (n, rows, columns) side by side, of which a token passes some; each is one of its own to Muon.
 # embedding: a table of rows.  norm, bias, vector: one number per channel, head or unit.  conv: a row per channel.
 # decay: how fast a state forgets, and what else is ruined by rounding; float32 at least, whatever the model's dtype.
-Role = Literal["matrix", "blocks", "embedding", "norm", "bias", "vector", "conv", "decay"]
+# balance: no gradient, moved by training itself (`plait.train.balance`); float32 at least.
+Role = Literal["matrix", "blocks", "experts", "embedding", "norm", "bias", "vector", "conv", "decay", "balance"]
 
-MULTIPLIED: tuple[Role, ...] = ("matrix", "blocks")  # one multiply-add for each number and token
-DECAYED: tuple[Role, ...] = ("matrix", "blocks", "embedding")  # weight decay pulls these towards zero
-FLOAT32: tuple[Role, ...] = ("decay",)
+MULTIPLIED: tuple[Role, ...] = ("matrix", "blocks", "experts")  # one multiply-add for each number and token
+DECAYED: tuple[Role, ...] = ("matrix", "blocks", "experts", "embedding")  # weight decay pulls these towards zero
+ORTHOGONAL: tuple[Role, ...] = ("matrix", "experts")  # Muon's
+FLOAT32: tuple[Role, ...] = ("decay", "balance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +126,8 @@ def short_conv(channels: int, width: int, bias: bool) -> Weights:
 def total(weights: Weights) -> int:
     """How many numbers they are."""
     return sum(weight.numel for weight in weights)
+
+
+def active(weights: Weights) -> int:
+    """How many of them a token passes through."""
+    return sum(round(weight.numel * weight.used) for weight in weights)

@@ -1,4 +1,4 @@
-"""RMSNorm, gated or not, and LayerNorm."""
+"""RMSNorm, gated or not, and LayerNorm, within heads or not."""
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,18 @@ class Norm(nn.Module):
             return rms_norm(x, self.weight, c.eps, c.zero_centered)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, c.eps)
+
+
+class HeadNorm(nn.Module):
+    """A LayerNorm within each head, without a bias: what a recurrence gives, whose scale its normaliser has left open."""
+
+    def __init__(self, heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(heads * head_dim, dtype=torch.float32))
+
+    def forward(self, x: Float[Tensor, "b t h d"]) -> Float[Tensor, "b t h d"]:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight.to(x.dtype).view(x.shape[-2:])
 
 
 class GatedNorm(nn.Module):

@@ -6,7 +6,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plait.design.layers import GELU, Attention, GatedDeltaNet, Layer, Mamba2, ReLU2, SwiGLU
+from plait.design.layers import (
+    GELU,
+    MLSTM,
+    Attention,
+    GatedDeltaNet,
+    Layer,
+    LightningAttention,
+    Mamba2,
+    MixtureOfExperts,
+    ReLU2,
+    RetNet,
+    SimpleGLA,
+    SwiGLU,
+)
 from plait.design.layers.recurrent import GRU, LSTM, RNN, SLSTM
 from plait.design.model import ModelConfig
 from plait.design.places import Node, ParallelPlace, Place
@@ -18,14 +31,21 @@ from plait.layers.feed_forward import FeedForwardLayer
 from plait.layers.gated_deltanet import GatedDeltaNetLayer
 from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merges import MERGES
+from plait.layers.mlstm import MLSTMLayer
+from plait.layers.moe import MixtureOfExpertsLayer
 from plait.layers.norm import Norm
 from plait.layers.recurrent import RecurrentLayer
+from plait.layers.scalar_decay import LightningAttentionLayer, RetNetLayer, SimpleGLALayer
 from plait.state import Branches, SlotState
 
 LAYERS: dict[type[Layer], type[LayerModule]] = {
     Attention: AttentionLayer,
     Mamba2: Mamba2Layer,
     GatedDeltaNet: GatedDeltaNetLayer,
+    MLSTM: MLSTMLayer,
+    RetNet: RetNetLayer,
+    LightningAttention: LightningAttentionLayer,
+    SimpleGLA: SimpleGLALayer,
     RNN: RecurrentLayer,
     GRU: RecurrentLayer,
     LSTM: RecurrentLayer,
@@ -33,6 +53,7 @@ LAYERS: dict[type[Layer], type[LayerModule]] = {
     SwiGLU: FeedForwardLayer,
     GELU: FeedForwardLayer,
     ReLU2: FeedForwardLayer,
+    MixtureOfExperts: MixtureOfExpertsLayer,
 }
 
 Hidden = Float[Tensor, "b t d"]

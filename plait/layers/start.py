@@ -10,7 +10,7 @@ from plait.design.weights import Constant, Normal, Ramp, Uniform, Weight, Weight
 
 def empty(weight: Weight) -> nn.Parameter:
     """Room for a weight, float32 whatever the process's default is."""
-    return nn.Parameter(torch.empty(weight.shape, dtype=torch.float32))
+    return nn.Parameter(torch.empty(weight.shape, dtype=torch.float32), requires_grad=weight.role != "balance")
 
 
 def start(module: nn.Module, weights: Weights, seed: int) -> None:

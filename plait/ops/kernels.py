@@ -31,6 +31,8 @@ OPS = {
     "ssd": "plait.ops.ssd:KERNELS",
     "delta": "plait.ops.delta:KERNELS",
     "shooting": "plait.ops.shooting:KERNELS",
+    "mlstm": "plait.ops.mlstm:KERNELS",
+    "moe": "plait.ops.moe:KERNELS",
 }
 
 

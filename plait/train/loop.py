@@ -23,6 +23,7 @@ from plait.model.device import find_device
 from plait.ops.shooting import NotConverged
 from plait.run_folder import METRICS, RUN, latest, remove_leftovers
 from plait.train.ahead import Ahead
+from plait.train.balance import rebalance
 from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
 from plait.train.config import RunConfig, from_folder, to_yaml
 from plait.train.display import Display
@@ -255,6 +256,7 @@ class _Training:
         lr = self.optimizers.step(position.step + 1, self.broken)
         position.step, position.tokens = position.step + 1, position.tokens + tokens
         losses, stats = dict(zip(parts, values, strict=True)), reduce_stats(channels, ranks)
+        rebalance(self.model, stats, self.broken)
         numbers = Late({"loss": loss, "gradient norm": norm, "losses": losses, "stats": stats})
         seconds = time.perf_counter() - started
         return _Queued(position.step, batch, lr, tokens, position.tokens, seconds, numbers)

@@ -27,7 +27,7 @@ class Muon(torch.optim.Optimizer):
     """The same numbers as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but for the dtype of its products.
 
     A group's `blocks` says for each parameter how its rows fall into matrices of their own, which are orthogonalised apart:
-    the queries', keys' and values' of one fused projection. Without it each parameter is one matrix.
+    the queries', keys' and values' of one fused projection, each expert's gate and up. Without it each parameter is one matrix.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float):
@@ -54,12 +54,12 @@ class Muon(torch.optim.Optimizer):
 
     def matrices(self, group: dict[str, Any]) -> "list[Pair]":
         """Every matrix of the group, a view into its parameter, and where it is to go."""
-        blocks = group.get("blocks") or [(len(weight),) for weight in group["params"]]
+        blocks = group.get("blocks") or [(weight.shape[0],) for weight in group["params"]]
         return [
             pair
             for weight, rows in zip(group["params"], blocks, strict=True)
             if weight.grad is not None
-            for pair in zip(weight.split(rows), self.direction(weight).split(rows), strict=True)
+            for pair in zip(*(x.flatten(0, -2).split(rows) for x in (weight, self.direction(weight))), strict=True)
         ]
 
     def direction(self, weight: Tensor) -> Tensor:

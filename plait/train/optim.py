@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.design import declared
-from plait.design.weights import DECAYED
+from plait.design.weights import DECAYED, ORTHOGONAL
 from plait.model import LanguageModel
 from plait.train.config import RunConfig
 from plait.train.muon import Muon
@@ -22,7 +22,7 @@ Named = list[tuple[str, nn.Parameter]]
 def split_parameters(model: LanguageModel, muon: bool) -> dict[str, Named]:
     """Every trained parameter with its name, in exactly one of "muon", "decay" and "plain" (no weight decay).
 
-    What a weight was declared as decides: see `plait.design.weights`. Muon's are the projections inside the slots.
+    What a weight was declared as decides: see `plait.design.weights`. Muon's are the projections and experts in the slots.
     """
     roles = {weight.name: weight.role for weight in declared.weights(model.design)}
     groups: dict[str, Named] = {"muon": [], "decay": [], "plain": []}
@@ -31,7 +31,7 @@ def split_parameters(model: LanguageModel, muon: bool) -> dict[str, Named]:
             continue
         if roles[name] not in DECAYED:
             groups["plain"].append((name, parameter))
-        elif muon and roles[name] == "matrix" and name.startswith("slots."):
+        elif muon and roles[name] in ORTHOGONAL and name.startswith("slots."):
             groups["muon"].append((name, parameter))
         else:
             groups["decay"].append((name, parameter))
@@ -39,9 +39,10 @@ def split_parameters(model: LanguageModel, muon: bool) -> dict[str, Named]:
 
 
 def row_blocks(model: LanguageModel, named: Named) -> list[tuple[int, ...]]:
-    """The rows that belong together in each matrix: those of q, of k, of v in a fused one."""
+    """The rows that belong together in each weight: those of q, of k, of v in a fused one, and of every expert anew."""
     parts = {weight.name: weight.parts for weight in declared.weights(model.design)}
-    return [tuple(rows for _, rows in parts[name]) or (len(parameter),) for name, parameter in named]
+    each = [tuple(rows for _, rows in parts[name]) or (parameter.shape[-2],) for name, parameter in named]
+    return [rows * parameter.shape[:-2].numel() for rows, (_, parameter) in zip(each, named, strict=True)]
 
 
 def scale(step: int, run: RunConfig) -> float:

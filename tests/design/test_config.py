@@ -191,6 +191,20 @@ def test_hash_is_of_what_is_built():
         ),
         ({"layers": {"H": {"kind": "lstm", "clip": -1.0}}}, "LSTM.clip must be above 0"),
         ({"layers": {"R": {"kind": "rnn", "gate_bias": 1.0}}}, "RNN has no gate that keeps, so gate_bias must be 0"),
+        ({"layers": {"E": {"kind": "moe", "top_k": 9}}}, "MixtureOfExperts.top_k 9 is more than the experts 8"),
+        ({"layers": {"E": {"kind": "moe", "groups": 3}}}, "MixtureOfExperts.groups 3 does not divide experts 8"),
+        ({"layers": {"E": {"kind": "moe", "groups": 8}}}, "groups 8 leaves one expert in each; give at most 4"),
+        ({"layers": {"E": {"kind": "moe", "groups": 4, "top_groups": 5}}}, "top_groups 5 is more than groups 4"),
+        (
+            {"layers": {"E": {"kind": "moe", "groups": 4, "top_groups": 1, "top_k": 3}}},
+            "MixtureOfExperts.top_k 3 is more than the experts in 1 of 4 groups, 2",
+        ),
+        (
+            {"layers": {"E": {"kind": "moe", "shared_gate": True}}},
+            "shared_gate is of a shared expert; give shared_hidden",
+        ),
+        ({"layers": {"E": {"kind": "moe", "z_loss": -1.0}}}, "MixtureOfExperts.z_loss must be between 0 and 1,000"),
+        ({"layers": {"E": {"kind": "moe", "router": "softmux"}}}, "'softmux' does not exist; did you mean 'softmax'?"),
         ({"pattern": "S", "dim": 70}, "SLSTM: dim 70 is not a multiple of 64, so heads and head_dim must be given"),
     ],
 )

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from plait.ops.conv import causal_conv
 from plait.ops.delta import gated_delta
+from plait.ops.mlstm import mlstm as mlstm_op
 from plait.ops.shooting import LSTM, SLSTM, shooting
 from plait.ops.ssd import ssd
 
@@ -26,6 +27,12 @@ def linear(op):
     return make
 
 
+def mlstm(t, dtype, count=None):
+    q, k = (torch.randn(B, t, H, K, dtype=dtype) for _ in range(2))
+    v, i, f = torch.randn(B, t, H, V, dtype=dtype), *(3 * torch.randn(B, t, H, dtype=dtype) for _ in range(2))
+    return lambda **state: mlstm_op(*(x[:, :count] for x in (q, k, v, i, f)), **state), (H, V + 2, K)
+
+
 def nonlinear(cell):
     def make(t, dtype, count=None):
         g = len(cell.inputs)
@@ -44,6 +51,7 @@ OPS = {
     "conv": conv,
     "ssd": linear(ssd),
     "delta": linear(gated_delta),
+    "mlstm": mlstm,
     "lstm": nonlinear(LSTM()),
     "slstm": nonlinear(SLSTM()),
 }

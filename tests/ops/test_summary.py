@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plait.ops import conv, delta, ssd
+from plait.ops import conv, delta, mlstm, ssd
 from plait.ops.conv import causal_conv
 from plait.ops.delta import gated_delta
+from plait.ops.mlstm import mlstm as mlstm_op
 from plait.ops.ssd import ssd as ssd_op
 from tests.ops.conftest import run_with_gradients
 
@@ -28,12 +29,17 @@ def problem(name, decay=0.1):
     if name == "delta":
         tokens = k, v, g, beta
         return tokens, delta.summary, state, lambda k, v, g, beta, state: gated_delta(k, k, v, g, beta, state=state)[1]
+    if name == "mlstm":  # gates before their exponential and sigmoid, as far from 0 as `decay` says
+        k, v, i, f = torch.randn(2, T, H, K).double(), v, 100 * decay * g, -60 * decay * g
+        state = torch.randn(2, H, V + 2, K, dtype=torch.float64)
+        state[:, :, -1] = state[:, :, -1, :1]  # m
+        return (k, v, i, f), mlstm.summary, state, lambda k, v, i, f, state: mlstm_op(k, k, v, i, f, state=state)[1]
     x, weight = torch.randn(2, T, D, dtype=torch.float64), torch.randn(D, 4, dtype=torch.float64)
     state = torch.randn(2, 3, D, dtype=torch.float64)
     return (x,), lambda x: conv.summary(x, 4), state, lambda x, state: causal_conv(x, weight, state=state)[1]
 
 
-NAMES = ("ssd", "delta", "conv")
+NAMES = ("ssd", "delta", "mlstm", "conv")
 
 
 @pytest.mark.parametrize("decay", [0.1, 50.0])
@@ -86,7 +92,7 @@ def test_gradients_go_through(name, close):
         close(got[key], x)
 
 
-@pytest.mark.parametrize("name", ["ssd", "delta"])
+@pytest.mark.parametrize("name", ["ssd", "delta", "mlstm"])
 def test_narrow_tokens_are_summed_up_in_float32(name):
     tokens, summary, state, _ = problem(name)
     narrow = [x.bfloat16() for x in tokens]

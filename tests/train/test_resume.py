@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from plait.data import train_bpe
 from plait.train import Interrupted, checkpoints, latest, load_run, train
 
+EXPERTS = {"dim": 64, "pattern": "EA", "layers": {"E": {"kind": "moe", "hidden": 16, "bias_rate": 0.01}}}
 CLOCK = ("seconds", "step_s", "tokens_per_s")
 KILLER = Path(__file__).with_name("killed_saves.py")
 
@@ -40,6 +41,7 @@ def contents(run: Path) -> dict[str, object]:
         ("AF", {}),
         ("[M|D]F", {"optimizer": "muon", "schedule": "wsd"}),
         ("(DF)2AF", {"accumulate": 2, "precision": "bfloat16", "activation_checkpointing": True}),
+        ("EA", {"design": EXPERTS}),
     ],
 )
 def test_resumed_equals_never_stopped(make_run, quiet, interrupt_once, pattern, changes):

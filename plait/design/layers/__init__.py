@@ -14,15 +14,25 @@ from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers.layer import Layer as Layer
 from plait.design.layers.layer import Mixer as Mixer
 from plait.design.layers.mamba2 import Mamba2 as Mamba2
+from plait.design.layers.mlstm import MLSTM as MLSTM
+from plait.design.layers.moe import MixtureOfExperts as MixtureOfExperts
 from plait.design.layers.recurrent import GRU as GRU
 from plait.design.layers.recurrent import LSTM as LSTM
 from plait.design.layers.recurrent import RNN as RNN
 from plait.design.layers.recurrent import SLSTM as SLSTM
+from plait.design.layers.scalar_decay import LightningAttention as LightningAttention
+from plait.design.layers.scalar_decay import RetNet as RetNet
+from plait.design.layers.scalar_decay import ScalarDecay as ScalarDecay
+from plait.design.layers.scalar_decay import SimpleGLA as SimpleGLA
 
 KINDS: dict[str, type[Layer]] = {
     "attention": Attention,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
+    "mlstm": MLSTM,
+    "retnet": RetNet,
+    "lightning_attention": LightningAttention,
+    "simple_gla": SimpleGLA,
     "rnn": RNN,
     "gru": GRU,
     "lstm": LSTM,
@@ -30,6 +40,7 @@ KINDS: dict[str, type[Layer]] = {
     "swiglu": SwiGLU,
     "gelu": GELU,
     "relu2": ReLU2,
+    "moe": MixtureOfExperts,
 }
 
 LETTERS: dict[str, Layer] = {
@@ -37,8 +48,13 @@ LETTERS: dict[str, Layer] = {
     "W": Attention(window=512),
     "M": Mamba2(),
     "D": GatedDeltaNet(),
+    "X": MLSTM(),
+    "Rn": RetNet(),
+    "Li": LightningAttention(),
+    "Sg": SimpleGLA(),
     "G": GRU(),
     "H": LSTM(),
     "S": SLSTM(),
     "F": SwiGLU(),
+    "E": MixtureOfExperts(),
 }

@@ -21,7 +21,9 @@ from plait.evaluate.laws.compare import (
 )
 from plait.layers.gated_deltanet import GatedDeltaNetLayer
 from plait.layers.mamba2 import Mamba2Layer
+from plait.layers.mlstm import MLSTMLayer
 from plait.layers.recurrent import RecurrentCell
+from plait.layers.scalar_decay import SimpleGLALayer
 from plait.model import LanguageModel
 from plait.ops.kernels import forced
 from plait.state import ModelState
@@ -214,7 +216,11 @@ def extreme_gates(model: LanguageModel) -> None:
             elif name.endswith("dt_bias"):
                 parameter.copy_(torch.where(heads == 0, 8.0, -4.0).to(parameter))
         for module in model.modules():
-            if isinstance(module, Mamba2Layer | GatedDeltaNetLayer):
+            if isinstance(module, MLSTMLayer):  # within a cap
+                module.gates_proj.weight *= 300
+            elif isinstance(module, SimpleGLALayer):
+                module.in_proj.weight[-len(module.g_bias) :] *= 300
+            elif isinstance(module, Mamba2Layer | GatedDeltaNetLayer):
                 module.in_proj.weight[-len(module.A_log) :] *= 30
             elif isinstance(module, RecurrentCell) and module.in_proj.bias is not None:
                 gates = module.in_proj.bias.view(len(module.cell.inputs), -1)

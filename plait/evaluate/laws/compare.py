@@ -47,7 +47,7 @@ def subject(design: ModelConfig, device: str, dtype: torch.dtype) -> LanguageMod
     model = build(design, device=device, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or name.endswith("gate"):
+            if parameter.ndim == 1 or name.endswith("gate") or not parameter.any():
                 parameter.add_(0.1 * noise(name, parameter))
     return model
 
@@ -106,7 +106,7 @@ def with_gradients(model: LanguageModel, run: Callable[[], Values], state: Model
     """What `run` gives, and the gradients of a fixed sum of all of it at the parameters and at `state`."""
     values = run()
     loss = sum((x * noise(name, x)).sum() for name, x in values.items())
-    inputs = dict(model.named_parameters())
+    inputs = {name: x for name, x in model.named_parameters() if x.requires_grad}
     if state is not None:
         inputs |= {f"initial state {name}": x for name, x in state.tensors().items()}
     gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)  # type: ignore[arg-type]  # sum of tensors

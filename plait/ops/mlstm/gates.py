@@ -1,0 +1,61 @@
+"""The stabiliser of exponential gates, for all tokens at once.
+
+m_t = max(log f_t + m_{t-1}, i~_t) is a sum and a running maximum: with F_t the sum of log f up to t, m_t = F_t + the largest
+i~_j - F_j so far. Relative to it the gates are exp of what is at most 0, so that the recurrence is the scalar-decay one
+(`plait.ops.ssd`) with log decays log f_t + m_{t-1} - m_t and inputs times exp(i~_t - m_t).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.ops.packing import Packing
+
+EPS = 1e-6  # added to what is divided by, as in xLSTM's kernels
+LARGEST = {
+    torch.float32: 80.0,
+    torch.float64: 700.0,
+}  # whose exponential is finite; what is divided by it is 0 beside 1
+
+
+class Gates(NamedTuple):
+    """The stabiliser, in float64; log decays and the factors of inputs, in the gates' dtype."""
+
+    m: Float[Tensor, "b t h"]
+    g: Float[Tensor, "b t h"]
+    scale: Float[Tensor, "b t h"]
+
+
+def stabilised(
+    i: Float[Tensor, "b t h"], f: Float[Tensor, "b t h"], before: Float[Tensor, "n h"] | None, packing: Packing | None
+) -> Gates:
+    """`before`: m before the first token of each row, or document; None: 0. Sums run in float64: they reach thousands."""
+    dtype, i, logf = i.dtype, i.double(), F.logsigmoid(f.double())
+    m0 = i.new_zeros(1, 1, i.shape[2])
+    if before is not None:
+        m0 = before.double()[:, None] if packing is None else before.double()[packing.documents][None]
+    if packing is None:
+        first = (torch.arange(i.shape[1], device=i.device) == 0)[None, :, None]
+    else:
+        first = (packing.offsets == 0)[..., None]
+    source = torch.where(first, torch.maximum(i, logf + m0), i)
+    # a decay after which nothing from before a document is the largest; that of the first token counts for nothing
+    beyond = -(i.detach().abs().amax() + m0.detach().abs().amax()) * 2 - 1
+    total = torch.where(first, beyond, logf).cumsum(1)
+    m = total + (source - total).cummax(1).values
+    previous = torch.where(first, m0, F.pad(m[:, :-1], (0, 0, 1, 0)))
+    return Gates(m, (logf + previous - m).to(dtype), (i - m).exp().to(dtype))
+
+
+def divided(o: Float[Tensor, "b t h v+1"], m: Float[Tensor, "b t h"]) -> Float[Tensor, "b t h v"]:
+    """C q over max(|n q|, exp(-m)), of which the last is the bound 1 of what is not stabilised."""
+    bound = (-m).clamp(max=LARGEST[o.dtype]).exp().to(o.dtype)
+    return o[..., :-1] / (torch.maximum(o[..., -1].abs(), bound) + EPS)[..., None]
+
+
+def with_m(S: Float[Tensor, "*n h v+1 k"], m: Float[Tensor, "*n h"]) -> Float[Tensor, "*n h v+2 k"]:
+    """The state: C and n, then m."""
+    return torch.cat([S, m.to(S.dtype)[..., None, None].expand(*m.shape, 1, S.shape[-1])], -2)
