@@ -1,5 +1,6 @@
 """`plait show`: a design's slots, parameters, FLOPs and state, without building it."""
 
+import inspect
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -7,10 +8,18 @@ import typer
 from plait.cli.changes import reach_letters, read_changes
 from plait.cli.command import Outcome, say, shell
 from plait.design import PRESETS, ModelConfig, load_design, render
-from plait.design.count import active_parameters, flops_per_token, head_flops, parameters, slot_counts, state_bytes
+from plait.design.count import (
+    active_parameters,
+    flops_per_token,
+    head_flops,
+    parameters,
+    slot_counts,
+    state_bytes,
+    transformer_beside,
+)
 from plait.design.declared import front_weights, head_weights
 from plait.design.imports import KEY, asked, load_modules
-from plait.design.layers import LETTERS
+from plait.design.layers import LETTERS, Layer
 from plait.design.load import SAVED, design_file, design_mapping, find_design, read_mapping
 from plait.design.merges import MERGE_KINDS
 from plait.design.summary import counted, si, size
@@ -20,7 +29,7 @@ from plait.run_folder import RUN
 from plait.train import RunConfig, load_run
 
 CONTEXTS = {"1k": 1_024, "4k": 4_096, "128k": 131_072}
-FLOPS_AT = "4k"
+LETTERS_AT = 768  # how wide the model is in which letters are compared
 
 
 if TYPE_CHECKING:
@@ -36,8 +45,14 @@ def command(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the design: dim=768 layers.A.heads=4"),
     ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that a token sees, for FLOPs.")] = 4_096,
+    letters: Annotated[bool, typer.Option("--letters", help="Every letter with its layer, state and source.")] = False,
 ) -> Outcome:
-    """Slots, parameters, FLOPs per token and state bytes of a design; without SPEC, what there is to choose from."""
+    """Slots, parameters, FLOPs per token and state bytes of a design, beside a transformer of its width; without SPEC, what
+    there is to choose from."""
+    if letters:
+        screen.print(letter_table())
+        return Outcome({"letters": letters_data()}, next=['plait show "((DF)3 AF)6" dim=768'])
     if spec is None:
         return overview(screen)
     given = read_changes(changes or [], ModelConfig)
@@ -46,8 +61,8 @@ def command(
     source = spec if run is None else sized(run, given)
     bound = (source if isinstance(source, dict) else find_design(source)[0]).get("layers") or ()
     design = load_design(source, **reach_letters(given, bound))
-    screen.print(table(design))
-    data = as_data(design)
+    screen.print(table(design, context))
+    data = as_data(design, context)
     if run is not None:
         tokens = run.steps * run.batch * run.data.length
         say(screen, f"{run.steps:,} steps of {run.batch} x {run.data.length:,} tokens: {si(tokens)} tokens of training")
@@ -78,39 +93,53 @@ def sized(run: RunConfig, given: dict[str, Any]) -> dict[str, Any]:
     return data | {"vocab": load_tokenizer(run.data.tokenizer).vocab}
 
 
-def table(design: ModelConfig) -> Any:
-    """One row a slot, then the totals."""
+def contexts(context: int) -> dict[str, int]:
+    """Where states are measured, by name, and `context`, by which name that is."""
+    return dict(sorted((CONTEXTS | {name_of(context): context}).items(), key=lambda item: item[1]))
+
+
+def name_of(context: int) -> str:
+    named = {length: name for name, length in CONTEXTS.items()}
+    return named.get(context, f"{context:,}")
+
+
+def table(design: ModelConfig, context: int) -> Any:
+    """One row a slot, then the totals, beside those of a transformer of this width."""
     from rich.table import Table
 
-    counts = {name: slot_counts(design, context) for name, context in CONTEXTS.items()}
+    lengths, here = contexts(context), name_of(context)
+    counts = {name: slot_counts(design, length) for name, length in lengths.items()}
     grid = Table(title=f"{render(design.chain)}   dim {design.dim}, vocabulary {design.vocab:,}", title_justify="left")
     for name in ("slot", "layer"):
         grid.add_column(name, no_wrap=True)
-    for name in ("parameters", f"FLOPs/token at {FLOPS_AT}", *(f"state at {name}" for name in CONTEXTS)):
+    for name in ("parameters", f"FLOPs/token at {here}", *(f"state at {name}" for name in lengths)):
         grid.add_column(name, justify="right", no_wrap=True)
     front, head = total(front_weights(design)), total(head_weights(design))
     described = f"{type(design.front).__name__}{', tied' if design.tied else ''}"
     flops = si(sum(weight.flops for weight in front_weights(design)))
-    grid.add_row("front", described, si(front), flops, *[""] * len(CONTEXTS))
-    for index, row in enumerate(counts[FLOPS_AT]):
+    grid.add_row("front", described, si(front), flops, *[""] * len(lengths))
+    for index, row in enumerate(counts[here]):
         states = (size(rows[index].state_bytes) if rows[index].state_bytes else "0" for rows in counts.values())
         grid.add_row(row.address.replace("[", r"\["), row.layer, si(row.parameters), si(row.flops), *states)
     grid.add_row(
-        "head", type(design.head).__name__, si(head), si(head_flops(design)), *[""] * len(CONTEXTS), end_section=True
+        "head", type(design.head).__name__, si(head), si(head_flops(design)), *[""] * len(lengths), end_section=True
     )
-    grid.add_row(
-        "all",
-        f"{len(design.slots)} slots",
-        counted(design),
-        si(flops_per_token(design, CONTEXTS[FLOPS_AT])),
-        *(size(state_bytes(design, context)) for context in CONTEXTS.values()),
-    )
+    grid.add_row("all", f"{len(design.slots)} slots", *totals(design, context))
+    if (beside := transformer_beside(design)) is not None:
+        grid.add_row(render(beside.chain), "a transformer of this width", *totals(beside, context), style="dim")
     return grid
 
 
-def as_data(design: ModelConfig) -> dict[str, Any]:
+def totals(design: ModelConfig, context: int) -> list[str]:
+    """The last cells of a row."""
+    states = (size(state_bytes(design, length)) for length in contexts(context).values())
+    return [counted(design), si(flops_per_token(design, context)), *states]
+
+
+def as_data(design: ModelConfig, context: int) -> dict[str, Any]:
     """The same as plain numbers."""
-    counts = {name: slot_counts(design, context) for name, context in CONTEXTS.items()}
+    lengths = contexts(context)
+    counts = {name: slot_counts(design, length) for name, length in lengths.items()}
     slots = [
         {
             "address": row.address,
@@ -119,18 +148,52 @@ def as_data(design: ModelConfig) -> dict[str, Any]:
             "flops_per_token": {name: rows[index].flops for name, rows in counts.items()},
             "state_bytes": {name: rows[index].state_bytes for name, rows in counts.items()},
         }
-        for index, row in enumerate(counts[FLOPS_AT])
+        for index, row in enumerate(counts[name_of(context)])
     ]
+    data = {"pattern": render(design.chain), "design": design.to_dict(), "hash": design.hash, "slots": slots}
+    beside = transformer_beside(design)
+    other = None if beside is None else {"pattern": beside.pattern, **totals_data(beside, lengths)}
+    return data | totals_data(design, lengths) | {"transformer": other}
+
+
+def totals_data(design: ModelConfig, lengths: dict[str, int]) -> dict[str, Any]:
     return {
-        "pattern": render(design.chain),
-        "design": design.to_dict(),
-        "hash": design.hash,
-        "slots": slots,
         "parameters": parameters(design),
         "active_parameters": active_parameters(design),
-        "flops_per_token": {name: flops_per_token(design, context) for name, context in CONTEXTS.items()},
-        "state_bytes": {name: state_bytes(design, context) for name, context in CONTEXTS.items()},
+        "flops_per_token": {name: flops_per_token(design, length) for name, length in lengths.items()},
+        "state_bytes": {name: state_bytes(design, length) for name, length in lengths.items()},
     }
+
+
+def letters_data() -> dict[str, dict[str, Any]]:
+    """Each letter's layer, and its state in a model 768 wide."""
+    found = {}
+    for letter, layer in LETTERS.items():
+        memory = layer.resolve(LETTERS_AT).state(LETTERS_AT, "float32")
+        states = {name: memory.sized(1, length).nbytes for name, length in CONTEXTS.items()}
+        what = " ".join((inspect.getdoc(type(layer)) or "").split("\n\n")[0].split())
+        found[letter] = layer.to_dict() | {"state": memory.kind, "state_bytes": states, "what": what}
+    return found
+
+
+def bound_to(layer: Layer) -> str:
+    """A layer's name, and what differs from its defaults."""
+    return ", ".join(
+        [type(layer).__name__, *(f"{key} {value}" for key, value in layer.to_dict().items() if key != "kind")]
+    )
+
+
+def letter_table() -> Any:
+    from rich.table import Table
+
+    grid = Table(title=f"letters, and a layer's state at dim {LETTERS_AT}", title_justify="left", show_lines=True)
+    for name in ("letter", "layer", "state", *(f"at {name}" for name in ("1k", "128k"))):
+        grid.add_column(name, justify="right" if name.startswith("at") else "left", no_wrap=True)
+    grid.add_column("what it is, and where from")
+    for letter, data in letters_data().items():
+        states = (size(data["state_bytes"][name]) if data["state_bytes"][name] else "0" for name in ("1k", "128k"))
+        grid.add_row(letter, bound_to(LETTERS[letter]), data["state"], *states, data["what"].replace("[", r"\["))
+    return grid
 
 
 def overview(screen: "Console") -> Outcome:
@@ -150,8 +213,7 @@ def overview(screen: "Console") -> Outcome:
     letters.add_column("letter")
     letters.add_column("layer")
     for letter, layer in LETTERS.items():
-        what = ", ".join(f"{key} {value}" for key, value in layer.to_dict().items() if key != "kind")
-        letters.add_row(letter, f"{type(layer).__name__}{f', {what}' if what else ''}")
+        letters.add_row(letter, bound_to(layer))
         data["letters"][letter] = layer.to_dict()
     screen.print(presets, letters)
     screen.print(f"side by side: [bold]\\[D|A][/bold], merged by {', '.join(sorted(MERGE_KINDS))}, as in \\[D|A]:gated")

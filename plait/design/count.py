@@ -94,3 +94,21 @@ def flops_per_token(design: ModelConfig, context: int) -> int:
 def state_bytes(design: ModelConfig, context: int, dtype: str = "float32") -> int:
     """What one sequence of `context` tokens leaves behind."""
     return state_spec(design, 1, context, dtype).nbytes
+
+
+def transformer_beside(design: ModelConfig) -> ModelConfig | None:
+    """What to compare with: attention and SwiGLU in as many slots, as wide, between the same front and head. None where a width
+    has no default heads."""
+    blocks = -(-len(design.slots) // 2)
+    try:
+        return ModelConfig(
+            vocab=design.vocab,
+            dim=design.dim,
+            pattern=f"(AF){blocks}" if blocks > 1 else "AF",
+            norm=design.norm,
+            front=design.front,
+            head=design.head,
+            tie_embeddings=design.tie_embeddings,
+        )
+    except ValueError:
+        return None

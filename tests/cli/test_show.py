@@ -2,6 +2,7 @@ import pytest
 
 from plait.design import PRESETS, load_design
 from plait.design.count import flops_per_token, parameters, state_bytes
+from plait.design.layers import LETTERS
 
 
 def test_without_a_design_it_lists_presets_and_letters(plait):
@@ -24,6 +25,26 @@ def test_a_pattern_is_counted_slot_by_slot(plait):
     assert data["flops_per_token"]["4k"] == flops_per_token(design, 4096)
     assert data["state_bytes"]["128k"] == state_bytes(design, 131_072)
     assert [slot["address"] for slot in data["slots"]] == [slot.address for slot in design.slots]
+
+
+def test_beside_a_transformer_of_its_width(plait):
+    data = plait("show", "((DF)3 AF)2", "dim=128", "vocab=1000", "--context", "5000", "--json").json
+    transformer = load_design("(AF)8", dim=128, vocab=1000)
+    assert data["transformer"]["pattern"] == "(AF)8"
+    assert data["transformer"]["parameters"] == parameters(transformer)
+    assert data["transformer"]["flops_per_token"]["5,000"] == flops_per_token(transformer, 5000)
+    assert data["flops_per_token"]["5,000"] > data["flops_per_token"]["4k"]
+    assert data["transformer"]["state_bytes"]["5,000"] == state_bytes(transformer, 5000)
+    odd = plait("show", "AF", "dim=40", "layers.A.heads=2", "--json")  # no default heads: nothing to compare with
+    assert odd.code == 0 and odd.json["transformer"] is None
+
+
+def test_every_letter_with_layer_state_and_source(plait):
+    ran, data = plait("show", "--letters"), plait("show", "--letters", "--json").json["letters"]
+    assert set(data) == set(LETTERS)
+    assert all(letter["what"] and letter["state"] for letter in data.values())
+    assert "Attention, window 512" in ran.out and "arXiv 2412.06464" in ran.out
+    assert data["W"]["state_bytes"]["1k"] == data["W"]["state_bytes"]["128k"] < data["A"]["state_bytes"]["1k"]
 
 
 def test_a_model_too_wide_to_be_built_is_only_counted(plait):

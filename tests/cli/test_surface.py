@@ -5,7 +5,7 @@ from typer.main import get_command
 from plait.cli.app import app
 
 SURFACE = {
-    "show": ["spec", "changes"],
+    "show": ["spec", "changes", "--context", "--letters"],
     "train": ["arguments"],
     "generate": [
         *("run", "prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
