@@ -75,6 +75,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     warmup, decay: how long those take (decay: wsd only); a share of the steps below 1, a number of steps from 1 on.
     lr_end: where the schedule ends, as a share of lr.  clip: largest global gradient norm; null: none.
     seed: of the weights and the order of the text.
+    delayed: when layers begin to contribute, by letter or address, a share of the steps or a number: {A: 0.3} trains without
+        attention at first (arXiv 2510.00258). Until then they add nothing and stay as they are.
 
     precision: "float32", or "bfloat16": autocast, weights stay float32.
     activation_checkpointing: recompute activations in the backward pass, to save memory.
@@ -105,6 +107,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     lr_end: float = 0.1
     clip: float | None = 1.0
     seed: int = 0
+    delayed: dict[str, float] = {}
 
     precision: str = "float32"
     activation_checkpointing: bool = False
@@ -140,9 +143,9 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
         between(self, 1e-12, 1e12, "clip")
         between(self, 0, 2**63 - 1, "seed")
         between(self, 0, 1, "lr_end")
-        for name in ("warmup", "decay"):
-            amount = getattr(self, name)
-            if amount < 0 or (amount >= 1 and amount != int(amount)):
+        amounts = {"warmup": self.warmup, "decay": self.decay}
+        for name, amount in (amounts | {f"delayed.{name}": amount for name, amount in self.delayed.items()}).items():
+            if not 0 <= amount < TOKENS_IN_STEP or (amount >= 1 and amount != int(amount)):
                 raise ValueError(
                     f"RunConfig.{name} must be a share of the steps below 1 or a whole number of steps, got {amount}"
                 )
@@ -174,13 +177,14 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
 
     @property
     def warmup_steps(self) -> int:
-        return self._steps(self.warmup)
+        return self.steps_of(self.warmup)
 
     @property
     def decay_steps(self) -> int:
-        return self._steps(self.decay) if self.schedule == "wsd" else 0
+        return self.steps_of(self.decay) if self.schedule == "wsd" else 0
 
-    def _steps(self, amount: float) -> int:
+    def steps_of(self, amount: float) -> int:
+        """A share of the steps, or a number of them."""
         return round(amount * self.steps) if amount < 1 else int(amount)
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from plait.train.ahead import Ahead
 from plait.train.balance import rebalance
 from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
 from plait.train.config import RunConfig, from_folder, to_yaml
+from plait.train.delay import asleep, begins, without
 from plait.train.display import Display
 from plait.train.errors import Interrupted, NonFinite, SaveFailed, TrainingStopped, Unsolved
 from plait.train.guard import first_nonfinite, weights_finite
@@ -79,7 +80,7 @@ def train(
             else:
                 inputs = text_inputs(run, before and folder / "tokenizer", ranks, display.reading)
         run = run.replace(design=inputs.design.to_dict())
-        device = find_device(run.device)
+        device, delayed = find_device(run.device), begins(run, inputs.design)
         if before is None:
             torch.manual_seed(run.seed)
             model, position = first_model(run, inputs.design, device), Position()
@@ -109,6 +110,7 @@ def train(
                     signals,
                     log,
                     ranks,
+                    delayed,
                     broken,
                 ).to_the_end()
 
@@ -177,6 +179,7 @@ class _Training:
     signals: Signals
     log: Log
     ranks: Ranks
+    delayed: dict[str, int]  # the step before which a layer adds nothing
     broken: Tensor  # on the device; above 0 from the first step on whose loss or gradient is not finite: weights stay
     queued: _Queued | None = None
 
@@ -191,10 +194,11 @@ class _Training:
             self.compile()
         self.objective.train()
         while position.step < run.steps:
-            self.one_step()
-            heldout = self.evaluate() if self.due(run.eval_every, at_end=True) else None
-            if self.sample and self.inputs.tokenizer and self.due(run.sample_every, at_end=False):
-                self.show_sample(self.sample, self.inputs.tokenizer)
+            with without(self.model, asleep(self.delayed, position.step)):
+                self.one_step()
+                heldout = self.evaluate() if self.due(run.eval_every, at_end=True) else None
+                if self.sample and self.inputs.tokenizer and self.due(run.sample_every, at_end=False):
+                    self.show_sample(self.sample, self.inputs.tokenizer)
             stop = self.ranks.any(self.signals.received)
             if stop or self.due(run.save_every, at_end=True):
                 self.save()
