@@ -305,14 +305,18 @@ class LanguageModel(nn.Module):
             slots = tuple(remember(part, lengths, make) for part in self._memory().parts)
             return ModelState.of(slots, lengths, self.design.hash, self.device)
 
-    def init_pool(self, rows: int, length: int, *, page: int | None = None, pages: int | None = None) -> Pool:
+    def init_pool(
+        self, rows: int, length: int, *, page: int | None = None, pages: int | None = None, drafts: int = 0
+    ) -> Pool:
         """Room for `rows` sequences of up to `length` tokens, written in place: what serving runs on (`plait.state.Pool`).
-        Keys lie in `pages` pages of `page` tokens; without these a row has one page, and there is one for each row."""
+        Keys lie in `pages` pages of `page` tokens; without these a row has one page, and there is one for each row. `drafts`:
+        how many tokens sliding windows can give back without a snapshot (`pool.truncate`), each a place more in every row."""
         rows, length = whole_number("init_pool: rows", rows, 1), whole_number("init_pool: length", length, 1)
         page = None if page is None else whole_number("init_pool: page", page, 1)
         pages = None if pages is None else whole_number("init_pool: pages", pages, 1)
-        tokens = length + self.design.front.meta
-        return Pool(self._memory(), self.design.hash, self.device, rows=rows, tokens=tokens, page=page, pages=pages)
+        room = {"tokens": length + self.design.front.meta, "page": page, "pages": pages}
+        drafts = whole_number("init_pool: drafts", drafts, 0)
+        return Pool(self._memory(), self.design.hash, self.device, rows=rows, drafts=drafts, **room)
 
     def _memory(self) -> Memories:
         return count.memory(self.design, str(self.dtype).removeprefix("torch."))

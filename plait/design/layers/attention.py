@@ -1,11 +1,12 @@
 """Softmax attention."""
 
+from dataclasses import replace
 from typing import Self
 
 from plait.design.layers.layer import Mixer, head_sizes
 from plait.design.spec import Leaf, Memory
 from plait.design.spelling import suggest
-from plait.design.struct import DERIVED, Struct, positive
+from plait.design.struct import DERIVED, MAX_SIZE, Struct, at_most, positive
 from plait.design.weights import Bias, Constant, Weight, Weights, norm, projection
 
 
@@ -32,7 +33,8 @@ class RoPE(Struct, frozen=True, kw_only=True, tag=False):
 class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
     """Softmax attention (arXiv 1706.03762). `kv_heads` 1 is MQA, below `heads` GQA (arXiv 2305.13245).
 
-    window: a query sees itself and the window - 1 tokens before it. softcap: logits become c tanh(logits / c).
+    window: a query sees itself and the window - 1 tokens before it, and the first `prefix` tokens of all (arXiv 2309.17453), which
+    a model's meta tokens are where it has some. sinks: a learned logit per head that takes its part of the softmax (gpt-oss). softcap: logits become c tanh(logits / c).
     output_gate: sigmoid gate from the input on the heads' output (Qwen3-Next). qk_norm: RMSNorm per head on q and k.
     bias: true for all projections, or the names of those that have one, of q, k, v, gate and o: [q, k, v] is Qwen2.
     scale: on q . k; null: 1 / sqrt(head_dim).
@@ -42,6 +44,8 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
     kv_heads: int = DERIVED
     head_dim: int = DERIVED
     window: int | None = None
+    prefix: int = 0
+    sinks: bool = False
     rope: RoPE | None = RoPE()
     qk_norm: bool = False
     output_gate: bool = False
@@ -52,6 +56,12 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "heads", "kv_heads", "head_dim", "window", "softcap", "scale")
+        if self.prefix < 0 or (self.prefix and not self.window):
+            raise ValueError(
+                f"Attention.prefix: the first tokens that a window sees beside the last ones, 0 or more; got {self.prefix}"
+                + ("" if self.window else " and no window: without one all are seen")
+            )
+        at_most(self, "prefix", MAX_SIZE)
         if self.heads and self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"Attention: kv_heads {self.kv_heads} does not divide heads {self.heads}")
         known = ("q", "k", "v", *(["gate"] if self.output_gate else []), "o")
@@ -85,13 +95,15 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
             *projection("qkv_proj", rows, reads or dim, bias=self.bias),
             *self.output("o_proj", dim, bias=o),
             *norms,
+            *((Weight("sinks", (self.heads,), "vector", Constant(0.0)),) if self.sinks else ()),
             *residual,
         )
 
     def mixing(self, dim: int, context: int) -> int:
-        return 4 * self.heads * self.head_dim * min(context, self.window or context)
+        return 4 * self.heads * self.head_dim * min(context, self.prefix + (self.window or context))
 
     def state(self, dim: int, dtype: str) -> Memory:
         kind, keep = ("window", self.window - 1) if self.window else ("kv", "all")
         shape, ring = (self.kv_heads, self.head_dim), self.window is not None
-        return Memory(kind, tuple(Leaf(name, shape, dtype, keep, ring=ring) for name in ("k", "v")))
+        leaf = Leaf("k", shape, dtype, keep, ring=ring, prefix=self.prefix)
+        return Memory(kind, (leaf, replace(leaf, name="v")))

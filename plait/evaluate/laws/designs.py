@@ -107,6 +107,17 @@ DESIGNS: dict[str, ModelConfig] = {
     "AF soft-capped": small("AF", A=Attention(heads=2, head_dim=16, softcap=2.0)),
     "WF soft-capped, grouped": small("WF", W=Attention(heads=4, kv_heads=2, head_dim=16, softcap=2.0, window=5)),
     "WF window of one": small("WDF", W=Attention(heads=2, head_dim=16, window=1)),
+    "SinksF, in full and in a window": small(
+        "SinksF NearF",
+        Sinks=Attention(heads=4, kv_heads=2, head_dim=12, sinks=True, bias=("q", "k", "v")),
+        Near=Attention(heads=2, head_dim=20, window=7, sinks=True),
+    ),
+    "WF with a prefix, and values of the first layer": small(
+        "WF NearF",
+        wrap=Wrap(value_residual=True),
+        W=Attention(heads=4, kv_heads=2, head_dim=12, window=7, prefix=3),
+        Near=Attention(heads=6, kv_heads=2, head_dim=12, window=5, prefix=9, sinks=True, softcap=2.0),
+    ),
     "MF groups, no bias, wide convolution": small(
         "MF", M=Mamba2(heads=6, head_dim=10, state_dim=14, groups=3, conv_bias=False, conv_width=6)
     ),
@@ -196,7 +207,7 @@ DESIGNS: dict[str, ModelConfig] = {
             "F#0": {"wrap": {"reads": "stream_and_embeddings", "norms": "none"}},
         },
     ),
-    "meta tokens": small("AF WF DF", front=Tokens(meta=3), W=Attention(heads=2, head_dim=20, window=5)),
+    "meta tokens": small("AF WF DF", front=Tokens(meta=3), W=Attention(heads=2, head_dim=20, window=5, prefix=3)),
     "meta tokens and learned positions, own head with bias": small(
         "MF A", front=Tokens(meta=2, positions=300), head=Logits(bias=True), tied=False
     ),
