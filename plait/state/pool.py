@@ -194,7 +194,10 @@ class Pool:
         if not self.keeps_all:
             return
         missing = [self._pages_for(self.lengths[row] + count) - len(self.tables[row]) for row in rows]
-        shared = [row for row in rows if self._would_overwrite(row)]
+        shared: list[int] = []
+        for i, row in enumerate(rows):
+            if self._would_overwrite(row, set(rows[:i]) - set(shared)):
+                shared.append(row)
         if not shared and not any(extra > 0 for extra in missing):
             return
         self._check_room([self.lengths[row] + count for row in rows], sum(max(0, n) for n in missing) + len(shared))
@@ -245,10 +248,11 @@ class Pool:
         if length == self.lengths[row]:
             return
         living = [taken for ref in self._snapshots[row] if (taken := ref()) is not None]
-        if not self._can_forget(row, length):
+        lost = self._lacks(row, length)
+        if lost is not None:
             match = next((taken for taken in living if taken.length == length), None)
             if match is None:
-                raise ValueError(self._no_way_back(row, length, [taken.length for taken in living]))
+                raise ValueError(self._no_way_back(row, length, lost, [taken.length for taken in living]))
             self.restore(row, match)
             return
         for page in self.tables[row][self._pages_for(length) :]:
@@ -258,18 +262,18 @@ class Pool:
         self._snapshots[row] = [weakref.ref(taken) for taken in living if taken.length <= length]
         self._tell([row])
 
-    def _can_forget(self, row: int, length: int) -> bool:
-        """Whether the pool still has all that every layer would remember of `length` tokens."""
+    def _lacks(self, row: int, length: int) -> str | None:
+        """A leaf of which the pool no longer has all that it would hold after `length` tokens."""
         for name, leaf in self.leaves.items():
             if leaf.keep == "all":
                 continue
             if not isinstance(leaf.keep, int) or not leaf.ring:
-                return False
+                return name
             size = self.tensors[name].shape[1] - leaf.prefix
             there = max(leaf.prefix, self._joined[row] - leaf.keep, self._reached[row] - size)  # the first token in the ring
             if max(leaf.prefix, length - leaf.keep) < min(there, length):
-                return False
-        return True
+                return name
+        return None
 
     def take(self, rows: Sequence[int]) -> ModelState:
         """A copy of rows as a value."""
@@ -365,14 +369,16 @@ class Pool:
             self._drop_page(page, row)
         self.tables[row] = []
 
-    def _would_overwrite(self, row: int) -> bool:
-        """Whether the row's next token falls where somebody else sees a token of his own."""
+    def _would_overwrite(self, row: int, writers: set[int]) -> bool:
+        """Whether the row's next token falls where somebody else sees a token of his own, or one of the `writers` puts one."""
         length, table = self.lengths[row], self.tables[row]
         inside = length // self.page
         if inside >= len(table) or len(self.users[table[inside]]) == 1:
             return False
         others = self.users[table[inside]] - {row}
-        return any((self.lengths[user] if user >= 0 else self._kept[user]) > length for user in others)
+        return bool(others & writers) or any(
+            (self.lengths[user] if user >= 0 else self._kept[user]) > length for user in others
+        )
 
     def _copy_last(self, row: int) -> None:
         inside = self.lengths[row] // self.page
@@ -421,13 +427,15 @@ class Pool:
             f"(about {spec:,} bytes)"
         )
 
-    def _no_way_back(self, row: int, length: int, known: list[int]) -> str:
-        movers = sorted({name.rsplit(".", 1)[0] for name, leaf in self.leaves.items() if leaf.keep != "all"})
+    def _no_way_back(self, row: int, length: int, lost: str, known: list[int]) -> str:
+        slot, window = lost.split(".")[0], self.leaves[lost].ring
         nearest = min(known, key=lambda n: abs(n - length), default=None)
         where = f"the nearest was taken at {nearest}" if nearest is not None else "it has none"
         return (
-            f"row {row} cannot be cut to {length} tokens: what slot {movers[0].split('.')[0]} remembers can only be restored, "
-            f"and no living snapshot of the row was taken there ({where}); take one with pool.snapshot({row}) in time"
+            f"row {row} cannot be cut to {length} tokens: what slot {slot} remembers "
+            + (f"goes back by {self.drafts} drafts alone" if window else "can only be restored")
+            + f", and no living snapshot of the row was taken there ({where}); take one with pool.snapshot({row}) in time"
+            + (", or make the pool with more drafts" if window else "")
         )
 
 
