@@ -18,6 +18,7 @@ from plait.design import Layer as Layer
 from plait.design import LayerNorm as LayerNorm
 from plait.design import LightningAttention as LightningAttention
 from plait.design import Logits as Logits
+from plait.design import LatentAttention as LatentAttention
 from plait.design import Mamba2 as Mamba2
 from plait.design import MergeAttention as MergeAttention
 from plait.design import Mixer as Mixer

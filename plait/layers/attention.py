@@ -1,6 +1,7 @@
 """Softmax attention as a layer: full or windowed, grouped heads, rotary positions, query/key norm, output gate."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,10 +13,12 @@ from plait.layers.context import Context
 from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
 from plait.layers.rope import turn
-from plait.ops.attention import Heads, attention
+from plait.ops.attention import Heads, Start, attention
 from plait.ops.attention.paged import paged_attention, write_pages
 from plait.ops.kernels import Call, cast
-from plait.state import KV, Pages, State, Window
+from plait.state import KV, Appended, Pages, State, Window
+
+S = TypeVar("S", bound=Appended)
 
 
 class AttentionLayer(MixerModule):
@@ -78,7 +81,7 @@ class AttentionLayer(MixerModule):
         elif isinstance(state, Window):
             o, state = self.windowed(q, k, v, context, state)
         elif isinstance(state, KV):
-            o, state = self.appended(q, k, v, context, state)
+            o, state = over_all(q, [k, v], context, state, self.attend)
         else:
             raise TypeError(f"attention has no use for a state of kind {state.kind!r}")
         o = o.flatten(2)
@@ -90,21 +93,8 @@ class AttentionLayer(MixerModule):
         here, there = cast(mix, v.dtype).unbind()
         return here * v + there * first
 
-    def appended(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: KV) -> tuple[Tensor, KV]:
-        """Attend to all keys since the start; in the buffer, key j stands at position j."""
-        packing = context.packing
-        if torch.compiler.is_compiling() and packing is None:
-            state, (keys, values) = state.lined_up((k, v), context.starts)
-            keys, values = keys.to(q.dtype), values.to(q.dtype)
-            before = context.starts - (keys.shape[1] - k.shape[1])
-            return attention(q, keys, values, q_start=context.starts, k_start=before, **self.logits), state
-        if not context.ragged and context.lengths is not None:
-            state, (k, v) = state.extend((k, v), None, None)
-            return attention(q, cast(k, q.dtype), cast(v, q.dtype), q_start=context.lengths[0], **self.logits), state
-        state, (keys, values) = state.extend((k, v), context.row_of, context.positions)
-        rows = q if packing is None else packing.to_rows(q)
-        o = attention(rows, keys.to(q.dtype), values.to(q.dtype), q_start=context.starts, **self.logits)
-        return (o if packing is None else packing.from_rows(o)), state
+    def attend(self, q: Tensor, kept: tuple[Tensor, ...], q_start: Start, k_start: Start | None) -> Tensor:
+        return attention(q, *kept, q_start=q_start, k_start=k_start, **self.logits)
 
     def windowed(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: Window) -> tuple[Tensor, Window]:
         """Attend to what the state keeps, the first tokens and the tail, and to the new tokens."""
@@ -160,6 +150,25 @@ class AttentionLayer(MixerModule):
                 x[row, at[:, :prefix]] = new[:, :prefix].to(x.dtype)
             x[row, at[:, -size:]] = new[:, -size:].to(x.dtype)
         return attention(q, *seen, q_start=starts, k_start=starts - (window - 1), **self.seen, **self.logits)
+
+
+def over_all(
+    q: Tensor, new: Sequence[Tensor], context: Context, state: S, attend: Callable[..., Tensor]
+) -> tuple[Tensor, S]:
+    """`attend(q, all that is kept since the start, q_start, k_start)` of the new tokens, which are kept first. In the buffer,
+    token j stands at position j."""
+    packing = context.packing
+    if torch.compiler.is_compiling() and packing is None:
+        state, kept = state.lined_up(new, context.starts)
+        before = context.starts - (kept[0].shape[1] - new[0].shape[1])
+        return attend(q, tuple(x.to(q.dtype) for x in kept), context.starts, before), state
+    if not context.ragged and context.lengths is not None:
+        state, kept = state.extend(new, None, None)
+        return attend(q, tuple(cast(x, q.dtype) for x in kept), context.lengths[0], None), state
+    state, kept = state.extend(new, context.row_of, context.positions)
+    rows = q if packing is None else packing.to_rows(q)
+    o = attend(rows, tuple(x.to(q.dtype) for x in kept), context.starts, None)
+    return (o if packing is None else packing.from_rows(o)), state
 
 
 def place_in_ring(at: Tensor, prefix: int, places: int) -> Tensor:

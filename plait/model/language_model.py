@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from plait.design import count
 from plait.design.declared import front_weights
 from plait.design.ends import Tokens
-from plait.design.layers import Attention
 from plait.design.model import ModelConfig, nearest_place
 from plait.design.places import Node, ParallelPlace, layers, paths
 from plait.design.spec import Leaf, Memories, StateSpec, TensorSpec
@@ -61,7 +60,7 @@ class LanguageModel(nn.Module):
     @staticmethod
     def limit(design: ModelConfig) -> int | None:
         """How many tokens a sequence may have; None: any number."""
-        ropes = [p.layer.rope for p in layers(design.slots) if isinstance(p.layer, Attention) and p.layer.rope]
+        ropes = [rope for p in layers(design.slots) if (rope := getattr(p.layer, "rope", None)) is not None]
         limits = [rope.max_positions - design.front.meta for rope in ropes if rope.max_positions]
         return min([*limits, *([design.front.positions] if design.front.positions else [])], default=None)
 

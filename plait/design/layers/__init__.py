@@ -11,6 +11,7 @@ from plait.design.layers.feed_forward import FeedForward as FeedForward
 from plait.design.layers.feed_forward import ReLU2 as ReLU2
 from plait.design.layers.feed_forward import SwiGLU as SwiGLU
 from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from plait.design.layers.latent_attention import LatentAttention as LatentAttention
 from plait.design.layers.layer import Layer as Layer
 from plait.design.layers.layer import Mixer as Mixer
 from plait.design.layers.mamba2 import Mamba2 as Mamba2
@@ -27,6 +28,7 @@ from plait.design.layers.scalar_decay import SimpleGLA as SimpleGLA
 
 KINDS: dict[str, type[Layer]] = {
     "attention": Attention,
+    "latent_attention": LatentAttention,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
     "mlstm": MLSTM,
@@ -46,6 +48,7 @@ KINDS: dict[str, type[Layer]] = {
 LETTERS: dict[str, Layer] = {
     "A": Attention(),
     "W": Attention(window=512),
+    "L": LatentAttention(),
     "M": Mamba2(),
     "D": GatedDeltaNet(),
     "X": MLSTM(),

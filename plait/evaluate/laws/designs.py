@@ -13,6 +13,7 @@ from plait.design import (
     Average,
     Gated,
     GatedDeltaNet,
+    LatentAttention,
     LayerNorm,
     LightningAttention,
     Logits,
@@ -42,6 +43,7 @@ from plait.design.norms import Norm
 LAYERS: dict[str, Layer] = {
     "A": Attention(heads=4, head_dim=12),
     "W": Attention(heads=2, head_dim=20, window=7),
+    "L": LatentAttention(heads=3, nope_dim=10, rope_dim=6, value_dim=14, rank=22),
     "M": Mamba2(heads=6, head_dim=10, state_dim=14),
     "D": GatedDeltaNet(heads=2, head_dim=18, value_heads=4, value_head_dim=22),
     "X": MLSTM(heads=3, head_dim=14, key_dim=10),
@@ -117,6 +119,12 @@ DESIGNS: dict[str, ModelConfig] = {
         wrap=Wrap(value_residual=True),
         W=Attention(heads=4, kv_heads=2, head_dim=12, window=7, prefix=3),
         Near=Attention(heads=6, kv_heads=2, head_dim=12, window=5, prefix=9, sinks=True, softcap=2.0),
+    ),
+    "LF": small("LF"),
+    "LF without positions, queries from a latent": small(
+        "LF LF",
+        L=LatentAttention(heads=2, nope_dim=12, rope_dim=4, value_dim=9, rank=17, query_rank=26, rope=None),
+        at={"L#1": {"rope": RoPE(), "rank": 5}},
     ),
     "MF groups, no bias, wide convolution": small(
         "MF", M=Mamba2(heads=6, head_dim=10, state_dim=14, groups=3, conv_bias=False, conv_width=6)
