@@ -12,7 +12,7 @@ from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
-from plait.layers.rope import turn
+from plait.layers.rope import sharpen, turn
 from plait.ops.attention import Heads, Start, attention
 from plait.ops.attention.paged import paged_attention, write_pages
 from plait.ops.kernels import Call, cast
@@ -74,6 +74,8 @@ class AttentionLayer(MixerModule):
         if c.rope is not None:
             qk = turn(qk, c.rope, context)
         q, k = qk.split_with_sizes((c.heads, c.kv_heads), 2)
+        if c.temperature is not None:
+            q = sharpen(q, c.temperature, context)
         if state is None:
             o = attention(q, k, v, packing=context.packing, **self.seen, **self.logits)
         elif context.rows is not None:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.design.layers import (
+    GEGLU,
     GELU,
     MLSTM,
     Attention,
@@ -54,6 +55,7 @@ LAYERS: dict[type[Layer], type[LayerModule]] = {
     LSTM: RecurrentLayer,
     SLSTM: RecurrentLayer,
     SwiGLU: FeedForwardLayer,
+    GEGLU: FeedForwardLayer,
     GELU: FeedForwardLayer,
     ReLU2: FeedForwardLayer,
     MixtureOfExperts: MixtureOfExpertsLayer,

@@ -5,7 +5,7 @@ keeps, so that both can be counted without building anything; tests hold the cou
 """
 
 from plait.design.layers.attention import Attention as Attention
-from plait.design.layers.attention import RoPE as RoPE
+from plait.design.layers.feed_forward import GEGLU as GEGLU
 from plait.design.layers.feed_forward import GELU as GELU
 from plait.design.layers.feed_forward import FeedForward as FeedForward
 from plait.design.layers.feed_forward import ReLU2 as ReLU2
@@ -21,6 +21,8 @@ from plait.design.layers.recurrent import GRU as GRU
 from plait.design.layers.recurrent import LSTM as LSTM
 from plait.design.layers.recurrent import RNN as RNN
 from plait.design.layers.recurrent import SLSTM as SLSTM
+from plait.design.layers.rope import RoPE as RoPE
+from plait.design.layers.rope import Temperature as Temperature
 from plait.design.layers.scalar_decay import LightningAttention as LightningAttention
 from plait.design.layers.scalar_decay import RetNet as RetNet
 from plait.design.layers.scalar_decay import ScalarDecay as ScalarDecay
@@ -40,6 +42,7 @@ KINDS: dict[str, type[Layer]] = {
     "lstm": LSTM,
     "slstm": SLSTM,
     "swiglu": SwiGLU,
+    "geglu": GEGLU,
     "gelu": GELU,
     "relu2": ReLU2,
     "moe": MixtureOfExperts,

@@ -4,30 +4,11 @@ from dataclasses import replace
 from typing import Self
 
 from plait.design.layers.layer import Mixer, head_sizes
+from plait.design.layers.rope import RoPE, Temperature
 from plait.design.spec import Leaf, Memory
 from plait.design.spelling import suggest
-from plait.design.struct import DERIVED, MAX_SIZE, Struct, at_most, positive
+from plait.design.struct import DERIVED, MAX_SIZE, at_most, positive
 from plait.design.weights import Bias, Constant, Weight, Weights, norm, projection
-
-
-class RoPE(Struct, frozen=True, kw_only=True, tag=False):
-    """Rotary positions (arXiv 2104.09864): the first `fraction` of each head turns with the position.
-
-    `max_positions` is how far the model may be used: longer sequences are refused. None: no limit.
-    """
-
-    theta: float = 10_000.0
-    fraction: float = 1.0
-    max_positions: int | None = None
-
-    def __post_init__(self) -> None:
-        positive(self, "theta", "max_positions")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"RoPE.fraction must be in (0, 1], got {self.fraction}; for none at all write rope: null")
-
-    def rotated(self, head_dim: int) -> int:
-        """How many of a head's channels turn; even."""
-        return int(head_dim * self.fraction) // 2 * 2
 
 
 class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
@@ -37,7 +18,7 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
     a model's meta tokens are where it has some. sinks: a learned logit per head that takes its part of the softmax (gpt-oss). softcap: logits become c tanh(logits / c).
     output_gate: sigmoid gate from the input on the heads' output (Qwen3-Next). qk_norm: RMSNorm per head on q and k.
     bias: true for all projections, or the names of those that have one, of q, k, v, gate and o: [q, k, v] is Qwen2.
-    scale: on q . k; null: 1 / sqrt(head_dim).
+    scale: on q . k; null: 1 / sqrt(head_dim). temperature: what queries are multiplied by the further on they stand (Llama 4).
     """
 
     heads: int = DERIVED
@@ -51,6 +32,7 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
     output_gate: bool = False
     softcap: float | None = None
     scale: float | None = None
+    temperature: Temperature | None = None
     bias: Bias = False
 
     def __post_init__(self) -> None:

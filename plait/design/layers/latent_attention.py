@@ -2,8 +2,8 @@
 
 from typing import Self
 
-from plait.design.layers.attention import RoPE
 from plait.design.layers.layer import Mixer, wide_head_dim
+from plait.design.layers.rope import RoPE
 from plait.design.spec import Leaf, Memory
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import Normal, Weight, Weights, norm, projection

@@ -3,6 +3,7 @@
 from typing import Any
 
 from plait.design import (
+    GEGLU,
     GELU,
     GRU,
     LSTM,
@@ -30,6 +31,7 @@ from plait.design import (
     SimpleGLA,
     Sum,
     SwiGLU,
+    Temperature,
     Tokens,
     Vectors,
     Wrap,
@@ -120,6 +122,14 @@ DESIGNS: dict[str, ModelConfig] = {
         W=Attention(heads=4, kv_heads=2, head_dim=12, window=7, prefix=3),
         Near=Attention(heads=6, kv_heads=2, head_dim=12, window=5, prefix=9, sinks=True, softcap=2.0),
     ),
+    "A AF L, positions scaled, a temperature": small(
+        "A AF L",
+        A=Attention(heads=3, head_dim=12, rope=RoPE(scaling={"kind": "yarn", "factor": 4.0, "original": 16})),
+        at={
+            "A#1": {"rope": None, "temperature": {"scale": 0.3, "every": 5}},
+            "L#0": {"rope": {"theta": 500.0, "scaling": {"kind": "llama3", "original": 20}}},
+        },
+    ),
     "LF": small("LF"),
     "LF without positions, queries from a latent": small(
         "LF LF",
@@ -148,7 +158,7 @@ DESIGNS: dict[str, ModelConfig] = {
         N=RNN(heads=4, head_dim=9, recurrence="heads", conv_width=None, output_gate=False),
         X=RNN(heads=4, head_dim=9, activation="relu", projection="heads", conv_width=None),
     ),
-    "GELU and ReLU2": small("AF DR", F=GELU(hidden=80, bias=True), R=ReLU2(hidden=72)),
+    "GELU, ReLU2 and GEGLU": small("AF DR U", F=GELU(hidden=80, bias=True), R=ReLU2(hidden=72), U=GEGLU(hidden=56)),
     "XF": small("XF"),
     "RnF LiF": small("RnF LiF"),
     "SgF": small("SgF"),
