@@ -13,8 +13,8 @@ from plait.design.layers import RNN as RNN
 from plait.design.layers import SLSTM as SLSTM
 from plait.design.layers import Attention as Attention
 from plait.design.layers import GatedDeltaNet as GatedDeltaNet
-from plait.design.layers import Layer as Layer
 from plait.design.layers import LatentAttention as LatentAttention
+from plait.design.layers import Layer as Layer
 from plait.design.layers import LightningAttention as LightningAttention
 from plait.design.layers import Mamba2 as Mamba2
 from plait.design.layers import Mixer as Mixer

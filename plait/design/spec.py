@@ -14,7 +14,7 @@ class Leaf:
     keep: "one" value, moved on by every token (a recurrent matrix); the `int` last tokens, a value each (a window, the tail of
     a convolution); or "all" tokens, a value each (keys). shape: of one value. dtype: a torch dtype's name. start: its first
     values along the first axis, empty: zeros. prefix: beside the last n tokens the first so many are kept, in front of them.
-    ring: in a pool the last n tokens lie in a ring of n + 1 places or more, rather than in order: writing one then moves no other.
+    ring: in a pool the last n tokens lie in a ring of n + 1 places or more, not in order: writing one then moves no other.
     """
 
     name: str

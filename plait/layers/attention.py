@@ -148,7 +148,9 @@ class AttentionLayer(MixerModule):
             seen.append(torch.cat([*first, x[row, old].to(q.dtype), new], 1))
         at, size = place_in_ring(context.positions, prefix, places), places - prefix
         for x, new in zip(room, (k, v), strict=True):
-            if prefix and new.shape[1] > size:  # the first tokens of all may be among them; what else this is, is written over
+            if (
+                prefix and new.shape[1] > size
+            ):  # the first tokens of all may be among them; what else this is, is written over
                 x[row, at[:, :prefix]] = new[:, :prefix].to(x.dtype)
             x[row, at[:, -size:]] = new[:, -size:].to(x.dtype)
         return attention(q, *seen, q_start=starts, k_start=starts - (window - 1), **self.seen, **self.logits)

@@ -47,7 +47,9 @@ def _angles(rope: RoPE, rotated: int, context: Context, dtype: torch.dtype) -> t
     return cos.to(dtype), torch.cat([-sin, sin], -2)
 
 
-def frequencies(rope: RoPE, rotated: int, device: torch.device, dtype: torch.dtype) -> tuple[Float[Tensor, " r/2"], float]:
+def frequencies(
+    rope: RoPE, rotated: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Float[Tensor, " r/2"], float]:
     """By how much each pair turns from one position to the next, and what queries and keys are multiplied by."""
     pair = torch.arange(0, rotated, 2, device=device, dtype=dtype)
     scaling, theta = rope.scaling, rope.theta
@@ -61,7 +63,9 @@ def frequencies(rope: RoPE, rotated: int, device: torch.device, dtype: torch.dty
         kept = ((times - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
         return turns * (kept + (1 - kept) / scaling.factor), 1.0
     if isinstance(scaling, YaRN):
-        low, high = (_pair_that_turns(times, rope, scaling, rotated) for times in (scaling.beta_fast, scaling.beta_slow))
+        low, high = (
+            _pair_that_turns(times, rope, scaling, rotated) for times in (scaling.beta_fast, scaling.beta_slow)
+        )
         if scaling.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rotated - 1)

@@ -1,5 +1,5 @@
-"""The nonlinearities of SwiGLU and GEGLU (arXiv 2002.05202): silu(gate) up and gelu(gate) up, with a gradient that keeps no more
-than the input."""
+"""The nonlinearities of SwiGLU and GEGLU (arXiv 2002.05202): silu(gate) up and gelu(gate) up, with a gradient that keeps
+no more than the input."""
 
 from collections.abc import Callable
 
@@ -39,11 +39,14 @@ def _gelu_backward(dy: Tensor, gate: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(dy, gate, approximate="tanh")
 
 
-def _gated(act: Callable[[Tensor], Tensor], act_backward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _gated(
+    act: Callable[[Tensor], Tensor], act_backward: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
     """act(gate) up as one step of a graph."""
 
     class Gated(torch.autograd.Function):
-        """Keeps only its input, and writes both halves of the gradient into one tensor; autograd would keep four and join two."""
+        """Keeps only its input, and writes both halves of the gradient into one tensor; autograd would keep four and join
+        two."""
 
         @staticmethod
         def forward(ctx, hidden: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ class PoolRows:
 
 
 class Pool:
-    """Room for `rows` sequences of up to `tokens` tokens each, in `pages` pages of `page` tokens (a page per row: None). The rings
-    of windows have places for `drafts` tokens that are taken back again.
+    """Room for `rows` sequences of up to `tokens` tokens each, in `pages` pages of `page` tokens (a page per row: None). Rings of
+    windows have places for `drafts` tokens that are taken back again.
 
     lengths: tokens in each row, on the host. starts (rows + 1,), table (rows + 1, pages of a row): the same on the device.
     The last row and the last page are nobody's: where steps of a fixed size put what they must not keep.
@@ -102,7 +102,10 @@ class Pool:
         self._allocate()
         self.keeps_all = any(leaf.keep == "all" for leaf in self.leaves.values())
         self.lengths = [0] * rows
-        self._joined, self._reached = [0] * rows, [0] * rows  # tokens that a value brought, and the most there were since
+        self._joined, self._reached = (
+            [0] * rows,
+            [0] * rows,
+        )  # tokens that a value brought, and the most there were since
         self.tables: list[list[int]] = [[] for _ in range(rows)]
         self.users: list[set[int]] = [
             set() for _ in range(self.pages)
@@ -239,7 +242,7 @@ class Pool:
         self._snapshots[row] = before if known else [weakref.ref(snapshot)]
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget all but the row's first `length` tokens. Windows can give back the last `drafts` that they have read (at least
+        """Forget all but the row's first `length` tokens. Windows can give back the last `drafts` that they have read (or
         one). Where a layer keeps more than keys, only to where a living snapshot of the row was taken; else ValueError names the
         nearest one."""
         self._check_row(row)
@@ -270,7 +273,9 @@ class Pool:
             if not isinstance(leaf.keep, int) or not leaf.ring:
                 return name
             size = self.tensors[name].shape[1] - leaf.prefix
-            there = max(leaf.prefix, self._joined[row] - leaf.keep, self._reached[row] - size)  # the first token in the ring
+            there = max(
+                leaf.prefix, self._joined[row] - leaf.keep, self._reached[row] - size
+            )  # the first token in the ring
             if max(leaf.prefix, length - leaf.keep) < min(there, length):
                 return name
         return None

@@ -37,7 +37,7 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Window(State):
-    """The keys and values that a sliding window still sees, the newest last, behind those of the p tokens that it sees for good;
+    """The keys and values that a sliding window still sees, the newest last, behind those of p tokens that it sees for good;
     entries before position 0, and of first tokens that are not there yet, are zero."""
 
     kind: ClassVar[str] = "window"

@@ -11,8 +11,8 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     GptOssConfig,
-    LlamaConfig,
     Llama4TextConfig,
+    LlamaConfig,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
@@ -98,7 +98,12 @@ def with_sinks(window: int | None) -> Twin:
     kind = "full_attention" if window is None else "sliding_attention"
     rope = {"rope_type": "default", "rope_theta": 1000.0}
     config = GptOssConfig(
-        hidden_size=DIM, layer_types=[kind], num_hidden_layers=1, sliding_window=window or 128, rope_parameters=rope, **ROWS
+        hidden_size=DIM,
+        layer_types=[kind],
+        num_hidden_layers=1,
+        sliding_window=window or 128,
+        rope_parameters=rope,
+        **ROWS,
     )
     config.attention_bias = True
     module = gpt_oss.GptOssAttention(config, 0)
@@ -211,7 +216,7 @@ def test_from_a_state(twin):
         (YARN | {"truncate": False, "beta_fast": 20.0, "beta_slow": 2.0},
          SCALED["scaling"] | {"truncate": False, "beta_fast": 20.0, "beta_slow": 2.0}),
         (YARN | {"attention_factor": 1.7}, SCALED["scaling"] | {"attention_factor": 1.7}),
-        (YARN | {"original_max_position_embeddings": 32768, "factor": 32.0}, {"kind": "yarn", "original": 32768, "factor": 32.0}),
+        (YARN | {"original_max_position_embeddings": 32768}, SCALED["scaling"] | {"original": 32768}),
         (LLAMA3 | {"original_max_position_embeddings": 32}, THREE["scaling"]),
         (LLAMA3 | {"original_max_position_embeddings": 8192, "factor": 8.0}, {"kind": "llama3"}),
     ],

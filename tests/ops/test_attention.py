@@ -45,13 +45,20 @@ def test_chunked_is_reference(length, window, softcap, close):
 SINKS = torch.tensor([0.3, -2.0, 5.0, 1.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("call", [{}, {"window": 7}, {"window": 7, "prefix": 3}, {"softcap": 1.5}, {"packing": packing()}], ids=str)
+@pytest.mark.parametrize(
+    "call", [{}, {"window": 7}, {"window": 7, "prefix": 3}, {"softcap": 1.5}, {"packing": packing()}], ids=str
+)
 def test_a_sink_takes_its_part(call, close):
     """In every form, with gradients: e^sink beside the sum of weights, which a key of zeros and a value of zeros has too."""
     tensors = inputs(sum(DOCUMENTS), batch=1)
     got = both(tensors | {"sinks": SINKS}, close, **call)
-    close(both(tensors | {"sinks": torch.full((HEADS,), -torch.inf, dtype=torch.float64)}, close, **call), attention(**tensors, **call))
-    alone = attention(**{name: x[:, :1] for name, x in tensors.items()}, **{k: v for k, v in call.items() if k != "packing"})
+    close(
+        both(tensors | {"sinks": torch.full((HEADS,), -torch.inf, dtype=torch.float64)}, close, **call),
+        attention(**tensors, **call),
+    )
+    alone = attention(
+        **{name: x[:, :1] for name, x in tensors.items()}, **{k: v for k, v in call.items() if k != "packing"}
+    )
     logits = (tensors["q"][0, 0] * tensors["k"][0, 0].repeat_interleave(2, 0)).sum(-1) * K**-0.5
     logits = logits if "softcap" not in call else 1.5 * torch.tanh(logits / 1.5)
     close(got[0, 0], alone[0, 0] * torch.sigmoid(logits - SINKS)[:, None])

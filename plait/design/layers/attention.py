@@ -14,8 +14,9 @@ from plait.design.weights import Bias, Constant, Weight, Weights, norm, projecti
 class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
     """Softmax attention (arXiv 1706.03762). `kv_heads` 1 is MQA, below `heads` GQA (arXiv 2305.13245).
 
-    window: a query sees itself and the window - 1 tokens before it, and the first `prefix` tokens of all (arXiv 2309.17453), which
-    a model's meta tokens are where it has some. sinks: a learned logit per head that takes its part of the softmax (gpt-oss). softcap: logits become c tanh(logits / c).
+    window: a query sees itself and the window - 1 tokens before it, and the first `prefix` tokens of all (arXiv 2309.17453), a
+    model's meta tokens included. sinks: a learned logit per head that takes its part of the softmax and has no value (gpt-oss).
+    softcap: logits become c tanh(logits / c).
     output_gate: sigmoid gate from the input on the heads' output (Qwen3-Next). qk_norm: RMSNorm per head on q and k.
     bias: true for all projections, or the names of those that have one, of q, k, v, gate and o: [q, k, v] is Qwen2.
     scale: on q . k; null: 1 / sqrt(head_dim). temperature: what queries are multiplied by the further on they stand (Llama 4).

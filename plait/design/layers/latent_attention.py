@@ -12,10 +12,12 @@ from plait.design.weights import Normal, Weight, Weights, norm, projection
 class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
     """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads are read off one latent of `rank` channels.
 
-    A head's query and key have `nope_dim` channels without positions and `rope_dim` with, the latter's key shared by all heads;
-    its value has `value_dim`. query_rank: queries come from a normed latent of their own. rope: null turns nothing (Kimi Linear).
-    scale: on q . k; null: 1 / sqrt(nope_dim + rope_dim). DeepSeek's checkpoints turn pairs of neighbours, (2i, 2i + 1): their rows
-    for q and k with positions, even ones first and then odd ones, are ours.
+    A head's query and key have `nope_dim` channels without positions and `rope_dim` with, whose key all heads share; its value
+    has `value_dim`. query_rank: queries come from a normed latent of their own. rope: null turns nothing (Kimi Linear).
+    scale: on q . k; null: 1 / sqrt(nope_dim + rope_dim).
+
+    Pairs (i, i + r/2) turn, as in all attention here. DeepSeek's checkpoints turn neighbours, (2i, 2i + 1): their rows for q and
+    k with positions, the even ones first and then the odd ones, are ours.
     """
 
     heads: int = DERIVED

@@ -91,6 +91,10 @@ class RoPE(Struct, frozen=True, kw_only=True, tag=False):
             if "dynamic" in (self.scaling, *(self.scaling.values() if isinstance(self.scaling, dict) else ())):
                 raise ValueError(DYNAMIC)
             self._set("scaling", convert_kind(self.scaling, SCALINGS, "RoPE.scaling"))
+            if isinstance(self.scaling, YaRN) and self.theta <= 1:
+                raise ValueError(
+                    f"RoPE.theta must be above 1 for yarn, got {self.theta}: no pair turns slower than another"
+                )
 
     def rotated(self, head_dim: int) -> int:
         """How many of a head's channels turn; even."""

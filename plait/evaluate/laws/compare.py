@@ -83,7 +83,9 @@ def contents(state: ModelState) -> Values:
             return
         for tensor_name, x in slot.tensors().items():
             for row, length in enumerate(state.lengths):
-                values[f"row {row}, state {name}.{tensor_name}"] = x[row, :length] if isinstance(slot, Appended) else x[row]
+                values[f"row {row}, state {name}.{tensor_name}"] = (
+                    x[row, :length] if isinstance(slot, Appended) else x[row]
+                )
 
     for i, slot in enumerate(state.slots):
         visit(slot, str(i))

@@ -31,7 +31,6 @@ from plait.design import (
     SimpleGLA,
     Sum,
     SwiGLU,
-    Temperature,
     Tokens,
     Vectors,
     Wrap,

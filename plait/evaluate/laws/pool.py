@@ -120,7 +120,10 @@ def pool(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
         story = _Story(model, model.init_pool(ROWS, LENGTH, page=page, drafts=0 if page is None else DRAFTS), seed)
         forgets = page is not None and all(leaf.keep == "all" or leaf.ring for leaf in story.pool.leaves.values())
         for _ in range(OPERATIONS):
-            names = ["join", *(["step"] * 4 + ["snapshot", "go_back", "leave"] + ["cut"] * forgets if story.rows else [])]
+            names = [
+                "join",
+                *(["step"] * 4 + ["snapshot", "go_back", "leave"] + ["cut"] * forgets if story.rows else []),
+            ]
             getattr(story, story.random.choice(names))()
         story.check()
         worst = max(worst, story.worst)

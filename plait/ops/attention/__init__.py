@@ -49,9 +49,9 @@ def attention(
     Query i stands at position q_start + i and key j at k_start + j, for all rows alike (int) or row by row (tensor).
     A query sees keys from position 0 up to its own; with `window`, only the last `window` of them and the first `prefix` of all
     (arXiv 2309.17453). These first keys come first of all, and k_start is where the keys after them stand (left out: all are in
-    order); what those hold at the first positions once more is not looked at. `softcap` c turns logits x into c tanh(x / c). scale: on q . k, 1 / sqrt(k) if
-    left out. sinks: one more logit per head, which takes its part of the softmax and has no value. With `packing` there is no
-    past: each document attends to itself.
+    order); what those hold at the first positions once more is not looked at. `softcap` c turns logits x into
+    c tanh(x / c). scale: on q . k, 1 / sqrt(k) if left out. sinks: one more logit per head, which takes its part of the softmax
+    and has no value. With `packing` there is no past: each document attends to itself.
     """
     prefix = 0 if window is None else prefix
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -63,5 +63,8 @@ def attention(
         run = choose(PACKED, q, packed=True, sizes=heads).run
         return run(q, k, v, sinks, window, prefix, softcap, scale, packing)
     k_start = min(prefix, k.shape[1]) if k_start is None else k_start
-    run, arguments = choose(KERNELS, q, sizes=heads).run, (q, k, v, sinks, q_start, k_start, window, prefix, softcap, scale)
+    run, arguments = (
+        choose(KERNELS, q, sizes=heads).run,
+        (q, k, v, sinks, q_start, k_start, window, prefix, softcap, scale),
+    )
     return run(*arguments) if may_plan(q) else for_any_length(run, *arguments)

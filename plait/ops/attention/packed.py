@@ -456,9 +456,11 @@ def _pull_apart(
     """Gradients at q, k, v and sinks, for which the documents run again."""
     packing = known(cu_seqlens, q.device)
     with autograd_inside():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v, sinks) if x is not None]
-        inputs = (*leaves, None)[:4]
-        gradients = torch.autograd.grad(_apart(*inputs, packing, window, prefix, softcap, scale, form), leaves, do)
+        q, k, v, *rest = leaves = [x.detach().requires_grad_() for x in (q, k, v, sinks) if x is not None]
+        sinks = rest[0] if rest else None
+        gradients = torch.autograd.grad(
+            _apart(q, k, v, sinks, packing, window, prefix, softcap, scale, form), leaves, do
+        )
     return [x.contiguous() for x in gradients]
 
 
