@@ -22,7 +22,7 @@ class LatentAttentionLayer(MixerModule):
     """arXiv 2405.04434, section 2.1. Of every token it keeps the normed latent c and, behind it, the turned key r.
 
     k_up and v_up read keys and values off c. Many tokens have theirs spelled out (`expanded`); few tokens that meet many are
-    taken to the latents instead (`absorbed`): q . (k_up c) = (q k_up) . c, and the values' sum is v_up times the sum of latents.
+    taken to the latents instead (`absorbed`): q . (k_up c) = (q k_up) . c, and the values' sum is v_up times that of latents.
     """
 
     projection = "o_proj"

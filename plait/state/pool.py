@@ -72,8 +72,8 @@ class PoolRows:
 
 
 class Pool:
-    """Room for `rows` sequences of up to `tokens` tokens each, in `pages` pages of `page` tokens (a page per row: None). Rings of
-    windows have places for `drafts` tokens that are taken back again.
+    """Room for `rows` sequences of up to `tokens` tokens each, in `pages` pages of `page` tokens (a page per row: None). Rings
+    of windows have places for `drafts` tokens that are taken back again.
 
     lengths: tokens in each row, on the host. starts (rows + 1,), table (rows + 1, pages of a row): the same on the device.
     The last row and the last page are nobody's: where steps of a fixed size put what they must not keep.
@@ -242,8 +242,8 @@ class Pool:
         self._snapshots[row] = before if known else [weakref.ref(snapshot)]
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget all but the row's first `length` tokens. Windows can give back the last `drafts` that they have read (or
-        one). Where a layer keeps more than keys, only to where a living snapshot of the row was taken; else ValueError names the
+        """Forget all but the row's first `length` tokens. Windows can give back the last `drafts` that they have read, or
+        one. Where a layer keeps more than keys, only to where a living snapshot of the row was taken; else ValueError names the
         nearest one."""
         self._check_row(row)
         if not 0 <= length <= self.lengths[row]:

@@ -16,8 +16,8 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
     has `value_dim`. query_rank: queries come from a normed latent of their own. rope: null turns nothing (Kimi Linear).
     scale: on q . k; null: 1 / sqrt(nope_dim + rope_dim).
 
-    Pairs (i, i + r/2) turn, as in all attention here. DeepSeek's checkpoints turn neighbours, (2i, 2i + 1): their rows for q and
-    k with positions, the even ones first and then the odd ones, are ours.
+    Pairs (i, i + r/2) turn, as in all attention here. DeepSeek's checkpoints turn neighbours, (2i, 2i + 1): their rows for q
+    and k with positions, the even ones first and then the odd ones, are ours.
     """
 
     heads: int = DERIVED
