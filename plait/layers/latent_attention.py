@@ -38,7 +38,8 @@ class LatentAttentionLayer(MixerModule):
     def ops(cls, config: LatentAttention, call: Call) -> list[tuple[str, Heads | None]]:
         if call.pooled:
             return [("write_pages", None), ("paged_attention", None)]
-        return [("packed_attention" if call.packed else "attention", Heads(config.key_dim, config.value_dim))]
+        sizes = Heads(config.key_dim, config.value_dim) if config.nope_dim else None  # before it is resolved
+        return [("packed_attention" if call.packed else "attention", sizes)]
 
     def __init__(self, config: LatentAttention, design: ModelConfig):
         super().__init__(config, design)
@@ -93,7 +94,10 @@ class LatentAttentionLayer(MixerModule):
         self, q: Tensor, kept: tuple[Tensor, ...], q_start: int | Tensor, k_start: int | Tensor | None
     ) -> Float[Tensor, "b t h v"]:
         (s,) = kept
-        if self.absorbs(q.shape[1]):  # what is kept is the value, too, though the end is of no use: no copy is smaller
+        goes_on = isinstance(q_start, Tensor) or q_start > 0
+        if goes_on and self.absorbs(
+            q.shape[1]
+        ):  # what is kept is the value, too, though the end is of no use: no copy is smaller
             o = attention(self.absorbed(q), s, s, q_start=q_start, k_start=k_start, scale=self.scale)
             return self.released(o)
         k, v = self.expanded(*s.split_with_sizes((self.config.rank, self.config.rope_dim), -1))

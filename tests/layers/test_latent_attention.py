@@ -57,8 +57,11 @@ def test_both_forms_are_one_function(absorbed, monkeypatch):
     module, x = whole.place("L#0"), torch.randn(2, 70, DIM, dtype=torch.float64)
     want, _ = module(x, context_for(x), None)
     monkeypatch.setattr(type(module), "absorbs", lambda self, tokens: absorbed)
-    (state,) = whole.init_state(2).slots
-    got, _ = module(x, context_for(x, torch.zeros(2, dtype=torch.long), (0, 0)), state)
+    (state,), parts = whole.init_state(2).slots, []
+    for start, part in ((0, x[:, :30]), (30, x[:, 30:])):
+        y, state = module(part, context_for(part, torch.tensor([start, start]), (start, start)), state)
+        parts.append(y)
+    got = torch.cat(parts, 1)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     weight = torch.randn_like(want)
     gradients = [torch.autograd.grad((y * weight).sum(), list(module.parameters())) for y in (got, want)]
