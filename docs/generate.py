@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from pkgutil import resolve_name
 
-from plait.design import PRESETS, ModelConfig, RoPE, Wrap, load_design
+from plait.design import PRESETS, ModelConfig, RoPE, Temperature, Wrap, load_design
 from plait.design.count import parameters
 from plait.design.ends import FRONT_KINDS, HEAD_KINDS
 from plait.design.layers import KINDS, LETTERS
 from plait.design.layers.recurrent import NonlinearRecurrence
+from plait.design.layers.rope import SCALINGS
 from plait.design.merges import MERGE_KINDS
 from plait.design.norms import NORM_KINDS
 from plait.design.summary import si
@@ -88,6 +89,9 @@ def main() -> None:
         *describe("wrap", Wrap),
         *describe("rope", RoPE),
     ]
+    for kind, scaling in SCALINGS.items():
+        lines += describe(f"rope.scaling, kind: {kind}", scaling)
+    lines += describe("temperature", Temperature)
     lines += [
         "## Layers",
         "",

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from plait.design import GEGLU as GEGLU
 from plait.design import GELU as GELU
 from plait.design import GRU as GRU
 from plait.design import LSTM as LSTM
@@ -14,6 +15,7 @@ from plait.design import Attention as Attention
 from plait.design import Average as Average
 from plait.design import Gated as Gated
 from plait.design import GatedDeltaNet as GatedDeltaNet
+from plait.design import LatentAttention as LatentAttention
 from plait.design import Layer as Layer
 from plait.design import LayerNorm as LayerNorm
 from plait.design import LightningAttention as LightningAttention
@@ -33,6 +35,7 @@ from plait.design import RoPE as RoPE
 from plait.design import SimpleGLA as SimpleGLA
 from plait.design import Sum as Sum
 from plait.design import SwiGLU as SwiGLU
+from plait.design import Temperature as Temperature
 from plait.design import Tokens as Tokens
 from plait.design import Vectors as Vectors
 from plait.design import Wrap as Wrap

@@ -4,6 +4,7 @@ from plait.design.ends import Logits as Logits
 from plait.design.ends import Regression as Regression
 from plait.design.ends import Tokens as Tokens
 from plait.design.ends import Vectors as Vectors
+from plait.design.layers import GEGLU as GEGLU
 from plait.design.layers import GELU as GELU
 from plait.design.layers import GRU as GRU
 from plait.design.layers import LSTM as LSTM
@@ -12,6 +13,7 @@ from plait.design.layers import RNN as RNN
 from plait.design.layers import SLSTM as SLSTM
 from plait.design.layers import Attention as Attention
 from plait.design.layers import GatedDeltaNet as GatedDeltaNet
+from plait.design.layers import LatentAttention as LatentAttention
 from plait.design.layers import Layer as Layer
 from plait.design.layers import LightningAttention as LightningAttention
 from plait.design.layers import Mamba2 as Mamba2
@@ -22,6 +24,7 @@ from plait.design.layers import RetNet as RetNet
 from plait.design.layers import RoPE as RoPE
 from plait.design.layers import SimpleGLA as SimpleGLA
 from plait.design.layers import SwiGLU as SwiGLU
+from plait.design.layers import Temperature as Temperature
 from plait.design.load import load_design as load_design
 from plait.design.merges import Average as Average
 from plait.design.merges import Gated as Gated

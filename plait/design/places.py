@@ -244,7 +244,7 @@ def _fitting(layer: Layer, wrap: Wrap, inside: bool) -> Wrap:
     """The wrap that a layer gets: what the design asks of all where the layer can have it; what itself asks it must."""
     name, own = type(layer).__name__, layer.wrap or Wrap()
     if own.value_residual and not isinstance(layer, Attention):
-        raise ValueError(f"{name} has no values, so wrap.value_residual is for attention layers")
+        raise ValueError(f"{name} has no values to mix with another layer's, so wrap.value_residual is for Attention")
     if inside and own.reads not in (None, "stream"):
         raise ValueError("a layer inside a branch reads what its branch reads; wrap.reads is for slots")
     changes: dict[str, Any] = {}

@@ -13,8 +13,8 @@ class Leaf:
 
     keep: "one" value, moved on by every token (a recurrent matrix); the `int` last tokens, a value each (a window, the tail of
     a convolution); or "all" tokens, a value each (keys). shape: of one value. dtype: a torch dtype's name. start: its first
-    values along the first axis, empty: zeros. ring: in a pool the last n tokens lie in a ring of n + 1 places, token p at
-    place p mod (n + 1), rather than in order: writing one then moves no other.
+    values along the first axis, empty: zeros. prefix: beside the last n tokens the first so many are kept, in front of them.
+    ring: in a pool the last n tokens lie in a ring of n + 1 places or more, not in order: writing one then moves no other.
     """
 
     name: str
@@ -23,10 +23,14 @@ class Leaf:
     keep: int | Literal["one", "all"] = "one"
     start: tuple[float, ...] = ()
     ring: bool = False
+    prefix: int = 0
 
     def sized(self, batch: int, length: int) -> "TensorSpec":
         """The tensor of `batch` rows of `length` tokens."""
-        tokens = {"one": (), "all": (length,)}.get(self.keep, (self.keep,))  # type: ignore[call-overload]  # an int is no key
+        if isinstance(self.keep, int):
+            tokens: tuple[int, ...] = (self.prefix + self.keep,)
+        else:
+            tokens = (length,) if self.keep == "all" else ()
         return TensorSpec(self.name, (batch, *tokens, *self.shape), self.dtype, self.start)
 
 

@@ -1,6 +1,7 @@
 """Softmax attention as a layer: full or windowed, grouped heads, rotary positions, query/key norm, output gate."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -11,11 +12,13 @@ from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
-from plait.layers.rope import turn
-from plait.ops.attention import Heads, attention
+from plait.layers.rope import sharpen, turn
+from plait.ops.attention import Heads, Start, attention
 from plait.ops.attention.paged import paged_attention, write_pages
 from plait.ops.kernels import Call, cast
-from plait.state import KV, Pages, State, Window
+from plait.state import KV, Appended, Pages, State, Window
+
+S = TypeVar("S", bound=Appended)
 
 
 class AttentionLayer(MixerModule):
@@ -27,14 +30,15 @@ class AttentionLayer(MixerModule):
     q_norm: Norm | None
     k_norm: Norm | None
     value_mix: nn.Parameter | None
+    sinks: nn.Parameter | None
 
     @classmethod
     def ops(cls, config: Attention, call: Call) -> list[tuple[str, Heads | None]]:
         if call.pooled and (call.tokens == "one" or not config.window):
             return [("write_pages", None), ("paged_attention", None)]
-        if call.packed:
-            return [("packed_attention", Heads(config.head_dim, config.head_dim, config.softcap is not None))]
-        return [("attention", None)]
+        capped, size = config.softcap is not None, config.head_dim
+        heads = Heads(size, size, capped, config.sinks, config.prefix > 0)
+        return [("packed_attention" if call.packed else "attention", heads)]
 
     def __init__(self, config: Attention, design: ModelConfig):
         super().__init__(config, design)
@@ -44,7 +48,18 @@ class AttentionLayer(MixerModule):
             self.q_norm = self.k_norm = None
         if not (config.wrap and config.wrap.value_residual):
             self.value_mix = None
-        self.logits: dict[str, Any] = {"scale": config.scale, "softcap": config.softcap}
+        if not config.sinks:
+            self.sinks = None
+
+    @property
+    def logits(self) -> dict[str, Any]:
+        """What becomes of q . k before it is a weight."""
+        return {"scale": self.config.scale, "softcap": self.config.softcap, "sinks": self.sinks}
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """Which keys a query sees."""
+        return {"window": self.config.window, "prefix": self.config.prefix}
 
     def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | Pages | None
@@ -59,14 +74,16 @@ class AttentionLayer(MixerModule):
         if c.rope is not None:
             qk = turn(qk, c.rope, context)
         q, k = qk.split_with_sizes((c.heads, c.kv_heads), 2)
+        if c.temperature is not None:
+            q = sharpen(q, c.temperature, context)
         if state is None:
-            o = attention(q, k, v, window=c.window, packing=context.packing, **self.logits)
+            o = attention(q, k, v, packing=context.packing, **self.seen, **self.logits)
         elif context.rows is not None:
             o = self.pooled(q, k, v, context, state)
         elif isinstance(state, Window):
             o, state = self.windowed(q, k, v, context, state)
         elif isinstance(state, KV):
-            o, state = self.appended(q, k, v, context, state)
+            o, state = over_all(q, [k, v], context, state, self.attend)
         else:
             raise TypeError(f"attention has no use for a state of kind {state.kind!r}")
         o = o.flatten(2)
@@ -78,36 +95,26 @@ class AttentionLayer(MixerModule):
         here, there = cast(mix, v.dtype).unbind()
         return here * v + there * first
 
-    def appended(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: KV) -> tuple[Tensor, KV]:
-        """Attend to all keys since the start; in the buffer, key j stands at position j."""
-        packing = context.packing
-        if torch.compiler.is_compiling() and packing is None:
-            state, (keys, values) = state.lined_up((k, v), context.starts)
-            keys, values = keys.to(q.dtype), values.to(q.dtype)
-            before = context.starts - (keys.shape[1] - k.shape[1])
-            return attention(q, keys, values, q_start=context.starts, k_start=before, **self.logits), state
-        if not context.ragged and context.lengths is not None:
-            state, (k, v) = state.extend((k, v), None, None)
-            return attention(q, cast(k, q.dtype), cast(v, q.dtype), q_start=context.lengths[0], **self.logits), state
-        state, (keys, values) = state.extend((k, v), context.row_of, context.positions)
-        rows = q if packing is None else packing.to_rows(q)
-        o = attention(rows, keys.to(q.dtype), values.to(q.dtype), q_start=context.starts, **self.logits)
-        return (o if packing is None else packing.from_rows(o)), state
+    def attend(self, q: Tensor, kept: tuple[Tensor, ...], q_start: Start, k_start: Start | None) -> Tensor:
+        return attention(q, *kept, q_start=q_start, k_start=k_start, **self.logits)
 
     def windowed(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: Window) -> tuple[Tensor, Window]:
-        """Attend to the tail that the state keeps and to the new tokens."""
-        packing, tail = context.packing, state.k.shape[1]
+        """Attend to what the state keeps, the first tokens and the tail, and to the new tokens."""
+        packing, prefix = context.packing, self.config.prefix
+        tail = state.k.shape[1] - prefix
         if packing is not None:
             q, k, v = (packing.to_rows(x) for x in (q, k, v))
-        keys, values = (torch.cat([old.to(new.dtype), new], 1) for old, new in ((state.k, k), (state.v, v)))
         start = context.starts if context.ragged or context.lengths is None else context.lengths[0]
-        window = self.config.window
-        o = attention(q, keys, values, q_start=start, k_start=start - tail, window=window, **self.logits)
-        if packing is None:
-            kept = [x[:, x.shape[1] - tail :] for x in (keys, values)]
-        else:
-            o, kept = packing.from_rows(o), [packing.last(x, tail) for x in (keys, values)]
-        return o, Window(*(x.to(state.k.dtype) for x in kept))
+        seen = []
+        for old, new in ((state.k, k), (state.v, v)):
+            first = [with_first_tokens(old[:, :prefix], new, context)] if prefix else []
+            seen.append(torch.cat([*first, old[:, prefix:].to(new.dtype), new], 1))
+        o = attention(q, *seen, q_start=start, k_start=start - tail, **self.seen, **self.logits)
+        kept = []
+        for x in seen:
+            last = x[:, x.shape[1] - tail :] if packing is None else packing.last(x[:, prefix:], tail)
+            kept.append((torch.cat([x[:, :prefix], last], 1) if prefix else last).to(state.k.dtype))
+        return o if packing is None else packing.from_rows(o), Window(*kept)
 
     def pooled(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> Tensor:
         """Write the new tokens into a pool and attend to what it holds of their rows."""
@@ -120,23 +127,65 @@ class AttentionLayer(MixerModule):
             return paged_attention(q, keys, values, table, ends, **self.logits)
         if isinstance(rows, slice):
             keys, values, rows = keys[rows], values[rows], None
-        if q.shape[1] > 1:
+        size = self.config.prefix + (self.config.window or 0)
+        if q.shape[1] > 1 or keys.shape[1] > size:  # with room for drafts some places hold what a query no longer sees
             return self.round_the_ring(q, k, v, context, (keys, values), rows)
-        # a ring is a page: in which order keys lie in it, attention does not ask
-        places, table = keys.shape[1], None if rows is None else rows[:, None]
-        write_pages(keys, values, k, v, table, context.starts % places + 1)
-        return paged_attention(q, keys, values, table, ends.clamp_max(places), **self.logits)
+        # first tokens and ring are a page: in which order keys lie in it, attention does not ask
+        table = None if rows is None else rows[:, None]
+        write_pages(keys, values, k, v, table, place_in_ring(context.starts, self.config.prefix, size) + 1)
+        return paged_attention(q, keys, values, table, ends.clamp_max(size), **self.logits)
 
     def round_the_ring(
-        self, q: Tensor, k: Tensor, v: Tensor, context: Context, ring: tuple[Tensor, Tensor], rows: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, room: tuple[Tensor, Tensor], rows: Tensor | None
     ) -> Tensor:
         """Several tokens at once: later ones would write over what earlier ones must see, so old keys are taken out first."""
-        size, starts = ring[0].shape[1], context.starts
+        starts, prefix, window, places = context.starts, self.config.prefix, self.config.window or 0, room[0].shape[1]
         row = (torch.arange(len(q), device=q.device) if rows is None else rows)[:, None]
-        old = (starts[:, None] + torch.arange(1 - size, 0, device=q.device)) % size
-        keys, values = (torch.cat([x[row, old].to(q.dtype), new], 1) for x, new in zip(ring, (k, v), strict=True))
-        last = context.positions[:, -size:] % size
-        for x, new in zip(ring, (k, v), strict=True):
-            x[row, last] = new[:, -size:].to(x.dtype)
-        window = self.config.window
-        return attention(q, keys, values, q_start=starts, k_start=starts - (size - 1), window=window, **self.logits)
+        old = place_in_ring(starts[:, None] + torch.arange(1 - window, 0, device=q.device), prefix, places)
+        seen = []
+        for x, new in zip(room, (k, v), strict=True):
+            first = [with_first_tokens(x[row[:, 0], :prefix], new, context)] if prefix else []
+            seen.append(torch.cat([*first, x[row, old].to(q.dtype), new], 1))
+        at, size = place_in_ring(context.positions, prefix, places), places - prefix
+        for x, new in zip(room, (k, v), strict=True):
+            if (
+                prefix and new.shape[1] > size
+            ):  # the first tokens of all may be among them; what else this is, is written over
+                x[row, at[:, :prefix]] = new[:, :prefix].to(x.dtype)
+            x[row, at[:, -size:]] = new[:, -size:].to(x.dtype)
+        return attention(q, *seen, q_start=starts, k_start=starts - (window - 1), **self.seen, **self.logits)
+
+
+def over_all(
+    q: Tensor, new: Sequence[Tensor], context: Context, state: S, attend: Callable[..., Tensor]
+) -> tuple[Tensor, S]:
+    """`attend(q, all that is kept since the start, q_start, k_start)` of the new tokens, which are kept first. In the buffer,
+    token j stands at position j."""
+    packing = context.packing
+    if torch.compiler.is_compiling() and packing is None:
+        state, kept = state.lined_up(new, context.starts)
+        before = context.starts - (kept[0].shape[1] - new[0].shape[1])
+        return attend(q, tuple(x.to(q.dtype) for x in kept), context.starts, before), state
+    if not context.ragged and context.lengths is not None:
+        state, kept = state.extend(new, None, None)
+        return attend(q, tuple(cast(x, q.dtype) for x in kept), context.lengths[0], None), state
+    state, kept = state.extend(new, context.row_of, context.positions)
+    rows = q if packing is None else packing.to_rows(q)
+    o = attend(rows, tuple(x.to(q.dtype) for x in kept), context.starts, None)
+    return (o if packing is None else packing.from_rows(o)), state
+
+
+def place_in_ring(at: Tensor, prefix: int, places: int) -> Tensor:
+    """Where a pool keeps the token at a position: the first ones in order, all others in a ring behind them."""
+    if not prefix:
+        return at % places
+    return torch.where(at < prefix, at, prefix + (at - prefix) % (places - prefix))
+
+
+def with_first_tokens(old: Tensor, new: Tensor, context: Context) -> Tensor:
+    """The first tokens of each row, old (b, p, h, k), and those of them that are among the new ones (b, t, h, k)."""
+    index = torch.arange(old.shape[1], device=old.device) - context.starts[:, None]  # (b, p)
+    counts = new.shape[1] if context.packing is None else context.packing.counts[:, None]
+    row = torch.arange(len(new), device=old.device)[:, None]
+    taken = new[row, index.clamp(0, new.shape[1] - 1)]
+    return torch.where(((index >= 0) & (index < counts))[..., None, None], taken, old.to(new.dtype))

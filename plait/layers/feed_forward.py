@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plait.design.layers import GELU, FeedForward, ReLU2, SwiGLU
+from plait.design.layers import GEGLU, GELU, FeedForward, ReLU2, SwiGLU
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.layers.declared import LayerModule
-from plait.ops.swiglu import swiglu
+from plait.ops.swiglu import geglu, swiglu
 from plait.state import Nothing
 
 
@@ -21,11 +21,11 @@ def relu2(hidden: Tensor) -> Tensor:
     return torch.relu(hidden).square()
 
 
-ACTIVATIONS = {SwiGLU: swiglu, GELU: gelu, ReLU2: relu2}
+ACTIVATIONS = {SwiGLU: swiglu, GEGLU: geglu, GELU: gelu, ReLU2: relu2}
 
 
 class FeedForwardLayer(LayerModule):
-    """down(act(up x)); in a SwiGLU `up_proj` holds the rows of gate and up."""
+    """down(act(up x)); with a gate `up_proj` holds the rows of gate and up."""
 
     config: FeedForward
     up_proj: nn.Linear

@@ -1,19 +1,35 @@
-"""Rotary positions."""
+"""Rotary positions, and a temperature by position."""
+
+import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.design.layers import RoPE
+from plait.design.layers.rope import NTK, Linear, Llama3, RoPE, Temperature, YaRN
 from plait.layers.context import Context
+from plait.ops.kernels import cast
 from plait.ops.rotary import rotate
 
 
 def turn(x: Float[Tensor, "b t h k"], rope: RoPE, context: Context) -> Float[Tensor, "b t h k"]:
-    """Rotate channel pairs (i, i + r/2) of the first r channels by position * theta^(-2i/r) (arXiv 2104.09864, eq. 34)."""
+    """Rotate channel pairs (i, i + r/2) of the first r channels by position * theta^(-2i/r) (arXiv 2104.09864, eq. 34), or as
+    the scaling says."""
     rotated = rope.rotated(x.shape[-1])
-    cos, sin = context.cached(("rope", rope.theta, rotated, x.dtype), lambda: _angles(rope, rotated, context, x.dtype))
+    key = "rope", rope.theta, rope.scaling and rope.scaling.key, rotated, x.dtype
+    cos, sin = context.cached(key, lambda: _angles(rope, rotated, context, x.dtype))
     return rotate(x, cos, sin)
+
+
+def sharpen(q: Float[Tensor, "b t h k"], temperature: Temperature, context: Context) -> Float[Tensor, "b t h k"]:
+    """Queries times 1 + scale ln(1 + floor((p + 1) / every))."""
+    scale, every = temperature.scale, temperature.every
+
+    def factor() -> Tensor:
+        stage = (context.positions + 1) // every
+        return (1 + scale * stage.to(torch.promote_types(q.dtype, torch.float32)).log1p())[..., None, None]
+
+    return q * cast(context.cached(("temperature", scale, every, q.dtype), factor), q.dtype)
 
 
 def _angles(rope: RoPE, rotated: int, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -22,7 +38,45 @@ def _angles(rope: RoPE, rotated: int, context: Context, dtype: torch.dtype) -> t
     Angles are float32 at least: bfloat16 cannot tell position 256 from 257.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    ramp = torch.arange(0, rotated, 2, device=context.positions.device, dtype=wide) / rotated
-    angles = context.positions[..., None, None, None].to(wide) * rope.theta**-ramp
-    sin = angles.sin().to(dtype)
-    return angles.cos().to(dtype), torch.cat([-sin, sin], -2)
+    turns, factor = frequencies(rope, rotated, context.positions.device, wide)
+    angles = context.positions[..., None, None, None].to(wide) * turns
+    cos, sin = angles.cos(), angles.sin()
+    if factor != 1:
+        cos, sin = cos * factor, sin * factor
+    sin = sin.to(dtype)
+    return cos.to(dtype), torch.cat([-sin, sin], -2)
+
+
+def frequencies(
+    rope: RoPE, rotated: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Float[Tensor, " r/2"], float]:
+    """By how much each pair turns from one position to the next, and what queries and keys are multiplied by."""
+    pair = torch.arange(0, rotated, 2, device=device, dtype=dtype)
+    scaling, theta = rope.scaling, rope.theta
+    if isinstance(scaling, NTK) and rotated > 2:
+        theta *= scaling.factor ** (rotated / (rotated - 2))
+    turns = theta ** -(pair / rotated)
+    if isinstance(scaling, Linear):
+        return turns / scaling.factor, 1.0
+    if isinstance(scaling, Llama3):
+        times = turns * (scaling.original / (2 * math.pi))  # round, in as many positions
+        kept = ((times - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+        return turns * (kept + (1 - kept) / scaling.factor), 1.0
+    if isinstance(scaling, YaRN):
+        low, high = (
+            _pair_that_turns(times, rope, scaling, rotated) for times in (scaling.beta_fast, scaling.beta_slow)
+        )
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotated - 1)
+        slow = ((pair / 2 - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+        factor = scaling.attention_factor
+        if factor is None:
+            factor = 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+        return turns * (1 - slow + slow / scaling.factor), factor
+    return turns, 1.0
+
+
+def _pair_that_turns(times: float, rope: RoPE, scaling: YaRN, rotated: int) -> float:
+    """The number of the pair that turns so many times in the original positions."""
+    return rotated * math.log(scaling.original / (times * 2 * math.pi)) / (2 * math.log(rope.theta))

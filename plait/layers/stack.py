@@ -7,10 +7,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.design.layers import (
+    GEGLU,
     GELU,
     MLSTM,
     Attention,
     GatedDeltaNet,
+    LatentAttention,
     Layer,
     LightningAttention,
     Mamba2,
@@ -29,6 +31,7 @@ from plait.layers.context import Context
 from plait.layers.declared import LayerModule
 from plait.layers.feed_forward import FeedForwardLayer
 from plait.layers.gated_deltanet import GatedDeltaNetLayer
+from plait.layers.latent_attention import LatentAttentionLayer
 from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merges import MERGES
 from plait.layers.mlstm import MLSTMLayer
@@ -40,6 +43,7 @@ from plait.state import Branches, SlotState
 
 LAYERS: dict[type[Layer], type[LayerModule]] = {
     Attention: AttentionLayer,
+    LatentAttention: LatentAttentionLayer,
     Mamba2: Mamba2Layer,
     GatedDeltaNet: GatedDeltaNetLayer,
     MLSTM: MLSTMLayer,
@@ -51,6 +55,7 @@ LAYERS: dict[type[Layer], type[LayerModule]] = {
     LSTM: RecurrentLayer,
     SLSTM: RecurrentLayer,
     SwiGLU: FeedForwardLayer,
+    GEGLU: FeedForwardLayer,
     GELU: FeedForwardLayer,
     ReLU2: FeedForwardLayer,
     MixtureOfExperts: MixtureOfExpertsLayer,

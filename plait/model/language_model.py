@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from plait.design import count
 from plait.design.declared import front_weights
 from plait.design.ends import Tokens
-from plait.design.layers import Attention
 from plait.design.model import ModelConfig, nearest_place
 from plait.design.places import Node, ParallelPlace, layers, paths
 from plait.design.spec import Leaf, Memories, StateSpec, TensorSpec
@@ -61,7 +60,7 @@ class LanguageModel(nn.Module):
     @staticmethod
     def limit(design: ModelConfig) -> int | None:
         """How many tokens a sequence may have; None: any number."""
-        ropes = [p.layer.rope for p in layers(design.slots) if isinstance(p.layer, Attention) and p.layer.rope]
+        ropes = [rope for p in layers(design.slots) if (rope := getattr(p.layer, "rope", None)) is not None]
         limits = [rope.max_positions - design.front.meta for rope in ropes if rope.max_positions]
         return min([*limits, *([design.front.positions] if design.front.positions else [])], default=None)
 
@@ -305,14 +304,18 @@ class LanguageModel(nn.Module):
             slots = tuple(remember(part, lengths, make) for part in self._memory().parts)
             return ModelState.of(slots, lengths, self.design.hash, self.device)
 
-    def init_pool(self, rows: int, length: int, *, page: int | None = None, pages: int | None = None) -> Pool:
+    def init_pool(
+        self, rows: int, length: int, *, page: int | None = None, pages: int | None = None, drafts: int = 0
+    ) -> Pool:
         """Room for `rows` sequences of up to `length` tokens, written in place: what serving runs on (`plait.state.Pool`).
-        Keys lie in `pages` pages of `page` tokens; without these a row has one page, and there is one for each row."""
+        Keys lie in `pages` pages of `page` tokens; without these a row has one page, and there is one for each row. `drafts`:
+        how many tokens sliding windows can give back without a snapshot (`pool.truncate`), each a place more in every row."""
         rows, length = whole_number("init_pool: rows", rows, 1), whole_number("init_pool: length", length, 1)
         page = None if page is None else whole_number("init_pool: page", page, 1)
         pages = None if pages is None else whole_number("init_pool: pages", pages, 1)
-        tokens = length + self.design.front.meta
-        return Pool(self._memory(), self.design.hash, self.device, rows=rows, tokens=tokens, page=page, pages=pages)
+        room = {"tokens": length + self.design.front.meta, "page": page, "pages": pages}
+        drafts = whole_number("init_pool: drafts", drafts, 0)
+        return Pool(self._memory(), self.design.hash, self.device, rows=rows, drafts=drafts, **room)
 
     def _memory(self) -> Memories:
         return count.memory(self.design, str(self.dtype).removeprefix("torch."))

@@ -1,4 +1,7 @@
-"""SwiGLU's nonlinearity (arXiv 2002.05202): silu(gate) up, with a gradient that keeps no more than the input."""
+"""The nonlinearities of SwiGLU and GEGLU (arXiv 2002.05202): silu(gate) up and gelu(gate) up, with a gradient that keeps
+no more than the input."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,28 +23,53 @@ def swiglu(hidden: Float[Tensor, "*n 2*h"]) -> Float[Tensor, "*n h"]:
     return F.silu(gate).mul_(up)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """Keeps only its input, and writes both halves of the gradient into one tensor; autograd would keep four and join two."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden)
-        gate, up = hidden.chunk(2, -1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @gradient
-    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (hidden,) = ctx.saved_tensors
-        gate, up = hidden.chunk(2, -1)
-        dhidden = torch.empty_like(hidden)
-        dgate, dup = dhidden.chunk(2, -1)
-        dup.copy_(F.silu(gate)).mul_(dy)
-        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-        return dhidden
+def geglu(hidden: Float[Tensor, "*n 2*h"]) -> Float[Tensor, "*n h"]:
+    """gelu(gate) up in its tanh form, where gate and up are the halves of the last axis."""
+    if torch.is_grad_enabled():
+        return _geglu(hidden)
+    gate, up = hidden.chunk(2, -1)
+    return _gelu(gate).mul_(up)
 
 
-_swiglu = one_step(_SwiGLU)
+def _gelu(gate: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh")
+
+
+def _gelu_backward(dy: Tensor, gate: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(dy, gate, approximate="tanh")
+
+
+def _gated(
+    act: Callable[[Tensor], Tensor], act_backward: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """act(gate) up as one step of a graph."""
+
+    class Gated(torch.autograd.Function):
+        """Keeps only its input, and writes both halves of the gradient into one tensor; autograd would keep four and join
+        two."""
+
+        @staticmethod
+        def forward(ctx, hidden: Tensor) -> Tensor:
+            ctx.save_for_backward(hidden)
+            gate, up = hidden.chunk(2, -1)
+            return act(gate).mul_(up)
+
+        @staticmethod
+        @gradient
+        def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+            (hidden,) = ctx.saved_tensors
+            gate, up = hidden.chunk(2, -1)
+            dhidden = torch.empty_like(hidden)
+            dgate, dup = dhidden.chunk(2, -1)
+            dup.copy_(act(gate)).mul_(dy)
+            dgate.copy_(act_backward(dy * up, gate))
+            return dhidden
+
+    return one_step(Gated)
+
+
+_swiglu = _gated(F.silu, torch.ops.aten.silu_backward)
+_geglu = _gated(_gelu, _gelu_backward)
 
 
 @operator("swiglu")

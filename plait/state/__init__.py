@@ -3,6 +3,7 @@
 from plait.state.kv import KV as KV
 from plait.state.kv import Appended as Appended
 from plait.state.kv import Buffer as Buffer
+from plait.state.kv import Latent as Latent
 from plait.state.kv import StaleState as StaleState
 from plait.state.model_state import ModelState as ModelState
 from plait.state.model_state import remember as remember

@@ -180,3 +180,9 @@ class KV(Appended):
     """Keys and values of full attention, (b, tokens, h, k) each."""
 
     kind: ClassVar[str] = "kv"
+
+
+class Latent(Appended):
+    """What latent attention reads keys and values of all heads off: (b, tokens, 1, rank + rope)."""
+
+    kind: ClassVar[str] = "latent"

@@ -44,6 +44,7 @@ class Snapshot:
     design: str
     values: dict[str, Tensor]
     pages: tuple[int, ...]
+    since: tuple[int, int]
     pool: "weakref.ref[Pool]"
 
 
@@ -71,7 +72,8 @@ class PoolRows:
 
 
 class Pool:
-    """Room for `rows` sequences of up to `tokens` tokens each, in `pages` pages of `page` tokens (a page per row: None).
+    """Room for `rows` sequences of up to `tokens` tokens each, in `pages` pages of `page` tokens (a page per row: None). Rings
+    of windows have places for `drafts` tokens that are taken back again.
 
     lengths: tokens in each row, on the host. starts (rows + 1,), table (rows + 1, pages of a row): the same on the device.
     The last row and the last page are nobody's: where steps of a fixed size put what they must not keep.
@@ -87,7 +89,9 @@ class Pool:
         tokens: int,
         page: int | None = None,
         pages: int | None = None,
+        drafts: int = 0,
     ):
+        self.drafts = drafts
         self.memory, self.design, self.device = memory, design, device
         self.rows, self.tokens, self.page = rows, tokens, page or tokens
         self.width = -(-tokens // self.page)  # pages of a row
@@ -97,8 +101,11 @@ class Pool:
             self.starts = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self._allocate()
         self.keeps_all = any(leaf.keep == "all" for leaf in self.leaves.values())
-        self.moves_on = any(leaf.keep != "all" for leaf in self.leaves.values())
         self.lengths = [0] * rows
+        self._joined, self._reached = (
+            [0] * rows,
+            [0] * rows,
+        )  # tokens that a value brought, and the most there were since
         self.tables: list[list[int]] = [[] for _ in range(rows)]
         self.users: list[set[int]] = [
             set() for _ in range(self.pages)
@@ -118,7 +125,7 @@ class Pool:
         dtype = getattr(torch, leaf.dtype)
         if leaf.keep == "all":
             return torch.zeros(self.pages + 1, self.page, *leaf.shape, dtype=dtype, device=self.device)
-        kept = () if leaf.keep == "one" else (leaf.keep + leaf.ring,)
+        kept = () if isinstance(leaf.keep, str) else (leaf.prefix + leaf.keep + max(1, self.drafts) * leaf.ring,)
         tensor = torch.zeros(self.rows + 1, *kept, *leaf.shape, dtype=dtype, device=self.device)
         for i, value in enumerate(leaf.start):
             tensor[:, i] = value
@@ -168,7 +175,7 @@ class Pool:
         rows = [heapq.heappop(self._free_rows) for _ in lengths]
         for row, length in zip(rows, lengths, strict=True):
             self.tables[row] = [self._take_page(row) for _ in range(self._pages_for(length))]
-            self.lengths[row] = length
+            self.lengths[row] = self._joined[row] = self._reached[row] = length
         self._tell(rows)
         for name, x in state.tensors().items():
             self._write(name, rows, x.detach(), lengths)
@@ -190,7 +197,10 @@ class Pool:
         if not self.keeps_all:
             return
         missing = [self._pages_for(self.lengths[row] + count) - len(self.tables[row]) for row in rows]
-        shared = [row for row in rows if self._would_overwrite(row)]
+        shared: list[int] = []
+        for i, row in enumerate(rows):
+            if self._would_overwrite(row, set(rows[:i]) - set(shared)):
+                shared.append(row)
         if not shared and not any(extra > 0 for extra in missing):
             return
         self._check_room([self.lengths[row] + count for row in rows], sum(max(0, n) for n in missing) + len(shared))
@@ -204,6 +214,7 @@ class Pool:
         """What the host knows of `count` tokens that a call has added; the device has counted by itself."""
         for row in rows:
             self.lengths[row] += count
+            self._reached[row] = max(self._reached[row], self.lengths[row])
 
     def snapshot(self, row: int) -> Snapshot:
         """What the row remembers now, to go back to or to start others from."""
@@ -211,7 +222,8 @@ class Pool:
         values = {name: x[row].clone() for name, x in self.tensors.items() if self.leaves[name].keep != "all"}
         length, self._taken = self.lengths[row], self._taken + 1
         pages = tuple(self.tables[row][: self._pages_for(length)])
-        taken = Snapshot(length, self.design, values, pages, weakref.ref(self))
+        since = self._joined[row], self._reached[row]
+        taken = Snapshot(length, self.design, values, pages, since, weakref.ref(self))
         for page in pages:
             self.users[page].add(-self._taken)
         self._kept[-self._taken] = length
@@ -230,18 +242,20 @@ class Pool:
         self._snapshots[row] = before if known else [weakref.ref(snapshot)]
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget all but the row's first `length` tokens. Where a layer keeps more than keys, only to where a living snapshot
-        of the row was taken; else ValueError names the nearest one."""
+        """Forget all but the row's first `length` tokens. Windows can give back the last `drafts` that they have read, or
+        one. Where a layer keeps more than keys, only to where a living snapshot of the row was taken; else ValueError names the
+        nearest one."""
         self._check_row(row)
         if not 0 <= length <= self.lengths[row]:
             raise ValueError(f"row {row} has {self.lengths[row]} tokens and cannot be cut to {length}")
         if length == self.lengths[row]:
             return
         living = [taken for ref in self._snapshots[row] if (taken := ref()) is not None]
-        if self.moves_on:
+        lost = self._lacks(row, length)
+        if lost is not None:
             match = next((taken for taken in living if taken.length == length), None)
             if match is None:
-                raise ValueError(self._no_way_back(row, length, [taken.length for taken in living]))
+                raise ValueError(self._no_way_back(row, length, lost, [taken.length for taken in living]))
             self.restore(row, match)
             return
         for page in self.tables[row][self._pages_for(length) :]:
@@ -250,6 +264,21 @@ class Pool:
         self.lengths[row] = length
         self._snapshots[row] = [weakref.ref(taken) for taken in living if taken.length <= length]
         self._tell([row])
+
+    def _lacks(self, row: int, length: int) -> str | None:
+        """A leaf of which the pool no longer has all that it would hold after `length` tokens."""
+        for name, leaf in self.leaves.items():
+            if leaf.keep == "all":
+                continue
+            if not isinstance(leaf.keep, int) or not leaf.ring:
+                return name
+            size = self.tensors[name].shape[1] - leaf.prefix
+            there = max(
+                leaf.prefix, self._joined[row] - leaf.keep, self._reached[row] - size
+            )  # the first token in the ring
+            if max(leaf.prefix, length - leaf.keep) < min(there, length):
+                return name
+        return None
 
     def take(self, rows: Sequence[int]) -> ModelState:
         """A copy of rows as a value."""
@@ -284,27 +313,25 @@ class Pool:
 
     def _write(self, name: str, rows: list[int], x: Tensor, lengths: Sequence[int]) -> None:
         leaf, room = self.leaves[name], self.tensors[name]
-        if leaf.keep == "one" or (leaf.keep != "all" and not leaf.ring):
+        if leaf.keep != "all" and not leaf.ring:
             room[torch.tensor(rows, device=self.device)] = x.to(room.dtype)
             return
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            kept = length if leaf.keep == "all" else min(length, leaf.keep)  # type: ignore[type-var]  # an int
-            new = x[i, :kept] if leaf.keep == "all" else x[i, x.shape[1] - kept :]
-            flat, places = self._places(name, row, length - kept, length)
-            flat[places] = new.to(room.dtype)
+            for here, first, end in _runs(leaf, x.shape[1], length):
+                flat, places = self._places(name, row, first, end)
+                flat[places] = x[i, here : here + end - first].to(room.dtype)
 
     def _read(self, name: str, rows: Sequence[int]) -> Tensor:
         """What the leaf holds of these rows, as a value has it."""
         leaf, room = self.leaves[name], self.tensors[name]
-        if leaf.keep == "one" or (leaf.keep != "all" and not leaf.ring):
+        if leaf.keep != "all" and not leaf.ring:
             return room[torch.tensor(rows, device=self.device)]
         lengths = [self.lengths[row] for row in rows]
-        size = max(lengths) if leaf.keep == "all" else leaf.keep
-        out = room.new_zeros(len(rows), size, *leaf.shape)
+        out = room.new_zeros(leaf.sized(len(rows), max(lengths)).shape)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            kept = min(length, size)  # type: ignore[type-var]  # an int
-            flat, places = self._places(name, row, length - kept, length)
-            out[i, slice(0, kept) if leaf.keep == "all" else slice(size - kept, size)] = flat[places]
+            for here, first, end in _runs(leaf, out.shape[1], length):
+                flat, places = self._places(name, row, first, end)
+                out[i, here : here + end - first] = flat[places]
         return out
 
     def _places(self, name: str, row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
@@ -315,7 +342,8 @@ class Pool:
             pages = torch.tensor(self.tables[row] or [self.pages])
             places = pages[at // self.page] * self.page + at % self.page
         else:
-            places = row * room.shape[1] + at % room.shape[1]
+            at = torch.where(at < leaf.prefix, at, leaf.prefix + (at - leaf.prefix) % (room.shape[1] - leaf.prefix))
+            places = row * room.shape[1] + at
         return room.flatten(0, 1), places.to(self.device)
 
     def _put_back(self, row: int, snapshot: Snapshot) -> None:
@@ -324,6 +352,7 @@ class Pool:
         for page in snapshot.pages:
             self.users[page].add(row)
         self.tables[row], self.lengths[row] = list(snapshot.pages), snapshot.length
+        self._joined[row], self._reached[row] = snapshot.since
         self._tell([row])
 
     def _pages_for(self, length: int) -> int:
@@ -345,14 +374,16 @@ class Pool:
             self._drop_page(page, row)
         self.tables[row] = []
 
-    def _would_overwrite(self, row: int) -> bool:
-        """Whether the row's next token falls where somebody else sees a token of his own."""
+    def _would_overwrite(self, row: int, writers: set[int]) -> bool:
+        """Whether the row's next token falls where somebody else sees a token of his own, or one of the `writers` puts one."""
         length, table = self.lengths[row], self.tables[row]
         inside = length // self.page
         if inside >= len(table) or len(self.users[table[inside]]) == 1:
             return False
         others = self.users[table[inside]] - {row}
-        return any((self.lengths[user] if user >= 0 else self._kept[user]) > length for user in others)
+        return bool(others & writers) or any(
+            (self.lengths[user] if user >= 0 else self._kept[user]) > length for user in others
+        )
 
     def _copy_last(self, row: int) -> None:
         inside = self.lengths[row] // self.page
@@ -401,13 +432,15 @@ class Pool:
             f"(about {spec:,} bytes)"
         )
 
-    def _no_way_back(self, row: int, length: int, known: list[int]) -> str:
-        movers = sorted({name.rsplit(".", 1)[0] for name, leaf in self.leaves.items() if leaf.keep != "all"})
+    def _no_way_back(self, row: int, length: int, lost: str, known: list[int]) -> str:
+        slot, window = lost.split(".")[0], self.leaves[lost].ring
         nearest = min(known, key=lambda n: abs(n - length), default=None)
         where = f"the nearest was taken at {nearest}" if nearest is not None else "it has none"
         return (
-            f"row {row} cannot be cut to {length} tokens: what slot {movers[0].split('.')[0]} remembers can only be restored, "
-            f"and no living snapshot of the row was taken there ({where}); take one with pool.snapshot({row}) in time"
+            f"row {row} cannot be cut to {length} tokens: what slot {slot} remembers "
+            + (f"goes back by {self.drafts} drafts alone" if window else "can only be restored")
+            + f", and no living snapshot of the row was taken there ({where}); take one with pool.snapshot({row}) in time"
+            + (", or make the pool with more drafts" if window else "")
         )
 
 
@@ -418,6 +451,14 @@ def _released(pool: "weakref.ref[Pool]", number: int, pages: tuple[int, ...]) ->
         del here._kept[number]
         for page in pages:
             here._drop_page(page, number)
+
+
+def _runs(leaf: Leaf, size: int, length: int) -> list[tuple[int, int, int]]:
+    """Which tokens of a row the `size` places of a value hold: from where in it on, the first, and the end."""
+    if not isinstance(leaf.keep, int):
+        return [(0, 0, length)]
+    kept = min(length, leaf.keep)
+    return [(0, 0, min(length, leaf.prefix)), (size - kept, length - kept, length)]
 
 
 def _leaves(memory: Memory | Memories, prefix: str = "") -> list[tuple[str, Leaf]]:

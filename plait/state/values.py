@@ -37,11 +37,12 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Window(State):
-    """The keys and values that a sliding window still sees, the newest last; entries before position 0 are zero."""
+    """The keys and values that a sliding window still sees, the newest last, behind those of p tokens that it sees for good;
+    entries before position 0, and of first tokens that are not there yet, are zero."""
 
     kind: ClassVar[str] = "window"
-    k: Float[Tensor, "b w-1 h k"]
-    v: Float[Tensor, "b w-1 h k"]
+    k: Float[Tensor, "b p+w-1 h k"]
+    v: Float[Tensor, "b p+w-1 h k"]
 
 
 @dataclass(frozen=True, eq=False)

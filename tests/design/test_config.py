@@ -161,6 +161,37 @@ def test_hash_is_of_what_is_built():
             {"layers": {"A": {"kind": "attention", "rope": {"fraction": 1.5}}}},
             "RoPE.fraction must be in (0, 1], got 1.5",
         ),
+        ({"layers": {"A": {"kind": "attention", "prefix": 3}}}, "without one all are seen"),
+        ({"layers": {"A": {"kind": "attention", "window": 8, "prefix": -1}}}, "0 or more; got -1"),
+        (
+            {"layers": {"A": {"kind": "attention", "rope": {"scaling": "dynamic"}}}},
+            "'ntk' with the factor of the longest",
+        ),
+        ({"layers": {"A": {"kind": "attention", "rope": {"scaling": {"kind": "yarm"}}}}}, "did you mean 'yarn'?"),
+        (
+            {
+                "layers": {
+                    "A": {
+                        "kind": "attention",
+                        "rope": {"theta": 1, "scaling": {"kind": "yarn", "factor": 2, "original": 9}},
+                    }
+                }
+            },
+            "RoPE.theta must be above 1 for yarn",
+        ),
+        (
+            {"layers": {"A": {"kind": "attention", "rope": {"scaling": {"kind": "llama3", "low": 4}}}}},
+            "Llama3.high 4.0 must be above low 4.0",
+        ),
+        ({"layers": {"A": {"kind": "attention", "temperature": {"every": 0}}}}, "Temperature.every must be above 0"),
+        (
+            {"pattern": "L", "layers": {"L": {"kind": "latent_attention", "rope_dim": 7}}},
+            "rope_dim 7 is odd, which RoPE cannot turn",
+        ),
+        (
+            {"pattern": "L", "layers": {"L": {"kind": "latent_attention", "nope_dim": 48}}},
+            "not a multiple of nope_dim 48, so heads must be given",
+        ),
         (
             {"pattern": "M", "layers": {"M": {"kind": "mamba2", "groups": 3, "heads": 4}}},
             "groups 3 does not divide heads 4",

@@ -260,6 +260,7 @@ ADAPTED = {
     **{letter: (f"{letter}F", {}) for letter in LETTERS},
     **{kind: ("QF", {"Q": kind}) for kind in WITHOUT_LETTER},
     "heads of a projection": ("QF", {"Q": plait.GRU(heads=2, head_dim=32, projection="heads")}),
+    "queries from a latent": ("QF", {"Q": plait.LatentAttention(query_rank=20)}),
     "shared": ("QFQ", {"Q": plait.Attention(shared=True)}),
     "merged by projection": ("[M|A]:projection F", {}),
     "merged by attention": ("[D|A]:merge_attention F", {}),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from plait.ops.attention import KERNELS, attention, fused
+from plait.ops.attention.reference import weigh
 from plait.ops.kernels import Call, explain, forced
 from tests.ops.conftest import DOCUMENTS, packing, run_with_gradients
 
@@ -21,8 +22,11 @@ def inputs(t, s=None, keys=2, batch=2):
 
 
 def both(tensors, close, **call):
+    """By every form that fits."""
     results = []
-    for name in ("reference", "chunked", *(["varlen"] if "packing" in call else [])):
+    fused = call.get("softcap") is None and not call.get("prefix")
+    rows = "sinks" in tensors and tensors["q"].shape[1] > 1 and not {"q_start", "k_start"} & call.keys()
+    for name in ("reference", "chunked", *(["varlen"] if fused and ("packing" in call or rows) else [])):
         with forced(name):
             results.append(run_with_gradients(lambda **x: (attention(**x, **call), None), tensors))
     for name, x in results[0].items():
@@ -36,6 +40,73 @@ def both(tensors, close, **call):
 @pytest.mark.parametrize("length", [1, 2, 65, 300])
 def test_chunked_is_reference(length, window, softcap, close):
     both(inputs(length), close, window=window, softcap=softcap)
+
+
+SINKS = torch.tensor([0.3, -2.0, 5.0, 1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "call", [{}, {"window": 7}, {"window": 7, "prefix": 3}, {"softcap": 1.5}, {"packing": packing()}], ids=str
+)
+def test_a_sink_takes_its_part(call, close):
+    """In every form, with gradients: e^sink beside the sum of weights, which a key of zeros and a value of zeros has too."""
+    tensors = inputs(sum(DOCUMENTS), batch=1)
+    got = both(tensors | {"sinks": SINKS}, close, **call)
+    close(
+        both(tensors | {"sinks": torch.full((HEADS,), -torch.inf, dtype=torch.float64)}, close, **call),
+        attention(**tensors, **call),
+    )
+    alone = attention(
+        **{name: x[:, :1] for name, x in tensors.items()}, **{k: v for k, v in call.items() if k != "packing"}
+    )
+    logits = (tensors["q"][0, 0] * tensors["k"][0, 0].repeat_interleave(2, 0)).sum(-1) * K**-0.5
+    logits = logits if "softcap" not in call else 1.5 * torch.tanh(logits / 1.5)
+    close(got[0, 0], alone[0, 0] * torch.sigmoid(logits - SINKS)[:, None])
+
+
+@pytest.mark.parametrize("sink", [-1e4, 1e4])
+def test_extreme_sinks(sink, close):
+    """One that takes all leaves nothing, without a NaN; one that takes nothing is none."""
+    tensors = inputs(65) | {"sinks": torch.full((HEADS,), sink, dtype=torch.float64)}
+    got = both(tensors, close)
+    want = attention(**inputs(65)) if sink < 0 else torch.zeros_like(got)
+    close(got, want)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [1, 7, 64, 1000])
+@pytest.mark.parametrize("prefix", [1, 5, 100])
+@pytest.mark.parametrize("length", [1, 2, 65, 300])
+def test_a_prefix_beside_a_window(length, prefix, window, softcap, close):
+    tensors = inputs(length)
+    got = both(tensors, close, window=window, prefix=prefix, softcap=softcap)
+    at = torch.arange(length)
+    gap = at[:, None] - at
+    mask = (gap >= 0) & ((gap < window) | (at < prefix))
+    close(got, weigh(*tensors.values(), None, mask[None, None], softcap, K**-0.5))
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 9), (2, 1), (2, 9), (4, 30), (20, 1), (20, 30), (300, 300)])
+def test_a_prefix_that_a_state_keeps(start, length, close):
+    """The first keys apart, and a tail that may hold them a second time."""
+    window, prefix, total = 8, 5, start + length
+    whole = inputs(total)
+    want = both(whole, close, window=window, prefix=prefix)[:, start:]
+    tensors = {"q": whole["q"][:, start:]}
+    for name in ("k", "v"):
+        x = F.pad(whole[name], (0, 0, 0, 0, 0, max(0, prefix - total)), value=9.0)  # not seen yet
+        tail = F.pad(whole[name], (0, 0, 0, 0, window - 1, 0), value=9.0)[:, start:]
+        tensors[name] = torch.cat([x[:, :prefix], tail], 1)
+    for at in (start, torch.tensor([start, start])):
+        close(both(tensors, close, q_start=at, k_start=at - (window - 1), window=window, prefix=prefix), want)
+
+
+@pytest.mark.parametrize("sizes", [(6, 4), (4, 6)])
+@pytest.mark.parametrize("call", [{}, {"window": 7}, {"packing": packing()}], ids=str)
+def test_keys_and_values_of_different_size(sizes, call, close):
+    tensors = inputs(sum(DOCUMENTS), batch=1)
+    tensors = {name: x[..., : sizes[name == "v"]] for name, x in tensors.items()}
+    assert both(tensors, close, **call).shape[3] == sizes[1]
 
 
 @pytest.mark.parametrize("call", [{}, {"window": 7}, {"softcap": 1.5}, {"packing": packing()}], ids=str)
@@ -94,12 +165,12 @@ def test_rows_at_different_positions(close):
         close(got[row], want[row, start : start + 5])
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_packed(window, close):
+@pytest.mark.parametrize("call", [{}, {"window": 3}, {"window": 3, "prefix": 4}], ids=str)
+def test_packed(call, close):
     tensors = inputs(sum(DOCUMENTS), batch=1)
-    got = both(tensors, close, window=window, packing=packing())
+    got = both(tensors, close, **call, packing=packing())
     for start, end in packing().bounds:
-        close(got[:, start:end], attention(*(x[:, start:end] for x in tensors.values()), window=window))
+        close(got[:, start:end], attention(*(x[:, start:end] for x in tensors.values()), **call))
 
 
 @pytest.mark.gpu
@@ -181,6 +252,6 @@ def test_the_switch_is_part_of_a_compiled_graph():
 
 
 def test_explain_names_the_kernel_within():
-    (name, reason), _ = explain(KERNELS, Call("cpu", torch.float32, "one"))
+    _, (name, reason), _ = explain(KERNELS, Call("cpu", torch.float32, "one"))
     assert name == "chunked (torch's flash attention kernel)" and reason == "used"
-    assert explain(KERNELS, Call("nowhere", torch.float32, "one"))[0] == ("chunked", "used")
+    assert explain(KERNELS, Call("nowhere", torch.float32, "one"))[1] == ("chunked", "used")

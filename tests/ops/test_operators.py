@@ -108,13 +108,15 @@ def test_states_after_chosen_tokens(name):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("together", [True, False])
-def test_attention(together, dtype, window):
+@pytest.mark.parametrize("sinks", [True, False])
+def test_attention(sinks, together, dtype, window):
+    sinks = randn(4) if sinks else None
     q, k, v = randn(1, T, 4, 8, dtype=dtype), randn(1, T, 2, 8, dtype=dtype), randn(1, T, 2, 8, dtype=dtype)
     with Told() as told:
         if together:
-            o = packed._Together.apply(q, k, v, packing().cu_seqlens, window, 0.3)
+            o = packed._Together.apply(q, k, v, sinks, packing().cu_seqlens, window, 0.3)
         else:
-            o = packed._Apart.apply(q, k, v, packing().cu_seqlens, window, 2.0, 0.3, "chunked")
+            o = packed._Apart.apply(q, k, v, sinks, packing().cu_seqlens, window, 0, 2.0, 0.3, "chunked")
         o.sum().backward()
     assert len(told.names) == 2
 

@@ -72,6 +72,7 @@ def test_a_pool_without_room_says_what_would_do_and_stays_as_it_was():
             "the call has 2 rows, but 1 rows of the",
         ),
         (lambda pool, model: model.init_pool(0, 4), "init_pool: rows must be a whole number"),
+        (lambda pool, model: model.init_pool(2, 4, drafts=-1), "init_pool: drafts must be a whole number"),
     ],
 )
 def test_what_a_pool_refuses(wrong, message):
@@ -133,6 +134,35 @@ def test_pages_are_shared_until_somebody_writes_over_another():
     assert pool.free_pages == 12 - 3
     del taken
     assert pool.free_pages == 12
+
+
+def test_rows_that_share_a_page_write_side_by_side():
+    """Both in one call: each where the other would."""
+    model = tiny("AF")
+    pool, state = model.init_pool(2, 16, page=4), after(model, 6)
+    (row,) = pool.join(state)
+    rows = [row, *pool.join(pool.snapshot(row))]
+    new = torch.tensor([[5, 7], [6, 8]])
+    got = torch.cat([model(x, pool.at(rows))[0] for x in new.split(1, 1)], 1)
+    torch.testing.assert_close(got, model(new, state.select([0, 0]))[0])
+
+
+@pytest.mark.parametrize("pattern", ["W", "[W|A]"])
+def test_windows_give_back_as_many_tokens_as_the_pool_was_made_for(pattern):
+    model, read = tiny(pattern), torch.arange(17)[None]
+    pool = model.init_pool(1, 32, page=4, drafts=3)
+    (row,) = pool.join(after(model, 9))
+    with pytest.raises(ValueError, match=r"slot 0 remembers goes back by 3 drafts alone.*or make the pool with more"):
+        pool.truncate(row, 8)  # the value brought no more than it had
+    model(read[:, 9:], pool.at([row]))
+    with pytest.raises(ValueError, match="row 0 cannot be cut to 13 tokens"):
+        pool.truncate(row, 13)
+    for length in (16, 14):
+        pool.truncate(row, length)
+        want, _ = model(read[:, :1], after(model, length))
+        got, _ = model(read[:, :1], pool.at([row]))
+        torch.testing.assert_close(got, want)
+        pool.truncate(row, length)
 
 
 def test_a_model_that_reads_meta_tokens_begins_on_a_value():

@@ -5,12 +5,13 @@ keeps, so that both can be counted without building anything; tests hold the cou
 """
 
 from plait.design.layers.attention import Attention as Attention
-from plait.design.layers.attention import RoPE as RoPE
+from plait.design.layers.feed_forward import GEGLU as GEGLU
 from plait.design.layers.feed_forward import GELU as GELU
 from plait.design.layers.feed_forward import FeedForward as FeedForward
 from plait.design.layers.feed_forward import ReLU2 as ReLU2
 from plait.design.layers.feed_forward import SwiGLU as SwiGLU
 from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from plait.design.layers.latent_attention import LatentAttention as LatentAttention
 from plait.design.layers.layer import Layer as Layer
 from plait.design.layers.layer import Mixer as Mixer
 from plait.design.layers.mamba2 import Mamba2 as Mamba2
@@ -20,6 +21,8 @@ from plait.design.layers.recurrent import GRU as GRU
 from plait.design.layers.recurrent import LSTM as LSTM
 from plait.design.layers.recurrent import RNN as RNN
 from plait.design.layers.recurrent import SLSTM as SLSTM
+from plait.design.layers.rope import RoPE as RoPE
+from plait.design.layers.rope import Temperature as Temperature
 from plait.design.layers.scalar_decay import LightningAttention as LightningAttention
 from plait.design.layers.scalar_decay import RetNet as RetNet
 from plait.design.layers.scalar_decay import ScalarDecay as ScalarDecay
@@ -27,6 +30,7 @@ from plait.design.layers.scalar_decay import SimpleGLA as SimpleGLA
 
 KINDS: dict[str, type[Layer]] = {
     "attention": Attention,
+    "latent_attention": LatentAttention,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
     "mlstm": MLSTM,
@@ -38,6 +42,7 @@ KINDS: dict[str, type[Layer]] = {
     "lstm": LSTM,
     "slstm": SLSTM,
     "swiglu": SwiGLU,
+    "geglu": GEGLU,
     "gelu": GELU,
     "relu2": ReLU2,
     "moe": MixtureOfExperts,
@@ -46,6 +51,7 @@ KINDS: dict[str, type[Layer]] = {
 LETTERS: dict[str, Layer] = {
     "A": Attention(),
     "W": Attention(window=512),
+    "L": LatentAttention(),
     "M": Mamba2(),
     "D": GatedDeltaNet(),
     "X": MLSTM(),

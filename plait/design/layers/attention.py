@@ -1,57 +1,50 @@
 """Softmax attention."""
 
+from dataclasses import replace
 from typing import Self
 
 from plait.design.layers.layer import Mixer, head_sizes
+from plait.design.layers.rope import RoPE, Temperature
 from plait.design.spec import Leaf, Memory
 from plait.design.spelling import suggest
-from plait.design.struct import DERIVED, Struct, positive
+from plait.design.struct import DERIVED, MAX_SIZE, at_most, positive
 from plait.design.weights import Bias, Constant, Weight, Weights, norm, projection
-
-
-class RoPE(Struct, frozen=True, kw_only=True, tag=False):
-    """Rotary positions (arXiv 2104.09864): the first `fraction` of each head turns with the position.
-
-    `max_positions` is how far the model may be used: longer sequences are refused. None: no limit.
-    """
-
-    theta: float = 10_000.0
-    fraction: float = 1.0
-    max_positions: int | None = None
-
-    def __post_init__(self) -> None:
-        positive(self, "theta", "max_positions")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"RoPE.fraction must be in (0, 1], got {self.fraction}; for none at all write rope: null")
-
-    def rotated(self, head_dim: int) -> int:
-        """How many of a head's channels turn; even."""
-        return int(head_dim * self.fraction) // 2 * 2
 
 
 class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
     """Softmax attention (arXiv 1706.03762). `kv_heads` 1 is MQA, below `heads` GQA (arXiv 2305.13245).
 
-    window: a query sees itself and the window - 1 tokens before it. softcap: logits become c tanh(logits / c).
+    window: a query sees itself and the window - 1 tokens before it, and the first `prefix` tokens of all (arXiv 2309.17453), a
+    model's meta tokens included. sinks: a learned logit per head that takes its part of the softmax and has no value (gpt-oss).
+    softcap: logits become c tanh(logits / c).
     output_gate: sigmoid gate from the input on the heads' output (Qwen3-Next). qk_norm: RMSNorm per head on q and k.
     bias: true for all projections, or the names of those that have one, of q, k, v, gate and o: [q, k, v] is Qwen2.
-    scale: on q . k; null: 1 / sqrt(head_dim).
+    scale: on q . k; null: 1 / sqrt(head_dim). temperature: what queries are multiplied by the further on they stand (Llama 4).
     """
 
     heads: int = DERIVED
     kv_heads: int = DERIVED
     head_dim: int = DERIVED
     window: int | None = None
+    prefix: int = 0
+    sinks: bool = False
     rope: RoPE | None = RoPE()
     qk_norm: bool = False
     output_gate: bool = False
     softcap: float | None = None
     scale: float | None = None
+    temperature: Temperature | None = None
     bias: Bias = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "heads", "kv_heads", "head_dim", "window", "softcap", "scale")
+        if self.prefix < 0 or (self.prefix and not self.window):
+            raise ValueError(
+                f"Attention.prefix: the first tokens that a window sees beside the last ones, 0 or more; got {self.prefix}"
+                + ("" if self.window else " and no window: without one all are seen")
+            )
+        at_most(self, "prefix", MAX_SIZE)
         if self.heads and self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"Attention: kv_heads {self.kv_heads} does not divide heads {self.heads}")
         known = ("q", "k", "v", *(["gate"] if self.output_gate else []), "o")
@@ -85,13 +78,15 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
             *projection("qkv_proj", rows, reads or dim, bias=self.bias),
             *self.output("o_proj", dim, bias=o),
             *norms,
+            *((Weight("sinks", (self.heads,), "vector", Constant(0.0)),) if self.sinks else ()),
             *residual,
         )
 
     def mixing(self, dim: int, context: int) -> int:
-        return 4 * self.heads * self.head_dim * min(context, self.window or context)
+        return 4 * self.heads * self.head_dim * min(context, self.prefix + (self.window or context))
 
     def state(self, dim: int, dtype: str) -> Memory:
         kind, keep = ("window", self.window - 1) if self.window else ("kv", "all")
         shape, ring = (self.kv_heads, self.head_dim), self.window is not None
-        return Memory(kind, tuple(Leaf(name, shape, dtype, keep, ring=ring) for name in ("k", "v")))
+        leaf = Leaf("k", shape, dtype, keep, ring=ring, prefix=self.prefix)
+        return Memory(kind, (leaf, replace(leaf, name="v")))

@@ -34,14 +34,22 @@ class FeedForward(Layer, frozen=True, kw_only=True):
         )
 
 
-class SwiGLU(FeedForward, frozen=True, kw_only=True, tag="swiglu"):
-    """down(silu(gate x) * up x) (arXiv 2002.05202); `hidden` defaults to 8/3 dim rounded to 64."""
+class Gated(FeedForward, frozen=True, kw_only=True):
+    """down(act(gate x) * up x) (arXiv 2002.05202); `hidden` defaults to 8/3 dim rounded to 64."""
 
     def rows(self) -> dict[str, int]:
         return {"gate": self.hidden, "up": self.hidden}
 
     def default_hidden(self, dim: int) -> int:
         return max(64, round(dim * 8 / 3 / 64) * 64)
+
+
+class SwiGLU(Gated, frozen=True, kw_only=True, tag="swiglu"):
+    """down(silu(gate x) * up x) (arXiv 2002.05202); `hidden` defaults to 8/3 dim rounded to 64."""
+
+
+class GEGLU(Gated, frozen=True, kw_only=True, tag="geglu"):
+    """down(gelu(gate x) * up x) (arXiv 2002.05202, the tanh form Gemma uses); `hidden` defaults to 8/3 dim rounded to 64."""
 
 
 class GELU(FeedForward, frozen=True, kw_only=True, tag="gelu"):

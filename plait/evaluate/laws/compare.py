@@ -11,7 +11,7 @@ from torch import Tensor
 from plait.design.ends import Vectors
 from plait.design.model import ModelConfig
 from plait.model import LanguageModel, build
-from plait.state import KV, Branches, ModelState, SlotState
+from plait.state import Appended, Branches, ModelState, SlotState
 
 Values = dict[str, Tensor]
 
@@ -83,7 +83,9 @@ def contents(state: ModelState) -> Values:
             return
         for tensor_name, x in slot.tensors().items():
             for row, length in enumerate(state.lengths):
-                values[f"row {row}, state {name}.{tensor_name}"] = x[row, :length] if isinstance(slot, KV) else x[row]
+                values[f"row {row}, state {name}.{tensor_name}"] = (
+                    x[row, :length] if isinstance(slot, Appended) else x[row]
+                )
 
     for i, slot in enumerate(state.slots):
         visit(slot, str(i))

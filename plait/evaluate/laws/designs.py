@@ -3,6 +3,7 @@
 from typing import Any
 
 from plait.design import (
+    GEGLU,
     GELU,
     GRU,
     LSTM,
@@ -13,6 +14,7 @@ from plait.design import (
     Average,
     Gated,
     GatedDeltaNet,
+    LatentAttention,
     LayerNorm,
     LightningAttention,
     Logits,
@@ -42,6 +44,7 @@ from plait.design.norms import Norm
 LAYERS: dict[str, Layer] = {
     "A": Attention(heads=4, head_dim=12),
     "W": Attention(heads=2, head_dim=20, window=7),
+    "L": LatentAttention(heads=3, nope_dim=10, rope_dim=6, value_dim=14, rank=22),
     "M": Mamba2(heads=6, head_dim=10, state_dim=14),
     "D": GatedDeltaNet(heads=2, head_dim=18, value_heads=4, value_head_dim=22),
     "X": MLSTM(heads=3, head_dim=14, key_dim=10),
@@ -107,6 +110,31 @@ DESIGNS: dict[str, ModelConfig] = {
     "AF soft-capped": small("AF", A=Attention(heads=2, head_dim=16, softcap=2.0)),
     "WF soft-capped, grouped": small("WF", W=Attention(heads=4, kv_heads=2, head_dim=16, softcap=2.0, window=5)),
     "WF window of one": small("WDF", W=Attention(heads=2, head_dim=16, window=1)),
+    "SinksF, in full and in a window": small(
+        "SinksF NearF",
+        Sinks=Attention(heads=4, kv_heads=2, head_dim=12, sinks=True, bias=("q", "k", "v")),
+        Near=Attention(heads=2, head_dim=20, window=7, sinks=True),
+    ),
+    "WF with a prefix, and values of the first layer": small(
+        "WF NearF",
+        wrap=Wrap(value_residual=True),
+        W=Attention(heads=4, kv_heads=2, head_dim=12, window=7, prefix=3),
+        Near=Attention(heads=6, kv_heads=2, head_dim=12, window=5, prefix=9, sinks=True, softcap=2.0),
+    ),
+    "A AF L, positions scaled, a temperature": small(
+        "A AF L",
+        A=Attention(heads=3, head_dim=12, rope=RoPE(scaling={"kind": "yarn", "factor": 4.0, "original": 16})),
+        at={
+            "A#1": {"rope": None, "temperature": {"scale": 0.3, "every": 5}},
+            "L#0": {"rope": {"theta": 500.0, "scaling": {"kind": "llama3", "original": 20}}},
+        },
+    ),
+    "LF": small("LF"),
+    "LF without positions, queries from a latent": small(
+        "LF LF",
+        L=LatentAttention(heads=2, nope_dim=12, rope_dim=4, value_dim=9, rank=17, query_rank=26, rope=None),
+        at={"L#1": {"rope": RoPE(), "rank": 5}},
+    ),
     "MF groups, no bias, wide convolution": small(
         "MF", M=Mamba2(heads=6, head_dim=10, state_dim=14, groups=3, conv_bias=False, conv_width=6)
     ),
@@ -129,7 +157,7 @@ DESIGNS: dict[str, ModelConfig] = {
         N=RNN(heads=4, head_dim=9, recurrence="heads", conv_width=None, output_gate=False),
         X=RNN(heads=4, head_dim=9, activation="relu", projection="heads", conv_width=None),
     ),
-    "GELU and ReLU2": small("AF DR", F=GELU(hidden=80, bias=True), R=ReLU2(hidden=72)),
+    "GELU, ReLU2 and GEGLU": small("AF DR U", F=GELU(hidden=80, bias=True), R=ReLU2(hidden=72), U=GEGLU(hidden=56)),
     "XF": small("XF"),
     "RnF LiF": small("RnF LiF"),
     "SgF": small("SgF"),
@@ -196,7 +224,7 @@ DESIGNS: dict[str, ModelConfig] = {
             "F#0": {"wrap": {"reads": "stream_and_embeddings", "norms": "none"}},
         },
     ),
-    "meta tokens": small("AF WF DF", front=Tokens(meta=3), W=Attention(heads=2, head_dim=20, window=5)),
+    "meta tokens": small("AF WF DF", front=Tokens(meta=3), W=Attention(heads=2, head_dim=20, window=5, prefix=3)),
     "meta tokens and learned positions, own head with bias": small(
         "MF A", front=Tokens(meta=2, positions=300), head=Logits(bias=True), tied=False
     ),

@@ -12,13 +12,17 @@ from plait.model import LanguageModel
 from plait.state import ModelState, Pool, Snapshot
 
 ROWS, LENGTH, OPERATIONS = 4, 64, 60
+DRAFTS = 5  # tokens that windows can give back; a step is no longer
 
 
 @dataclass(eq=False)
 class _Row:
-    """A row of the pool beside the value that it must equal, and the snapshots taken of both."""
+    """A row of the pool beside the value that it must equal, the snapshots taken of both, the values before each step since
+    it was last put there as a whole, and the most tokens that it had since."""
 
     state: ModelState
+    before: list[ModelState] = field(default_factory=list)
+    reached: int = 0
     taken: list[tuple[Snapshot, ModelState]] = field(default_factory=list)
 
 
@@ -58,7 +62,10 @@ class _Story:
         tokens = self.tokens(len(rows), count)
         got, _ = self.model(tokens, self.pool.at(rows))
         for i, row in enumerate(rows):
-            want, self.rows[row].state = self.model(tokens[i : i + 1], self.rows[row].state)
+            here = self.rows[row]
+            here.before.append(here.state.fork())
+            want, here.state = self.model(tokens[i : i + 1], here.state)
+            here.reached = max(here.reached, here.state.lengths[0])
             self.worst = max(self.worst, agree("pool", f"row {row}, a step of {count}", {"": got[i]}, {"": want[0]}))
 
     def snapshot(self) -> None:
@@ -81,8 +88,20 @@ class _Story:
             self.pool.truncate(row, taken.length)
         else:
             self.pool.restore(row, taken)
-        self.rows[row].state = state.fork()
+        self.rows[row].state, self.rows[row].before, self.rows[row].reached = state.fork(), [], taken.length
         self.rows[row].taken = [pair for pair in self.rows[row].taken if pair[0].length <= taken.length]
+
+    def cut(self) -> None:
+        """Take back some of the last tokens, without a snapshot."""
+        row = self.random.choice(list(self.rows))
+        here = self.rows[row]
+        near = [i for i, state in enumerate(here.before) if state.lengths[0] >= here.reached - DRAFTS]
+        if near:
+            i = self.random.choice(near)
+            here.state, here.before = here.before[i], here.before[:i]
+            length = here.state.lengths[0]
+            self.pool.truncate(row, length)
+            here.taken = [pair for pair in here.taken if pair[0].length <= length]
 
     def check(self) -> None:
         for row, beside in self.rows.items():
@@ -98,9 +117,13 @@ def pool(design: ModelConfig, device: str, dtype: torch.dtype) -> float:
     model = subject(design, device, dtype)
     worst = 0.0
     for seed, page in enumerate((None, 5)):
-        story = _Story(model, model.init_pool(ROWS, LENGTH, page=page), seed)
+        story = _Story(model, model.init_pool(ROWS, LENGTH, page=page, drafts=0 if page is None else DRAFTS), seed)
+        forgets = page is not None and all(leaf.keep == "all" or leaf.ring for leaf in story.pool.leaves.values())
         for _ in range(OPERATIONS):
-            names = ["join", *(["step"] * 4 + ["snapshot", "go_back", "leave"] if story.rows else [])]
+            names = [
+                "join",
+                *(["step"] * 4 + ["snapshot", "go_back", "leave"] + ["cut"] * forgets if story.rows else []),
+            ]
             getattr(story, story.random.choice(names))()
         story.check()
         worst = max(worst, story.worst)

@@ -9,7 +9,7 @@ from torch import Tensor
 from plait.design.model import ModelConfig
 from plait.evaluate.laws.compare import LawBroken, Values, agree, contents, some_tokens, subject
 from plait.model import LanguageModel, build
-from plait.state import KV, Branches, ModelState, SlotState, StaleState
+from plait.state import Appended, Branches, ModelState, SlotState, StaleState
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def _continued(model: LanguageModel, state: ModelState, tokens: Tensor) -> Value
 
 def _has_keys(state: ModelState) -> bool:
     def visit(slot: SlotState) -> bool:
-        return any(visit(part) for part in slot.parts) if isinstance(slot, Branches) else isinstance(slot, KV)
+        return any(visit(part) for part in slot.parts) if isinstance(slot, Branches) else isinstance(slot, Appended)
 
     return any(visit(slot) for slot in state.slots)
 

@@ -10,7 +10,12 @@ from plait.ops.kernels import Kernel, Kernels, always, choose
 from plait.ops.packing import Packing
 
 KERNELS = Kernels(
-    "attention", (Kernel("chunked", chunked.run, always, chosen), Kernel("reference", reference.run, always))
+    "attention",
+    (
+        Kernel("varlen", packed.rows, packed.for_rows, packed.within),
+        Kernel("chunked", chunked.run, always, chosen),
+        Kernel("reference", reference.run, always),
+    ),
 )
 
 PACKED = Kernels(
@@ -31,21 +36,35 @@ def attention(
     v: Float[Tensor, "b s g v"],
     *,
     q_start: Start = 0,
-    k_start: Start = 0,
+    k_start: Start | None = None,
     window: int | None = None,
+    prefix: int = 0,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
     packing: Packing | None = None,
 ) -> Float[Tensor, "b t h v"]:
     """`g` key heads serve h query heads in order (h a multiple).
 
     Query i stands at position q_start + i and key j at k_start + j, for all rows alike (int) or row by row (tensor).
-    A query sees keys from position 0 up to its own; with `window`, only the last `window` of them. `softcap` c turns
-    logits x into c tanh(x / c). scale: on q . k, 1 / sqrt(k) if left out. With `packing` there is no past: each document
-    attends to itself.
+    A query sees keys from position 0 up to its own; with `window`, only the last `window` of them and the first `prefix` of all
+    (arXiv 2309.17453). These first keys come first of all, and k_start is where the keys after them stand (left out: all are in
+    order); what those hold at the first positions once more is not looked at. `softcap` c turns logits x into
+    c tanh(x / c). scale: on q . k, 1 / sqrt(k) if left out. sinks: one more logit per head, which takes its part of the softmax
+    and has no value. With `packing` there is no past: each document attends to itself.
     """
+    prefix = 0 if window is None else prefix
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    heads = Heads(k.shape[3], v.shape[3], softcap is not None, sinks is not None, prefix > 0)
+    if sinks is not None:
+        past = k_start is not None or isinstance(q_start, Tensor) or q_start > 0 or k.shape[1] > q.shape[1]
+        heads = heads._replace(past=past)
     if packing is not None:
-        heads = Heads(k.shape[3], v.shape[3], softcap is not None)
-        return choose(PACKED, q, packed=True, sizes=heads).run(q, k, v, window, softcap, scale, packing)
-    run, arguments = choose(KERNELS, q).run, (q, k, v, q_start, k_start, window, softcap, scale)
+        run = choose(PACKED, q, packed=True, sizes=heads).run
+        return run(q, k, v, sinks, window, prefix, softcap, scale, packing)
+    k_start = min(prefix, k.shape[1]) if k_start is None else k_start
+    run, arguments = (
+        choose(KERNELS, q, sizes=heads).run,
+        (q, k, v, sinks, q_start, k_start, window, prefix, softcap, scale),
+    )
     return run(*arguments) if may_plan(q) else for_any_length(run, *arguments)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -39,6 +40,17 @@ def for_any_length(run: Callable[..., T], *args: Any) -> T:
         return run(*args)
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def of_one_size(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with zeros behind keys or values, whichever are smaller, where torch's fused kernel takes one size alone: on a
+    CPU, where without it every weight would be kept."""
+    missing = k.shape[3] - v.shape[3]
+    if missing == 0 or q.device.type != "cpu":
+        return q, k, v
+    if missing > 0:
+        return q, k, F.pad(v, (0, missing))
+    return F.pad(q, (0, -missing)), F.pad(k, (0, -missing)), v
 
 
 def chosen(call: Call) -> str | None:

@@ -30,11 +30,15 @@ CAUSAL = 1  # `custom_mask_type` of the memory-efficient kernel
 
 
 class Heads(NamedTuple):
-    """Numbers of a key and of a value, and whether logits are capped."""
+    """Numbers of a key and of a value; whether logits are capped, whether there are sinks and a prefix, and whether sinks stand
+    beside keys from before the call."""
 
     key: int
     value: int
-    capped: bool
+    capped: bool = False
+    sinks: bool = False
+    prefix: bool = False
+    past: bool = False
 
 
 def supports(call: Call) -> str | None:
@@ -42,12 +46,12 @@ def supports(call: Call) -> str | None:
     heads: Heads | None = call.sizes
     if heads is not None and heads.capped:
         return "no fused kernel caps logits"
+    if heads is not None and heads.prefix:
+        return "no fused kernel sees a prefix beside a window"
     if call.device == "cuda":
         return None if call.dtype in CUDA else f"no kernel for {call.dtype}"
     if call.device != "cpu":
         return f"no kernel for {call.device}"
-    if heads is not None and heads.key != heads.value:
-        return "keys and values of different size"
     return None if call.dtype in CPU else f"no kernel for {call.dtype}"
 
 
@@ -64,12 +68,54 @@ def _fits_flash(dtype: torch.dtype, key: int, value: int) -> bool:
     return dtype != torch.float32 and key == value <= WIDEST
 
 
+def for_rows(call: Call) -> str | None:
+    """None, or why whole rows should not run as documents do."""
+    heads: Heads | None = call.sizes
+    if heads is None or not heads.sinks:
+        return "for sinks, which torch's kernels for rows do not have"
+    if heads.past or call.tokens == "one":
+        return "for rows without a past"
+    return supports(call)
+
+
+def rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    q_start: int,
+    k_start: int,
+    window: int | None,
+    prefix: int,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    """Rows of one length and without a past, as documents. Shapes as in `attention`."""
+    (b, t), (q, k, v) = q.shape[:2], (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+    cuts = torch.arange(0, b * t + 1, t, device="cpu")
+    return _run(q, k, v, sinks, window, scale, cuts).unflatten(1, (b, t))[0]
+
+
 def run(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, scale: float | None, packing: Packing
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    window: int | None,
+    prefix: int,
+    softcap: float | None,
+    scale: float,
+    packing: Packing,
 ) -> Tensor:
     """Shapes as in `attention`."""
-    q, k, v = (_narrowed(x) for x in (q, k, v))
-    return _Together.apply(q, k, v, packing.cu_seqlens, window, scale)
+    return _run(q, k, v, sinks, window, scale, packing.cu_seqlens)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, window: int | None, scale: float, cu_seqlens: Tensor
+) -> Tensor:
+    size, (q, k, v) = v.shape[3], fused.of_one_size(*(_narrowed(x) for x in (q, k, v)))
+    return _Together.apply(q, k, v, sinks, cu_seqlens, window, scale)[..., :size]
 
 
 def _narrowed(x: Tensor) -> Tensor:
@@ -82,30 +128,40 @@ def _narrowed(x: Tensor) -> Tensor:
 
 class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, *how):
-        o, lse = _attend(q, k, v, cu_seqlens, *how)
-        ctx.save_for_backward(q, k, v, cu_seqlens, o, lse)
+    def forward(ctx, q, k, v, sinks, cu_seqlens, *how):
+        o, lse = _attend(q, k, v, sinks, cu_seqlens, *how)
+        ctx.save_for_backward(q, k, v, sinks, cu_seqlens, o, lse)
         ctx.how = how
         return o
 
     @staticmethod
     @gradient
     def backward(ctx, do):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_pull(do, *ctx.saved_tensors, *ctx.how), None, None, None
+        dq, dk, dv, *dsinks = _pull(do, *ctx.saved_tensors, *ctx.how)
+        return dq, dk, dv, dsinks[0] if dsinks else None, None, None, None
 
 
 @operator("packed_attention")
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor,
+    window: int | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """o (1, t, h, v), and the log of every query's sum of weights (h, t)."""
     forward, _ = _engine(q, v)
     o, lse = forward(q, k, v, known(cu_seqlens, q.device), window, scale)
-    return o.contiguous(), lse.contiguous()
+    if sinks is None:
+        return o.contiguous(), lse.contiguous()
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return o * (lse - total).exp().T[..., None].to(o.dtype), total
 
 
 @torch.library.register_fake("plait::packed_attention")
-def _(q, k, v, cu_seqlens, window, scale):
+def _(q, k, v, sinks, cu_seqlens, window, scale):
     _, t, h, _ = q.shape
     return q.new_empty(1, t, h, v.shape[3]), q.new_empty(h, t, dtype=_wide(q))
 
@@ -116,21 +172,31 @@ def _pull(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     cu_seqlens: Tensor,
     o: Tensor,
     lse: Tensor,
     window: int | None,
-    scale: float | None,
+    scale: float,
 ) -> list[Tensor]:
-    """Gradients at q, k and v."""
+    """Gradients at q, k and v, and at sinks where there are some.
+
+    A kernel has weights from `lse` and what is taken off their gradients from `o`: where both are those with a sink, so is all
+    that it gives, and the sink is one more key that all of this is true of.
+    """
     _, backward = _engine(q, v)
     gradients = backward(do.contiguous(), q, k, v, o, lse, known(cu_seqlens, q.device), window, scale)
-    return [x.contiguous() for x in gradients]
+    gradients = [x.contiguous() for x in gradients]
+    if sinks is not None:
+        weight = (sinks.to(lse.dtype)[:, None] - lse).exp()  # (h, t)
+        of_o = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)[0].T
+        gradients.append(-(weight * of_o).sum(1).to(sinks.dtype))
+    return gradients
 
 
 @torch.library.register_fake("plait::packed_attention_backward")
-def _(do, q, k, v, cu_seqlens, o, lse, window, scale):
-    return [x.new_empty(x.shape) for x in (q, k, v)]
+def _(do, q, k, v, sinks, cu_seqlens, o, lse, window, scale):
+    return [x.new_empty(x.shape) for x in (q, k, v, *([] if sinks is None else [sinks]))]
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -167,7 +233,7 @@ def _heads(x: Tensor, place: slice) -> Tensor:
 
 
 def _in_turn(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     _, t, h, _ = q.shape
     o, lse = q.new_empty(1, t, h, v.shape[3]), q.new_empty(h, t, dtype=_wide(q))
@@ -189,7 +255,7 @@ def _in_turn_back(
     lse: Tensor,
     packing: Packing,
     window: int | None,
-    scale: float | None,
+    scale: float,
 ) -> tuple[Tensor, ...]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for queries, keys, mask in _pieces(packing, window, q):
@@ -225,20 +291,16 @@ def _aligned(x: Float[Tensor, "1 t h k"]) -> Float[Tensor, "1 t h l"]:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[3] ** -0.5 if scale is None else scale
-
-
 def _sides(window: int | None) -> dict[str, int]:
     return {"window_size_left": -1 if window is None else window - 1, "window_size_right": -1 if window is None else 0}
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     parts = [_aligned(x)[0] for x in (q, k, v)]
     o, lse, *_ = aten._flash_attention_forward(
-        *parts, *_lengths(packing), 0.0, window is None, False, scale=_scale(q, scale), **_sides(window)
+        *parts, *_lengths(packing), 0.0, window is None, False, scale=scale, **_sides(window)
     )
     return o[None, ..., : v.shape[3]], lse
 
@@ -252,23 +314,23 @@ def _flash_back(
     lse: Tensor,
     packing: Packing,
     window: int | None,
-    scale: float | None,
+    scale: float,
 ) -> tuple[Tensor, ...]:
     parts = [_aligned(x)[0] for x in (do, q, k, v, o)]
     random = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # nothing is dropped
     found = aten._flash_attention_backward(
-        *parts, lse, *_lengths(packing), 0.0, window is None, *random, scale=_scale(q, scale), **_sides(window)
+        *parts, lse, *_lengths(packing), 0.0, window is None, *random, scale=scale, **_sides(window)
     )
     return tuple(x[None, ..., : like.shape[3]] for x, like in zip(found, (q, k, v), strict=True))
 
 
 def _efficient(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     h = q.shape[2]
     parts = _aligned(q), _aligned(_repeated(k, h)), _aligned(_repeated(v, h))
     o, lse, *_ = aten._efficient_attention_forward(
-        *parts, None, *_lengths(packing), 0.0, CAUSAL, True, scale=_scale(q, scale), window_size=window
+        *parts, None, *_lengths(packing), 0.0, CAUSAL, True, scale=scale, window_size=window
     )
     return o[..., : v.shape[3]], lse[packing.documents, :, packing.offsets[0]].T
 
@@ -282,7 +344,7 @@ def _efficient_back(
     lse: Tensor,
     packing: Packing,
     window: int | None,
-    scale: float | None,
+    scale: float,
 ) -> tuple[Tensor, ...]:
     (_, _, h, size), (*lengths, longest) = q.shape, _lengths(packing)
     by_document = lse.new_full((packing.count, h, longest + -longest % 32), torch.inf)  # as the kernel gave it
@@ -290,7 +352,7 @@ def _efficient_back(
     parts = [_aligned(x) for x in (do, q, _repeated(k, h), _repeated(v, h))]
     random = [torch.zeros((), dtype=torch.int64, device=q.device)] * 2  # nothing is dropped
     dq, dk, dv, _ = aten._efficient_attention_backward(
-        *parts, None, _aligned(o), *lengths, longest, by_document, 0.0, *random, CAUSAL, False, scale=_scale(q, scale),
+        *parts, None, _aligned(o), *lengths, longest, by_document, 0.0, *random, CAUSAL, False, scale=scale,
         window_size=window,
     )  # fmt: skip
     return dq[..., :size], _summed(dk[..., :size], k), _summed(dv[..., : v.shape[3]], v)
@@ -304,16 +366,18 @@ def one_by_one(form: str) -> Callable[..., Tensor]:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sinks: Tensor | None,
         window: int | None,
+        prefix: int,
         softcap: float | None,
-        scale: float | None,
+        scale: float,
         packing: Packing,
     ) -> Tensor:
         if not torch.compiler.is_compiling():
-            return _apart(q, k, v, packing, window, softcap, scale, form)
-        if form == "chunked" and softcap is None:
+            return _apart(q, k, v, sinks, packing, window, prefix, softcap, scale, form)
+        if form == "chunked" and softcap is None and sinks is None:
             q, k, v = (_narrowed(x) for x in (q, k, v))
-        return _Apart.apply(q, k, v, packing.cu_seqlens, window, softcap, scale, form)
+        return _Apart.apply(q, k, v, sinks, packing.cu_seqlens, window, prefix, softcap, scale, form)
 
     return run
 
@@ -322,32 +386,36 @@ def _apart(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     packing: Packing,
     window: int | None,
+    prefix: int,
     softcap: float | None,
-    scale: float | None,
+    scale: float,
     form: str,
 ) -> Tensor:
     run = {"chunked": chunked.run, "reference": reference.run}[form]
 
     def documents() -> Tensor:
-        how = window, softcap, scale
-        return torch.cat([run(q[:, a:b], k[:, a:b], v[:, a:b], 0, 0, *how) for a, b in packing.bounds], 1)
+        how = window, prefix, softcap, scale
+        parts = [(a, b, min(prefix, b - a)) for a, b in packing.bounds]
+        return torch.cat([run(q[:, a:b], k[:, a:b], v[:, a:b], sinks, 0, first, *how) for a, b, first in parts], 1)
 
     return fused.for_any_length(documents) if q.device.type in fused.DEVICES else documents()
 
 
 class _Apart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, *how):
-        ctx.save_for_backward(q, k, v, cu_seqlens)
+    def forward(ctx, q, k, v, sinks, cu_seqlens, *how):
+        ctx.save_for_backward(q, k, v, sinks, cu_seqlens)
         ctx.how = how
-        return _attend_apart(q, k, v, cu_seqlens, *how)
+        return _attend_apart(q, k, v, sinks, cu_seqlens, *how)
 
     @staticmethod
     @gradient
     def backward(ctx, do):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_pull_apart(do, *ctx.saved_tensors, *ctx.how), None, None, None, None, None
+        dq, dk, dv, *dsinks = _pull_apart(do, *ctx.saved_tensors, *ctx.how)
+        return dq, dk, dv, dsinks[0] if dsinks else None, None, *(None for _ in ctx.how)
 
 
 @operator("attention_by_document")
@@ -355,17 +423,19 @@ def _attend_apart(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     cu_seqlens: Tensor,
     window: int | None,
+    prefix: int,
     softcap: float | None,
-    scale: float | None,
+    scale: float,
     form: str,
 ) -> Tensor:
-    return _apart(q, k, v, known(cu_seqlens, q.device), window, softcap, scale, form).contiguous()
+    return _apart(q, k, v, sinks, known(cu_seqlens, q.device), window, prefix, softcap, scale, form).contiguous()
 
 
 @torch.library.register_fake("plait::attention_by_document")
-def _(q, k, v, cu_seqlens, window, softcap, scale, form):
+def _(q, k, v, sinks, cu_seqlens, window, prefix, softcap, scale, form):
     return v.new_empty(*q.shape[:3], v.shape[3])
 
 
@@ -375,20 +445,25 @@ def _pull_apart(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     cu_seqlens: Tensor,
     window: int | None,
+    prefix: int,
     softcap: float | None,
-    scale: float | None,
+    scale: float,
     form: str,
 ) -> list[Tensor]:
-    """Gradients at q, k and v, for which the documents run again."""
+    """Gradients at q, k, v and sinks, for which the documents run again."""
     packing = known(cu_seqlens, q.device)
     with autograd_inside():
-        q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        gradients = torch.autograd.grad(_apart(q, k, v, packing, window, softcap, scale, form), leaves, do)
+        q, k, v, *rest = leaves = [x.detach().requires_grad_() for x in (q, k, v, sinks) if x is not None]
+        sinks = rest[0] if rest else None
+        gradients = torch.autograd.grad(
+            _apart(q, k, v, sinks, packing, window, prefix, softcap, scale, form), leaves, do
+        )
     return [x.contiguous() for x in gradients]
 
 
 @torch.library.register_fake("plait::attention_by_document_backward")
-def _(do, q, k, v, cu_seqlens, window, softcap, scale, form):
-    return [x.new_empty(x.shape) for x in (q, k, v)]
+def _(do, q, k, v, sinks, cu_seqlens, window, prefix, softcap, scale, form):
+    return [x.new_empty(x.shape) for x in (q, k, v, *([] if sinks is None else [sinks]))]
