@@ -65,4 +65,6 @@ def packing(law: str, model: LanguageModel, tokens: Tensor, backend: str) -> flo
             worst = worst if narrow else max(worst, error)
             if counting.graphs > 1 + narrow:
                 raise LawBroken(law, f"{what} were compiled anew")
-    return worst
+    with torch.no_grad():  # as in the evaluation of what is trained so
+        got, want = (run(form, DOCUMENTS[1], False) for form in (whole, model))
+    return max(worst, agree(law, "packed documents without gradients", got, want))

@@ -128,10 +128,10 @@ def _narrowed(x: Tensor) -> Tensor:
 
 class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, cu_seqlens, *how):
-        o, lse = _attend(q, k, v, sinks, cu_seqlens, *how)
+    def forward(ctx, q, k, v, sinks, cu_seqlens, window, scale):  # each by name: without gradients Dynamo miscounts others
+        o, lse = _attend(q, k, v, sinks, cu_seqlens, window, scale)
         ctx.save_for_backward(q, k, v, sinks, cu_seqlens, o, lse)
-        ctx.how = how
+        ctx.how = window, scale
         return o
 
     @staticmethod
@@ -406,10 +406,10 @@ def _apart(
 
 class _Apart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, cu_seqlens, *how):
+    def forward(ctx, q, k, v, sinks, cu_seqlens, window, prefix, softcap, scale, form):
         ctx.save_for_backward(q, k, v, sinks, cu_seqlens)
-        ctx.how = how
-        return _attend_apart(q, k, v, sinks, cu_seqlens, *how)
+        ctx.how = window, prefix, softcap, scale, form
+        return _attend_apart(q, k, v, sinks, cu_seqlens, *ctx.how)
 
     @staticmethod
     @gradient
