@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from plait.design.layers import (
     GELU,
     MLSTM,
+    RGLRU,
     Attention,
     GatedDeltaNet,
     Layer,
     LightningAttention,
+    Mamba,
     Mamba2,
     MixtureOfExperts,
     ReLU2,
@@ -20,6 +22,7 @@ from plait.design.layers import (
     SimpleGLA,
     SwiGLU,
 )
+from plait.design.layers.elementwise import HGRN, MinGRU, MinLSTM
 from plait.design.layers.recurrent import GRU, LSTM, RNN, SLSTM
 from plait.design.model import ModelConfig
 from plait.design.places import Node, ParallelPlace, Place
@@ -27,19 +30,23 @@ from plait.design.wrap import Wrap
 from plait.layers.attention import AttentionLayer
 from plait.layers.context import Context
 from plait.layers.declared import LayerModule
+from plait.layers.elementwise import HGRNLayer, MinGRULayer, MinLSTMLayer
 from plait.layers.feed_forward import FeedForwardLayer
 from plait.layers.gated_deltanet import GatedDeltaNetLayer
+from plait.layers.mamba import MambaLayer
 from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merges import MERGES
 from plait.layers.mlstm import MLSTMLayer
 from plait.layers.moe import MixtureOfExpertsLayer
 from plait.layers.norm import Norm
 from plait.layers.recurrent import RecurrentLayer
+from plait.layers.rg_lru import RGLRULayer
 from plait.layers.scalar_decay import LightningAttentionLayer, RetNetLayer, SimpleGLALayer
 from plait.state import Branches, SlotState
 
 LAYERS: dict[type[Layer], type[LayerModule]] = {
     Attention: AttentionLayer,
+    Mamba: MambaLayer,
     Mamba2: Mamba2Layer,
     GatedDeltaNet: GatedDeltaNetLayer,
     MLSTM: MLSTMLayer,
@@ -50,6 +57,10 @@ LAYERS: dict[type[Layer], type[LayerModule]] = {
     GRU: RecurrentLayer,
     LSTM: RecurrentLayer,
     SLSTM: RecurrentLayer,
+    RGLRU: RGLRULayer,
+    HGRN: HGRNLayer,
+    MinGRU: MinGRULayer,
+    MinLSTM: MinLSTMLayer,
     SwiGLU: FeedForwardLayer,
     GELU: FeedForwardLayer,
     ReLU2: FeedForwardLayer,

@@ -6,6 +6,9 @@ keeps, so that both can be counted without building anything; tests hold the cou
 
 from plait.design.layers.attention import Attention as Attention
 from plait.design.layers.attention import RoPE as RoPE
+from plait.design.layers.elementwise import HGRN as HGRN
+from plait.design.layers.elementwise import MinGRU as MinGRU
+from plait.design.layers.elementwise import MinLSTM as MinLSTM
 from plait.design.layers.feed_forward import GELU as GELU
 from plait.design.layers.feed_forward import FeedForward as FeedForward
 from plait.design.layers.feed_forward import ReLU2 as ReLU2
@@ -13,6 +16,7 @@ from plait.design.layers.feed_forward import SwiGLU as SwiGLU
 from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers.layer import Layer as Layer
 from plait.design.layers.layer import Mixer as Mixer
+from plait.design.layers.mamba import Mamba as Mamba
 from plait.design.layers.mamba2 import Mamba2 as Mamba2
 from plait.design.layers.mlstm import MLSTM as MLSTM
 from plait.design.layers.moe import MixtureOfExperts as MixtureOfExperts
@@ -20,6 +24,7 @@ from plait.design.layers.recurrent import GRU as GRU
 from plait.design.layers.recurrent import LSTM as LSTM
 from plait.design.layers.recurrent import RNN as RNN
 from plait.design.layers.recurrent import SLSTM as SLSTM
+from plait.design.layers.rg_lru import RGLRU as RGLRU
 from plait.design.layers.scalar_decay import LightningAttention as LightningAttention
 from plait.design.layers.scalar_decay import RetNet as RetNet
 from plait.design.layers.scalar_decay import ScalarDecay as ScalarDecay
@@ -27,6 +32,7 @@ from plait.design.layers.scalar_decay import SimpleGLA as SimpleGLA
 
 KINDS: dict[str, type[Layer]] = {
     "attention": Attention,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
     "mlstm": MLSTM,
@@ -37,6 +43,10 @@ KINDS: dict[str, type[Layer]] = {
     "gru": GRU,
     "lstm": LSTM,
     "slstm": SLSTM,
+    "rg_lru": RGLRU,
+    "hgrn": HGRN,
+    "min_gru": MinGRU,
+    "min_lstm": MinLSTM,
     "swiglu": SwiGLU,
     "gelu": GELU,
     "relu2": ReLU2,
@@ -55,6 +65,11 @@ LETTERS: dict[str, Layer] = {
     "G": GRU(),
     "H": LSTM(),
     "S": SLSTM(),
+    "Ma": Mamba(),
+    "R": RGLRU(),
+    "Hg": HGRN(),
+    "Mg": MinGRU(),
+    "Ml": MinLSTM(),
     "F": SwiGLU(),
     "E": MixtureOfExperts(),
 }
