@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 from plait.design import GEGLU as GEGLU
 from plait.design import GELU as GELU
 from plait.design import GRU as GRU
+from plait.design import HGRN as HGRN
 from plait.design import LSTM as LSTM
 from plait.design import MLSTM as MLSTM
 from plait.design import PRESETS as PRESETS
+from plait.design import RGLRU as RGLRU
 from plait.design import RNN as RNN
 from plait.design import SLSTM as SLSTM
 from plait.design import Attention as Attention
@@ -20,8 +22,11 @@ from plait.design import Layer as Layer
 from plait.design import LayerNorm as LayerNorm
 from plait.design import LightningAttention as LightningAttention
 from plait.design import Logits as Logits
+from plait.design import Mamba as Mamba
 from plait.design import Mamba2 as Mamba2
 from plait.design import MergeAttention as MergeAttention
+from plait.design import MinGRU as MinGRU
+from plait.design import MinLSTM as MinLSTM
 from plait.design import Mixer as Mixer
 from plait.design import MixtureOfExperts as MixtureOfExperts
 from plait.design import ModelConfig as ModelConfig

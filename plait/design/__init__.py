@@ -7,8 +7,10 @@ from plait.design.ends import Vectors as Vectors
 from plait.design.layers import GEGLU as GEGLU
 from plait.design.layers import GELU as GELU
 from plait.design.layers import GRU as GRU
+from plait.design.layers import HGRN as HGRN
 from plait.design.layers import LSTM as LSTM
 from plait.design.layers import MLSTM as MLSTM
+from plait.design.layers import RGLRU as RGLRU
 from plait.design.layers import RNN as RNN
 from plait.design.layers import SLSTM as SLSTM
 from plait.design.layers import Attention as Attention
@@ -16,7 +18,10 @@ from plait.design.layers import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers import LatentAttention as LatentAttention
 from plait.design.layers import Layer as Layer
 from plait.design.layers import LightningAttention as LightningAttention
+from plait.design.layers import Mamba as Mamba
 from plait.design.layers import Mamba2 as Mamba2
+from plait.design.layers import MinGRU as MinGRU
+from plait.design.layers import MinLSTM as MinLSTM
 from plait.design.layers import Mixer as Mixer
 from plait.design.layers import MixtureOfExperts as MixtureOfExperts
 from plait.design.layers import ReLU2 as ReLU2

@@ -31,11 +31,12 @@ class Normal:
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """U(low, high), then `log` of it, or the `step`: what softplus turns into exp of it."""
+    """U(low, high), then `log` of it; or the `step`: what softplus turns into exp of it; or the Lambda of an RG-LRU whose
+    decay it is with an open gate: what softplus turns into -log of it, over 8."""
 
     low: float
     high: float
-    then: Literal["", "log", "step"] = ""
+    then: Literal["", "log", "step", "rg_lru"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,15 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """Zeros but for run `index` of `runs` equal ones, in which every head of `k` units goes evenly from `low` to `high`."""
+    """Zeros but for run `index` of `runs` equal ones, in which every head of `k` units goes evenly from `low` to `high`; then
+    `log` of it."""
 
     index: int
     runs: int
     k: int
     low: float
     high: float
+    then: Literal["", "log"] = ""
 
 
 Start = Normal | Uniform | Constant | Ramp

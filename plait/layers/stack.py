@@ -10,11 +10,13 @@ from plait.design.layers import (
     GEGLU,
     GELU,
     MLSTM,
+    RGLRU,
     Attention,
     GatedDeltaNet,
     LatentAttention,
     Layer,
     LightningAttention,
+    Mamba,
     Mamba2,
     MixtureOfExperts,
     ReLU2,
@@ -22,6 +24,7 @@ from plait.design.layers import (
     SimpleGLA,
     SwiGLU,
 )
+from plait.design.layers.elementwise import HGRN, MinGRU, MinLSTM
 from plait.design.layers.recurrent import GRU, LSTM, RNN, SLSTM
 from plait.design.model import ModelConfig
 from plait.design.places import Node, ParallelPlace, Place
@@ -29,21 +32,25 @@ from plait.design.wrap import Wrap
 from plait.layers.attention import AttentionLayer
 from plait.layers.context import Context
 from plait.layers.declared import LayerModule
+from plait.layers.elementwise import HGRNLayer, MinGRULayer, MinLSTMLayer
 from plait.layers.feed_forward import FeedForwardLayer
 from plait.layers.gated_deltanet import GatedDeltaNetLayer
 from plait.layers.latent_attention import LatentAttentionLayer
+from plait.layers.mamba import MambaLayer
 from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merges import MERGES
 from plait.layers.mlstm import MLSTMLayer
 from plait.layers.moe import MixtureOfExpertsLayer
 from plait.layers.norm import Norm
 from plait.layers.recurrent import RecurrentLayer
+from plait.layers.rg_lru import RGLRULayer
 from plait.layers.scalar_decay import LightningAttentionLayer, RetNetLayer, SimpleGLALayer
 from plait.state import Branches, SlotState
 
 LAYERS: dict[type[Layer], type[LayerModule]] = {
     Attention: AttentionLayer,
     LatentAttention: LatentAttentionLayer,
+    Mamba: MambaLayer,
     Mamba2: Mamba2Layer,
     GatedDeltaNet: GatedDeltaNetLayer,
     MLSTM: MLSTMLayer,
@@ -54,6 +61,10 @@ LAYERS: dict[type[Layer], type[LayerModule]] = {
     GRU: RecurrentLayer,
     LSTM: RecurrentLayer,
     SLSTM: RecurrentLayer,
+    RGLRU: RGLRULayer,
+    HGRN: HGRNLayer,
+    MinGRU: MinGRULayer,
+    MinLSTM: MinLSTMLayer,
     SwiGLU: FeedForwardLayer,
     GEGLU: FeedForwardLayer,
     GELU: FeedForwardLayer,

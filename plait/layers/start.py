@@ -41,12 +41,17 @@ def _after(x: Tensor, then: str) -> Tensor:
     if then == "log":
         return x.log_()
     if then == "step":  # the inverse of softplus, at exp x
-        step = x.exp_()
-        return step + torch.log(-torch.expm1(-step))
+        return _before_softplus(x.exp_())
+    if then == "rg_lru":
+        return _before_softplus(x.log_().div_(-8))
     return x
+
+
+def _before_softplus(y: Tensor) -> Tensor:
+    return y + torch.log(-torch.expm1(-y))
 
 
 def _ramp(values: Tensor, ramp: Ramp) -> Tensor:
     steps = torch.linspace(ramp.low, ramp.high, ramp.k, dtype=torch.float32, device="cpu")
-    values.zero_().view(ramp.runs, -1, ramp.k)[ramp.index] = steps
+    values.zero_().view(ramp.runs, -1, ramp.k)[ramp.index] = _after(steps, ramp.then)
     return values

@@ -33,6 +33,8 @@ OPS = {
     "shooting": "plait.ops.shooting:KERNELS",
     "mlstm": "plait.ops.mlstm:KERNELS",
     "moe": "plait.ops.moe:KERNELS",
+    "scan": "plait.ops.scan:KERNELS",
+    "selective": "plait.ops.selective:KERNELS",
 }
 
 

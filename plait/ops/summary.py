@@ -35,6 +35,22 @@ class Summary:
 
 
 @dataclass(frozen=True, eq=False)
+class Elementwise:
+    """Of an elementwise recurrence: s becomes A s + F."""
+
+    transition: Float[Tensor, "b *u"]
+    final: Float[Tensor, "b *u"]
+
+    def apply(self, state: Float[Tensor, "b *u"]) -> Float[Tensor, "b *u"]:
+        """The state after the run from the one before it."""
+        return torch.addcmul(self.final, self.transition, state)
+
+    def combine(self, then: Self) -> Self:
+        """The summary of this run and the next one together."""
+        return type(self)(self.transition * then.transition, then.apply(self.final))
+
+
+@dataclass(frozen=True, eq=False)
 class Tail:
     """Of a convolution: the last inputs of the run, no more of them than it looks back at."""
 

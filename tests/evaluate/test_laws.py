@@ -11,7 +11,7 @@ from plait.evaluate.laws.compare import TOLERANCES, agree
 from plait.evaluate.laws.models import input_dtypes, under_autocast
 from plait.evaluate.selfcheck import selfcheck
 from plait.layers import attention as attention_layer
-from plait.layers import gated_deltanet, mamba2, recurrent, short_conv
+from plait.layers import gated_deltanet, mamba, mamba2, recurrent, rg_lru, short_conv
 from plait.layers.merges import GatedMerge
 from plait.layers.norm import Norm
 from plait.ops import graph
@@ -67,6 +67,14 @@ MISTAKES = {
         "DF",
         gated_deltanet,
         "gated_delta",
+        forgets_its_state,
+    ),
+    "an elementwise recurrence that packing does not reset": ("packed", "RF", rg_lru, "scan", unreset),
+    "a selective scan that starts each call from nothing": (
+        "split",
+        "MaF",
+        mamba,
+        "selective_scan",
         forgets_its_state,
     ),
     "attention that sees the future": ("causal", "AF", attention_layer, "attention", sees_the_future),

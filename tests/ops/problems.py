@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from plait.ops.conv import causal_conv
 from plait.ops.delta import gated_delta
 from plait.ops.mlstm import mlstm as mlstm_op
+from plait.ops.scan import scan
+from plait.ops.selective import selective_scan
 from plait.ops.shooting import LSTM, SLSTM, shooting
 from plait.ops.ssd import ssd
 
@@ -33,6 +35,19 @@ def mlstm(t, dtype, count=None):
     return lambda **state: mlstm_op(*(x[:, :count] for x in (q, k, v, i, f)), **state), (H, V + 2, K)
 
 
+def elementwise(t, dtype, count=None):
+    a, b = (x[:, :count] for x in (torch.rand(B, t, H, K, dtype=dtype), torch.randn(B, t, H, K, dtype=dtype)))
+    return lambda **state: scan(a, b, **state), (H, K)
+
+
+def selective(t, dtype, count=None):
+    x, dt = torch.randn(B, t, D, dtype=dtype), torch.rand(B, t, D, dtype=dtype)
+    reads = (torch.randn(B, t, K, dtype=dtype) for _ in range(2))
+    A = -torch.rand(D, K)
+    x, dt, *reads = (y[:, :count] for y in (x, dt, *reads))
+    return lambda **state: selective_scan(x, dt, A, *reads, **state), (D, K)
+
+
 def nonlinear(cell):
     def make(t, dtype, count=None):
         g = len(cell.inputs)
@@ -52,6 +67,8 @@ OPS = {
     "ssd": linear(ssd),
     "delta": linear(gated_delta),
     "mlstm": mlstm,
+    "scan": elementwise,
+    "selective": selective,
     "lstm": nonlinear(LSTM()),
     "slstm": nonlinear(SLSTM()),
 }

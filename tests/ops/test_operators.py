@@ -10,6 +10,7 @@ from plait.ops.attention import packed
 from plait.ops.delta import gated_delta
 from plait.ops.kernels import forced
 from plait.ops.packing import Packing
+from plait.ops.selective import selective_scan
 from plait.ops.shooting import GRU, LSTM, shooting
 from plait.ops.ssd import ssd
 from tests.ops.conftest import DOCUMENTS, packing
@@ -93,6 +94,16 @@ def test_recurrences(name, state):
     with Told() as told, forced("chunked"):
         outputs = op(packing=packing(), **given)
         sum(x.sum() for x in outputs if x is not None).backward()
+    assert len(told.names) == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_selective_scan(packed):
+    x, dt, B, C = (randn(1, T, n) for n in (5, 5, 3, 3))
+    given = {"packing": packing()} if packed else {"state": randn(1, 5, 3)}
+    with Told() as told, forced("chunked"):
+        outputs = selective_scan(x, dt.abs(), -randn(5, 3).abs(), B, C, **given)
+        sum(y.sum() for y in outputs if y is not None).backward()
     assert len(told.names) == 2
 
 

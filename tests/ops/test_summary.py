@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plait.ops import conv, delta, mlstm, ssd
+from plait.ops import conv, delta, mlstm, scan, selective, ssd
 from plait.ops.conv import causal_conv
 from plait.ops.delta import gated_delta
 from plait.ops.mlstm import mlstm as mlstm_op
+from plait.ops.scan import scan as scan_op
+from plait.ops.selective import selective_scan
 from plait.ops.ssd import ssd as ssd_op
 from tests.ops.conftest import run_with_gradients
 
@@ -34,12 +36,25 @@ def problem(name, decay=0.1):
         state = torch.randn(2, H, V + 2, K, dtype=torch.float64)
         state[:, :, -1] = state[:, :, -1, :1]  # m
         return (k, v, i, f), mlstm.summary, state, lambda k, v, i, f, state: mlstm_op(k, k, v, i, f, state=state)[1]
+    if name == "scan":
+        a, b = torch.rand(2, T, D, V, dtype=torch.float64) ** decay, torch.randn(2, T, D, V, dtype=torch.float64)
+        return (a, b), scan.summary, torch.randn(2, D, V).double(), lambda a, b, state: scan_op(a, b, state=state)[1]
+    if name == "selective":
+        x, dt = torch.randn(2, T, D, dtype=torch.float64), decay * torch.rand(2, T, D, dtype=torch.float64)
+        B, A = torch.randn(2, T, K, dtype=torch.float64), -torch.rand(D, K, dtype=torch.float64)
+        tokens, before = (x, dt, B), torch.randn(2, D, K, dtype=torch.float64)
+        return (
+            tokens,
+            lambda x, dt, B: selective.summary(x, dt, A.to(torch.promote_types(x.dtype, torch.float32)), B),
+            before,
+            lambda x, dt, B, state: selective_scan(x, dt, A, B, B, state=state)[1],
+        )
     x, weight = torch.randn(2, T, D, dtype=torch.float64), torch.randn(D, 4, dtype=torch.float64)
     state = torch.randn(2, 3, D, dtype=torch.float64)
     return (x,), lambda x: conv.summary(x, 4), state, lambda x, state: causal_conv(x, weight, state=state)[1]
 
 
-NAMES = ("ssd", "delta", "mlstm", "conv")
+NAMES = ("ssd", "delta", "mlstm", "scan", "selective", "conv")
 
 
 @pytest.mark.parametrize("decay", [0.1, 50.0])
@@ -92,7 +107,7 @@ def test_gradients_go_through(name, close):
         close(got[key], x)
 
 
-@pytest.mark.parametrize("name", ["ssd", "delta", "mlstm"])
+@pytest.mark.parametrize("name", ["ssd", "delta", "mlstm", "scan", "selective"])
 def test_narrow_tokens_are_summed_up_in_float32(name):
     tokens, summary, state, _ = problem(name)
     narrow = [x.bfloat16() for x in tokens]

@@ -5,6 +5,9 @@ keeps, so that both can be counted without building anything; tests hold the cou
 """
 
 from plait.design.layers.attention import Attention as Attention
+from plait.design.layers.elementwise import HGRN as HGRN
+from plait.design.layers.elementwise import MinGRU as MinGRU
+from plait.design.layers.elementwise import MinLSTM as MinLSTM
 from plait.design.layers.feed_forward import GEGLU as GEGLU
 from plait.design.layers.feed_forward import GELU as GELU
 from plait.design.layers.feed_forward import FeedForward as FeedForward
@@ -14,6 +17,7 @@ from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers.latent_attention import LatentAttention as LatentAttention
 from plait.design.layers.layer import Layer as Layer
 from plait.design.layers.layer import Mixer as Mixer
+from plait.design.layers.mamba import Mamba as Mamba
 from plait.design.layers.mamba2 import Mamba2 as Mamba2
 from plait.design.layers.mlstm import MLSTM as MLSTM
 from plait.design.layers.moe import MixtureOfExperts as MixtureOfExperts
@@ -21,6 +25,7 @@ from plait.design.layers.recurrent import GRU as GRU
 from plait.design.layers.recurrent import LSTM as LSTM
 from plait.design.layers.recurrent import RNN as RNN
 from plait.design.layers.recurrent import SLSTM as SLSTM
+from plait.design.layers.rg_lru import RGLRU as RGLRU
 from plait.design.layers.rope import RoPE as RoPE
 from plait.design.layers.rope import Temperature as Temperature
 from plait.design.layers.scalar_decay import LightningAttention as LightningAttention
@@ -31,6 +36,7 @@ from plait.design.layers.scalar_decay import SimpleGLA as SimpleGLA
 KINDS: dict[str, type[Layer]] = {
     "attention": Attention,
     "latent_attention": LatentAttention,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
     "mlstm": MLSTM,
@@ -41,6 +47,10 @@ KINDS: dict[str, type[Layer]] = {
     "gru": GRU,
     "lstm": LSTM,
     "slstm": SLSTM,
+    "rg_lru": RGLRU,
+    "hgrn": HGRN,
+    "min_gru": MinGRU,
+    "min_lstm": MinLSTM,
     "swiglu": SwiGLU,
     "geglu": GEGLU,
     "gelu": GELU,
@@ -61,6 +71,11 @@ LETTERS: dict[str, Layer] = {
     "G": GRU(),
     "H": LSTM(),
     "S": SLSTM(),
+    "Ma": Mamba(),
+    "R": RGLRU(),
+    "Hg": HGRN(),
+    "Mg": MinGRU(),
+    "Ml": MinLSTM(),
     "F": SwiGLU(),
     "E": MixtureOfExperts(),
 }

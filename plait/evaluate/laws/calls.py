@@ -19,10 +19,13 @@ from plait.evaluate.laws.compare import (
     subject,
     with_gradients,
 )
+from plait.layers.elementwise import ElementwiseLayer
 from plait.layers.gated_deltanet import GatedDeltaNetLayer
+from plait.layers.mamba import MambaLayer
 from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.mlstm import MLSTMLayer
 from plait.layers.recurrent import RecurrentCell
+from plait.layers.rg_lru import RGLRULayer
 from plait.layers.scalar_decay import SimpleGLALayer
 from plait.model import LanguageModel
 from plait.ops.kernels import forced
@@ -215,6 +218,8 @@ def extreme_gates(model: LanguageModel) -> None:
                 parameter.copy_(torch.where(heads == 0, 3.0, -12.0).to(parameter))
             elif name.endswith("dt_bias"):
                 parameter.copy_(torch.where(heads == 0, 8.0, -4.0).to(parameter))
+            elif name.endswith(("Lambda", "gamma")):
+                parameter.copy_(torch.where(heads == 0, 5.0, -12.0).to(parameter))
         for module in model.modules():
             if isinstance(module, MLSTMLayer):  # within a cap
                 module.gates_proj.weight *= 300
@@ -222,6 +227,12 @@ def extreme_gates(model: LanguageModel) -> None:
                 module.in_proj.weight[-len(module.g_bias) :] *= 300
             elif isinstance(module, Mamba2Layer | GatedDeltaNetLayer):
                 module.in_proj.weight[-len(module.A_log) :] *= 30
+            elif isinstance(module, MambaLayer):
+                module.dt_proj.weight *= 30
+            elif isinstance(module, RGLRULayer):
+                module.gates.weight.mul_(30)
+            elif isinstance(module, ElementwiseLayer):
+                module.in_proj.weight *= 30
             elif isinstance(module, RecurrentCell) and module.in_proj.bias is not None:
                 gates = module.in_proj.bias.view(len(module.cell.inputs), -1)
                 units = torch.arange(gates.shape[1], device=gates.device)

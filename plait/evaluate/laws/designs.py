@@ -6,8 +6,10 @@ from plait.design import (
     GEGLU,
     GELU,
     GRU,
+    HGRN,
     LSTM,
     MLSTM,
+    RGLRU,
     RNN,
     SLSTM,
     Attention,
@@ -18,8 +20,11 @@ from plait.design import (
     LayerNorm,
     LightningAttention,
     Logits,
+    Mamba,
     Mamba2,
     MergeAttention,
+    MinGRU,
+    MinLSTM,
     MixtureOfExperts,
     ModelConfig,
     Projection,
@@ -151,6 +156,18 @@ DESIGNS: dict[str, ModelConfig] = {
     "GF dense, two biases": small("GF", G=GRU(heads=1, head_dim=20, recurrence="dense", recurrent_bias=True)),
     "GF heads, head-wise projection, no biases": small(
         "GF", G=GRU(heads=4, head_dim=6, recurrence="heads", projection="heads", bias=False)
+    ),
+    "MaF": small("MaF", Ma=Mamba(inner_dim=22, state_dim=6, dt_rank=5)),
+    "MaF norms, convolution of two; [Ma|A]": small(
+        "MaF [Ma|A]", Ma=Mamba(inner_dim=18, state_dim=3, dt_rank=4, norms=True, conv_width=2, conv_bias=False)
+    ),
+    "RF": small("RF", R=RGLRU(heads=3, head_dim=14)),
+    "RF one head, convolution of two": small("RF", R=RGLRU(heads=1, head_dim=20, conv_width=2)),
+    "HgF MgF MlF": small(
+        "HgF MgF Ml", Hg=HGRN(width=26), Mg=MinGRU(width=22, bias=False), Ml=MinLSTM(width=18, conv_width=None)
+    ),
+    "Hg without a lower bound, convolution; Mg; [R|Ml]": small(
+        "Hg Mg [R|Ml]F", Hg=HGRN(width=30, lower_bound=None, conv_width=3, bias=True), R=RGLRU(heads=2, head_dim=9)
     ),
     "NF and XF, bare": small(
         "NF XF",

@@ -128,7 +128,9 @@ def _narrowed(x: Tensor) -> Tensor:
 
 class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, cu_seqlens, window, scale):  # each by name: without gradients Dynamo miscounts others
+    def forward(
+        ctx, q, k, v, sinks, cu_seqlens, window, scale
+    ):  # each by name: without gradients Dynamo miscounts others
         o, lse = _attend(q, k, v, sinks, cu_seqlens, window, scale)
         ctx.save_for_backward(q, k, v, sinks, cu_seqlens, o, lse)
         ctx.how = window, scale
