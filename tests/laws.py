@@ -13,6 +13,7 @@ from plait.design import (
     LayerNorm,
     Logits,
     Mamba2,
+    MixtureOfExperts,
     Regression,
     SwiGLU,
     Tokens,
@@ -68,6 +69,10 @@ COMPILED = {
         W=Attention(heads=2, kv_heads=1, head_dim=20, window=7),
         wrap=Wrap(value_residual=True),
         at={"F#1": {"wrap": {"reads": "stream_and_embeddings"}}},
+    ),
+    "scalar decays and experts": small(
+        "RnX LiSg E",
+        E=MixtureOfExperts(experts=6, top_k=2, hidden=20, groups=3, top_groups=2, shared_hidden=28, bias_rate=1e-3),
     ),
     "layer norms, biases, a front and a head with everything": small(
         "AF",

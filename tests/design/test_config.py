@@ -138,7 +138,7 @@ def test_hash_is_of_what_is_built():
     [
         ({"vocab": 5, "dim": 64}, "'pattern' is missing"),
         ({"vocab": 5, "dim": 64, "patern": "AF"}, "design: unknown key 'patern'; did you mean 'pattern'?"),
-        ({"pattern": "AX"}, "pattern 'AX', column 2: no layer is bound to 'X'"),
+        ({"pattern": "AY"}, "pattern 'AY', column 2: no layer is bound to 'Y'"),
         (
             {"layers": {"A": {"kind": "attention", "head": 4}}},
             "layers.A (attention): unknown key 'head'; did you mean 'heads'?",

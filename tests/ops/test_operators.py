@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from plait.ops.attention import packed
 from plait.ops.delta import gated_delta
 from plait.ops.kernels import forced
+from plait.ops.moe import experts
 from plait.ops.packing import Packing
 from plait.ops.selective import selective_scan
 from plait.ops.shooting import GRU, LSTM, shooting
@@ -114,6 +115,13 @@ def test_states_after_chosen_tokens(name):
     with Told() as told:
         op(state=randn(1, *state), at=torch.tensor([0, 5]))
     assert len(told.names) == 1
+
+
+def test_experts():
+    index, weights = torch.rand(1, T, 5).topk(2, -1).indices, torch.rand(1, T, 2, requires_grad=True)
+    with Told() as told:
+        experts(randn(1, T, 6), randn(5, 8, 6), randn(5, 7, 4), index, weights).sum().backward()
+    assert told.names == ["plait::experts", "plait::experts_backward"]
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -16,6 +16,10 @@ from plait.train.ranks import Distributed
 # Rounding: gradients are summed in another order, and AdamW divides by their size.
 ROUNDING = 1e-4
 
+# A balance loss is of the tokens that it sees, and each rank sees its own; biases follow the loads of all.
+EXPERTS = {"kind": "moe", "experts": 6, "hidden": 16, "bias_rate": 0.01, "balance_loss": 0.0}
+DESIGN = {"dim": 64, "pattern": "GF AE", "layers": {"E": EXPERTS}}
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="one process becomes two")
 def test_two_processes_are_one(make_run, quiet, tmp_path):
@@ -25,7 +29,7 @@ def test_two_processes_are_one(make_run, quiet, tmp_path):
     text.mkdir()
     for number in range(40):
         (text / f"{number}.txt").write_text(f"{number:02} {number * number:04} " * 3 + "tale")  # 28 letters and an end
-    run = make_run("GF A", "alone", length=29, steps=4, sample_every=2, save_every=0, eval_every=0)
+    run = make_run(design=DESIGN, folder="alone", length=29, steps=4, sample_every=2, save_every=0, eval_every=0)
     run = run.replace(data=run.data.replace(source=str(text)))
     alone = train(run, sample=lambda *_: "", console=quiet)
     script = [sys.executable, str(Path(__file__).with_name("two_ranks.py")), f"{run.folder}/run.yaml", str(tmp_path)]
@@ -41,11 +45,13 @@ def test_two_processes_are_one(make_run, quiet, tmp_path):
     resumed = train(run.replace(folder=str(tmp_path / "cut")), sample=lambda *_: "", console=quiet)
     for a, b in zip(alone.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=ROUNDING, atol=ROUNDING)
+    assert alone.model.slots[-1].mixer.router_bias.any()
     for a, b in zip(alone.history, read_metrics(tmp_path / "cut" / "metrics.jsonl"), strict=True):
         assert a.keys() == b.keys()
         assert [a.get(key) for key in ("step", "lr", "tokens")] == [b.get(key) for key in ("step", "lr", "tokens")]
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=ROUNDING)
         assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=ROUNDING)
+        assert a.get("stats") == b.get("stats")  # tokens of each expert
         for layer, numbers in a.get("solver", {}).items():
             assert numbers["passes"] == b["solver"][layer]["passes"]
 
