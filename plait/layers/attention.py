@@ -57,7 +57,7 @@ class AttentionLayer(MixerModule):
         return {"scale": self.config.scale, "softcap": self.config.softcap, "sinks": self.sinks}
 
     @property
-    def seen(self) -> dict[str, Any]:
+    def sees(self) -> dict[str, Any]:
         """Which keys a query sees."""
         return {"window": self.config.window, "prefix": self.config.prefix}
 
@@ -77,7 +77,7 @@ class AttentionLayer(MixerModule):
         if c.temperature is not None:
             q = sharpen(q, c.temperature, context)
         if state is None:
-            o = attention(q, k, v, packing=context.packing, **self.seen, **self.logits)
+            o = attention(q, k, v, packing=context.packing, **self.sees, **self.logits)
         elif context.rows is not None:
             o = self.pooled(q, k, v, context, state)
         elif isinstance(state, Window):
@@ -109,7 +109,7 @@ class AttentionLayer(MixerModule):
         for old, new in ((state.k, k), (state.v, v)):
             first = [with_first_tokens(old[:, :prefix], new, context)] if prefix else []
             seen.append(torch.cat([*first, old[:, prefix:].to(new.dtype), new], 1))
-        o = attention(q, *seen, q_start=start, k_start=start - tail, **self.seen, **self.logits)
+        o = attention(q, *seen, q_start=start, k_start=start - tail, **self.sees, **self.logits)
         kept = []
         for x in seen:
             last = x[:, x.shape[1] - tail :] if packing is None else packing.last(x[:, prefix:], tail)
@@ -153,7 +153,7 @@ class AttentionLayer(MixerModule):
             ):  # the first tokens of all may be among them; what else this is, is written over
                 x[row, at[:, :prefix]] = new[:, :prefix].to(x.dtype)
             x[row, at[:, -size:]] = new[:, -size:].to(x.dtype)
-        return attention(q, *seen, q_start=starts, k_start=starts - (window - 1), **self.seen, **self.logits)
+        return attention(q, *seen, q_start=starts, k_start=starts - (window - 1), **self.sees, **self.logits)
 
 
 def over_all(
