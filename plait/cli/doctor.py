@@ -36,6 +36,8 @@ OPTIONAL = {
 }
 
 
+WIDTH = 768  # of the model whose layers the letters are, where no design is given
+
 # what a model does, as a `plait.ops.kernels.Call` sees it
 CALLS: dict[str, dict[str, Any]] = {
     "decoding": {"tokens": "one", "pooled": True},
@@ -85,7 +87,7 @@ def command(
     }
     report(screen, data)
     for name in types:
-        rows = kernels(list(LETTERS.items()), name)
+        rows = kernels([(letter, layer.resolve(WIDTH)) for letter, layer in LETTERS.items()], name)
         data["kernels"] += rows
         screen.print(table(rows))
     return Outcome(data, next=["plait selfcheck"])

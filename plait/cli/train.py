@@ -76,7 +76,11 @@ def keys() -> str:
     paragraphs = []
     for name, config in (("", RunConfig), ("data.", DataConfig)):
         fields = [field for field in msgspec.structs.fields(config) if field.name not in ("design", "data")]
-        defaults = (f"{name}{field.name}={write(field.default)}" for field in fields)
+        defaults = (
+            f"{name}{field.name}="
+            + write(field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory())
+            for field in fields
+        )
         text = re.sub(r" {2,}(?=\w+: )", "\n", cleandoc(config.__doc__ or ""))  # one key a line
         paragraphs += [text, f"Defaults: {' '.join(defaults)}"]
     return "\n\n".join(paragraphs)
