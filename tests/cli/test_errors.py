@@ -35,7 +35,7 @@ WRONG = {
     ("show", "AF", "dim=64", "dim=128"): (1, "dim is given twice"),
     ("show", "AF", "import=no-module"): (1, "'no-module' is no module"),
     ("show", "AF", "import=no_module"): (1, "no_module: no such module"),
-    ("show", "AF", "layers.A.kind=mine"): (1, "plait.register"),
+    ("show", "AF", "layers.A.kind=bespoke"): (1, "plait.register"),
     ("show", "(AF)-1"): (1, "column 5"),
     ("train", "tiny"): (1, "plait train design=tiny"),
     ("train", "."): (1, "run.yaml"),

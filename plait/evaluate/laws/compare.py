@@ -147,7 +147,7 @@ def agree(
 
 def _dtype(values: Mapping[str, Tensor]) -> torch.dtype:
     """The narrowest of them."""
-    return min((x.dtype for x in values.values()), key=lambda dtype: dtype.itemsize)
+    return min((x.dtype for x in values.values()), key=lambda dtype: dtype.itemsize, default=torch.float64)
 
 
 def relative(got: Tensor, want: Tensor, size: float) -> float:

@@ -22,6 +22,7 @@ from plait.design.wrap import Wrap
 Choose = Callable[[Sequence[Any]], Any]
 
 DIM, VOCAB = 24, 17
+SCALED = {"scaling": {"kind": "yarn", "factor": 4.0, "original": 64}}
 
 # What a field may be, by its name; a field of one class alone as Class.field. Small, odd, and no two alike where that can be.
 # Flags and named choices need no line. Sizes are such that no chunk, head or group comes out even.
@@ -41,10 +42,29 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "dt_rank": (None, 3),
     "HGRN.lower_bound": (None, 0.3),
     "window": (None, 1, 5),
-    "rope": (None, {}, {"fraction": 0.5}, {"theta": 100.0, "max_positions": 500}),
+    "rope": (None, {}, {"fraction": 0.5}, {"theta": 100.0, "max_positions": 500}, SCALED),
     "softcap": (None, 3.0),
     "scale": (None, 0.3),
     "Attention.bias": (False, True, ("q", "v")),
+    "prefix": (0, 0, 2),
+    "temperature": (None, {"every": 20, "scale": 0.1}),
+    "nope_dim": (3, 8),
+    "rope_dim": (2, 4),
+    "value_dim": (5, 8),
+    "rank": (7,),
+    "query_rank": (None, 9),
+    "key_dim": (3, 6),
+    "cap": (15.0, 2.0),
+    "slope": (1.0, 0.3),
+    "temper": (16.0, 2.0),
+    "experts": (3, 4),
+    "top_k": (1, 2),
+    "MixtureOfExperts.groups": (1, 2),
+    "top_groups": (1,),
+    "shared_hidden": (None, 11),
+    "balance_loss": (0.01,),
+    "z_loss": (0.001,),
+    "bias_rate": (None, 0.01),
     "gate_bias": (0.0, 2.0, (1.0, 4.0)),
     "spread": (None, 0.7),
     "clip": (None, 0.3),
