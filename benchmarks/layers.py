@@ -28,6 +28,7 @@ from plait.evaluate.machine import described, machine
 from plait.layers import context_for
 from plait.ops.delta import gated_delta
 from plait.ops.kernels import forced
+from plait.ops.mlstm import mlstm
 from plait.ops.scan import scan
 from plait.ops.selective import selective_scan
 from plait.ops.ssd import ssd
@@ -62,6 +63,10 @@ OPS: dict[str, tuple[str, Callable[[], Run]]] = {
         "2 heads of 32 x 32",
         lambda: partial(gated_delta, keys(2, 32), keys(2, 32), tokens(2, 32), -gates(2), gates(2)),
     ),
+    "mlstm": (
+        "2 heads of 32 x 32",
+        lambda: partial(mlstm, tokens(2, 32), tokens(2, 32), tokens(2, 32), tokens(2), 3 + tokens(2)),
+    ),
     "scan": ("64 channels", lambda: partial(scan, gates(64), tokens(64))),
     "selective": (
         "16 channels of 16",
@@ -69,7 +74,7 @@ OPS: dict[str, tuple[str, Callable[[], Run]]] = {
     ),
 }
 
-LAYERS: tuple[str, ...] = ("M", "D", "R", "Hg", "Mg", "Ml", "Ma")  # letters at their defaults
+LAYERS: tuple[str, ...] = ("M", "D", "X", "Rn", "Li", "Sg", "R", "Hg", "Mg", "Ml", "Ma")  # letters at their defaults
 
 
 def layer(letter: str, dim: int, length: int) -> Run:
