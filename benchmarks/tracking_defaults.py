@@ -1,6 +1,6 @@
 """What nonlinear cells start from: those that keep track of a state, and what that costs in text.
 
-    python benchmarks/tracking_defaults.py [--device cuda] [--jobs 16] [--seeds 2] [--out benchmarks/results/tracking_defaults.json]
+    python benchmarks/tracking_defaults.py [--device cuda] [--jobs 16] [--seeds 2] [--out FILE.json]
 
 G, H and S as they come, without the short convolution, and with recurrent numbers that start in [-spread, spread]. Text: the
 demo's hybrid with the letter in place of D, `(GF)3 AF`, its data and its training; bits per byte of what is held out. Parity:
