@@ -21,9 +21,9 @@ def chunk_decay(
     gentle step that follows.
     """
     G = g.double().cumsum(-1)
-    to_end = _exp((G[..., -1:] - G).to(g.dtype))
-    pairs = _exp((G[..., :, None] - G[..., None, :]).to(g.dtype)).tril_()
-    return _exp(G.to(g.dtype)), pairs, to_end
+    to_end = decay_((G[..., -1:] - G).to(g.dtype))
+    pairs = decay_((G[..., :, None] - G[..., None, :]).to(g.dtype)).tril_()
+    return decay_(G.to(g.dtype)), pairs, to_end
 
 
 def decay_of(logs: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def decay_of(logs: Tensor) -> Tensor:
     return torch.where(logs < FLOOR[logs.dtype], 0.0, logs.exp())
 
 
-def _exp(x: Tensor) -> Tensor:
+def decay_(x: Tensor) -> Tensor:
     """exp(x) in place for x <= 0, 0 below the floor. Infinities would do the same, but exp is slow on them."""
     floor = FLOOR[x.dtype]
     return torch.threshold_(x.clamp_(floor, 0).exp_(), math.exp(floor) * (1 + 1e-6), 0.0)

@@ -30,6 +30,7 @@ OPS = {
     "conv": "plait.ops.conv:KERNELS",
     "ssd": "plait.ops.ssd:KERNELS",
     "delta": "plait.ops.delta:KERNELS",
+    "gla": "plait.ops.gla:KERNELS",
     "shooting": "plait.ops.shooting:KERNELS",
     "mlstm": "plait.ops.mlstm:KERNELS",
     "moe": "plait.ops.moe:KERNELS",

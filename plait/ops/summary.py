@@ -13,8 +13,8 @@ from plait.ops.kernels import cast, full_precision
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """Of a linear recurrence: S becomes S A + F. `transition` A is a number or a matrix per head, `final` F the state that the
-    run leads to from zero."""
+    """Of a linear recurrence: S becomes S A + F. `transition` A is a number, a diagonal or a matrix per head, `final` F the
+    state that the run leads to from zero."""
 
     transition: Float[Tensor, "b h *kk"]
     final: Float[Tensor, "b h v k"]
@@ -31,7 +31,11 @@ class Summary:
     def _moved(self, x: Float[Tensor, "b h n k"]) -> Float[Tensor, "b h n k"]:
         """x A."""
         with full_precision(x.device):
-            return x @ self.transition if self.transition.ndim == 4 else x * self.transition[..., None, None]
+            if self.transition.ndim == 4:
+                return x @ self.transition
+            return x * (
+                self.transition[..., None, :] if self.transition.ndim == 3 else self.transition[..., None, None]
+            )
 
 
 @dataclass(frozen=True, eq=False)

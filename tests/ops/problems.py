@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from plait.ops.conv import causal_conv
 from plait.ops.delta import gated_delta
+from plait.ops.gla import dplr, gla
 from plait.ops.mlstm import mlstm as mlstm_op
 from plait.ops.scan import scan
 from plait.ops.selective import selective_scan
@@ -48,6 +49,23 @@ def selective(t, dtype, count=None):
     return lambda **state: selective_scan(x, dt, A, *reads, **state), (D, K)
 
 
+def channels(op):
+    """With a decay per key channel."""
+
+    def make(t, dtype, count=None):
+        q, k, z = (F.normalize(torch.randn(B, t, H, K, dtype=dtype), dim=-1) for _ in range(3))
+        v, g, beta = (
+            torch.randn(B, t, H, V, dtype=dtype),
+            -torch.rand(B, t, H, K, dtype=dtype),
+            torch.rand(B, t, H, dtype=dtype),
+        )
+        more = {gla: [], dplr: [-z, beta[..., None] * z], gated_delta: [beta]}[op]
+        inputs = [x[:, :count] for x in (q, k, v, g, *more)]
+        return lambda **state: op(*inputs, **state), (H, V, K)
+
+    return make
+
+
 def nonlinear(cell):
     def make(t, dtype, count=None):
         g = len(cell.inputs)
@@ -69,6 +87,9 @@ OPS = {
     "mlstm": mlstm,
     "scan": elementwise,
     "selective": selective,
+    "kda": channels(gated_delta),
+    "gla": channels(gla),
+    "dplr": channels(dplr),
     "lstm": nonlinear(LSTM()),
     "slstm": nonlinear(SLSTM()),
 }

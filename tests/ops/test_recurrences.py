@@ -1,4 +1,4 @@
-"""The gated delta rule and the scalar-decay recurrence: chunked = reference = transformers."""
+"""The delta rules and the recurrences with a decay per head or key channel: chunked = reference = transformers."""
 
 from contextlib import contextmanager
 
@@ -12,18 +12,37 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 import plait.ops.delta
+import plait.ops.gla
 import plait.ops.packing as packings
 import plait.ops.ssd
 from plait.ops.delta import chunked as delta_chunked
 from plait.ops.delta import gated_delta
+from plait.ops.gla import chunked as gla_chunked
+from plait.ops.gla import dplr, gla
 from plait.ops.kernels import forced
 from plait.ops.ssd import chunked as ssd_chunked
 from plait.ops.ssd import ssd
 from tests.ops.conftest import DOCUMENTS, LENGTHS, forms, packing, run_with_gradients
 
 GROUPS, HEADS, K, V = 2, 4, 6, 5
-OPS = {"delta": (gated_delta, delta_chunked), "ssd": (ssd, ssd_chunked)}
-KERNELS = {gated_delta: plait.ops.delta.KERNELS, ssd: plait.ops.ssd.KERNELS}
+
+
+def kda(*inputs, **call):
+    """The delta rule with a decay per key channel."""
+    return gated_delta(*inputs, **call)
+
+
+OPS = {
+    "delta": (gated_delta, delta_chunked),
+    "ssd": (ssd, ssd_chunked),
+    "kda": (kda, gla_chunked),
+    "gla": (gla, gla_chunked),
+    "dplr": (dplr, gla_chunked),
+}
+PER_CHANNEL = plait.ops.gla.KERNELS
+KERNELS = {gated_delta: plait.ops.delta.KERNELS, ssd: plait.ops.ssd.KERNELS} | dict.fromkeys(
+    (kda, gla, dplr), PER_CHANNEL
+)
 
 
 @pytest.fixture(params=OPS)
@@ -32,15 +51,20 @@ def op(request):
 
 
 def inputs(op, length, batch=2, rows=None, state=True, decay=0.3, dtype=torch.float64):
-    """Random q, k, v, g (and beta, and a state with `rows` rows) of one call."""
+    """Random q, k, v, g (and what is removed, and a state with `rows` rows) of one call."""
     torch.manual_seed(length)
+    groups = HEADS if op in (gla, dplr) else GROUPS
+    channels = () if op in (gated_delta, ssd) else (K,)
     tensors = {
-        "q": torch.randn(batch, length, GROUPS, K, dtype=dtype),
-        "k": F.normalize(torch.randn(batch, length, GROUPS, K, dtype=dtype), dim=-1),
+        "q": torch.randn(batch, length, groups, K, dtype=dtype),
+        "k": F.normalize(torch.randn(batch, length, groups, K, dtype=dtype), dim=-1),
         "v": torch.randn(batch, length, HEADS, V, dtype=dtype),
-        "g": -decay * torch.rand(batch, length, HEADS, dtype=dtype),
+        "g": -decay * torch.rand(batch, length, HEADS, *channels, dtype=dtype),
     }
-    if op is gated_delta:
+    if op is dplr:
+        tensors["z"] = F.normalize(torch.randn(batch, length, HEADS, K, dtype=dtype), dim=-1)
+        tensors["p"] = -tensors["z"] * torch.rand(batch, length, HEADS, K, dtype=dtype)
+    if op in (gated_delta, kda):
         tensors["beta"] = torch.rand(batch, length, HEADS, dtype=dtype)
     if state:
         tensors["state"] = torch.randn(rows or batch, HEADS, V, K, dtype=dtype)

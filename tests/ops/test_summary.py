@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plait.ops import conv, delta, mlstm, scan, selective, ssd
+from plait.ops import conv, delta, gla, mlstm, scan, selective, ssd
 from plait.ops.conv import causal_conv
 from plait.ops.delta import gated_delta
+from plait.ops.gla import dplr
+from plait.ops.gla import gla as gla_op
 from plait.ops.mlstm import mlstm as mlstm_op
 from plait.ops.scan import scan as scan_op
 from plait.ops.selective import selective_scan
@@ -49,12 +51,21 @@ def problem(name, decay=0.1):
             before,
             lambda x, dt, B, state: selective_scan(x, dt, A, B, B, state=state)[1],
         )
+    if name in ("kda", "gla", "dplr"):
+        g = g[..., None] * torch.rand(2, T, H, K, dtype=torch.float64)
+        if name == "kda":
+            return (k, v, g, beta), delta.summary, state, lambda *x: gated_delta(x[0], *x[:-1], state=x[-1])[1]
+        k = k.repeat_interleave(H // G, 2)
+        if name == "gla":
+            return (k, v, g), gla.summary, state, lambda k, v, g, state: gla_op(k, k, v, g, state=state)[1]
+        p, z = -k.flip(2), beta[..., None] * k.flip(2)
+        return (k, v, g, p, z), gla.summary, state, lambda *x: dplr(x[0], *x[:-1], state=x[-1])[1]
     x, weight = torch.randn(2, T, D, dtype=torch.float64), torch.randn(D, 4, dtype=torch.float64)
     state = torch.randn(2, 3, D, dtype=torch.float64)
     return (x,), lambda x: conv.summary(x, 4), state, lambda x, state: causal_conv(x, weight, state=state)[1]
 
 
-NAMES = ("ssd", "delta", "mlstm", "scan", "selective", "conv")
+NAMES = ("ssd", "delta", "mlstm", "scan", "selective", "kda", "gla", "dplr", "conv")
 
 
 @pytest.mark.parametrize("decay", [0.1, 50.0])
@@ -107,7 +118,7 @@ def test_gradients_go_through(name, close):
         close(got[key], x)
 
 
-@pytest.mark.parametrize("name", ["ssd", "delta", "mlstm", "scan", "selective"])
+@pytest.mark.parametrize("name", NAMES[:-1])
 def test_narrow_tokens_are_summed_up_in_float32(name):
     tokens, summary, state, _ = problem(name)
     narrow = [x.bfloat16() for x in tokens]

@@ -33,12 +33,15 @@ class _ShiftedSum(torch.autograd.Function):
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, offsets = ctx.saved_tensors
         taps = weight.to(x.dtype).flip(1).T.contiguous()
-        dx, dtaps = dy * taps[0], torch.zeros_like(taps)
-        product = dy * x  # one buffer for all taps: fresh pages cost more than the arithmetic
-        dtaps[0] = product.flatten(0, 1).sum(0)
+        dx, dtaps, learned = dy * taps[0], torch.zeros_like(taps), ctx.needs_input_grad[1]
+        product = dy * x if learned else dy  # one buffer for all taps: fresh pages cost more than the arithmetic
+        if learned:
+            dtaps[0] = product.flatten(0, 1).sum(0)
         for back in range(1, min(len(taps), x.shape[1])):
             late = dy[:, back:] if offsets is None else dy[:, back:] * (offsets[:, back:] >= back)
             dx[:, :-back].addcmul_(late, taps[back])
+            if not learned:
+                continue
             product[:, back:].copy_(late).mul_(x[:, :-back])
             product[:, :back] = 0  # a sum over whole rows is several times faster than one over a slice
             dtaps[back] = product.flatten(0, 1).sum(0)

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from plait.ops.decay import decay_of
 from plait.ops.delta import chunked, pooled, reference, step
 from plait.ops.frame import Rows, recur
-from plait.ops.kernels import Kernel, Kernels, always, cast, one_token, wide
+from plait.ops.gla import dplr
+from plait.ops.kernels import Kernel, Kernels, always, cast, full_precision, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.rms_norm import l2norm
 from plait.ops.summary import Summary
@@ -30,17 +32,20 @@ class Gates(NamedTuple):
     """A layer's way to the rule (arXiv 2412.06464, section 3.4): q and k of length 1, decays and strengths from projections."""
 
     A_log: Float[Tensor, " h"]
-    dt_bias: Float[Tensor, " h"]
+    dt_bias: Float[Tensor, "h *k"]  # per channel where decays are
     eps: float = 1e-6  # below which a length counts as 0
+    most: float = 1.0  # the strength of a gate that is fully open
 
     def before(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         A_log = self.A_log
-        g = -A_log.exp() * F.softplus(cast(a, A_log.dtype) + self.dt_bias)
+        A = A_log.exp() if self.dt_bias.ndim == 1 else A_log.exp()[:, None]
+        g = -A * F.softplus(cast(a, A_log.dtype) + self.dt_bias)
         if q.shape[1] == 1:  # half the small operations of a decoding step
             q, k = l2norm(torch.cat([q, k], 1), self.eps).split_with_sizes((1, 1), 1)
         else:
             q, k = l2norm(q, self.eps), l2norm(k, self.eps)
-        return q, k, v, g, torch.sigmoid(cast(b, A_log.dtype))
+        beta = torch.sigmoid(cast(b, A_log.dtype))
+        return q, k, v, g, beta if self.most == 1 else beta * self.most
 
     def after(self, y: Tensor, *inputs: Tensor) -> Tensor:
         return y
@@ -50,7 +55,7 @@ def gated_delta(
     q: Float[Tensor, "b t g k"],
     k: Float[Tensor, "b t g k"],
     v: Float[Tensor, "b t h v"],
-    g: Float[Tensor, "b t h"],
+    g: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"],
     beta: Float[Tensor, "b t h"],
     *,
     scale: float | None = None,
@@ -62,17 +67,33 @@ def gated_delta(
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h v k"] | None, *tuple[Float[Tensor, "b m h v k"], ...]]:
     """Outputs and, where a state was given, the state after the last token.
 
-    g is the log decay, log a <= 0. `g` key heads serve h value heads in order (h a multiple). Computed in float32, or
-    float64 for float64 inputs. n is the batch, or the number of documents with `packing`. scale: on q, 1 if
-    left out. With `gates`, g and beta come as the projections that those are made of. With `rows`, `state` is a pool's
-    (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.
+    g is the log decay, log a <= 0, of a head or of each key channel (Kimi delta attention, arXiv 2510.26692, eq. 1:
+    S_t = S_{t-1} diag(a_t) (I - b_t k_t k_t^T) + b_t v_t k_t^T; it runs as `plait.ops.gla.dplr`). `g` key heads serve h value
+    heads in order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the number of
+    documents with `packing`. scale: on q, 1 if left out. With `gates`, g and beta come as the projections that those are made
+    of. With `rows`, `state` is a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.
     """
+    if g.ndim == 4:
+        with full_precision(v.device):
+            inputs = _removal(*((q, k, v, g, beta) if gates is None else gates.before(q, k, v, g, beta)))
+        o, state, *states = dplr(*inputs, scale=scale, state=state, rows=rows, packing=packing, at=at)
+        return cast(o, v.dtype), state, *states
     sizes, inputs = held(state) if rows is not None else None, (q, k, v, g, beta)
     return recur(KERNELS, v, inputs, state, rows, packing, scale=scale, at=at, sizes=sizes, around=gates)
 
 
+def _removal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v, g and p of `dplr`, which reads before the decay what the delta rule reads after it."""
+    times, k, v, g, beta = v.shape[2] // k.shape[2], wide(k), wide(v), wide(g), wide(beta)[..., None]
+    q, k = (x if times == 1 else x.repeat_interleave(times, 2) for x in (q, k))
+    return q, k, beta * v, g, -beta * k * decay_of(g)
+
+
 def summary(
-    k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"], g: Float[Tensor, "b t h"], beta: Float[Tensor, "b t h"]
+    k: Float[Tensor, "b t g k"],
+    v: Float[Tensor, "b t h v"],
+    g: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"],
+    beta: Float[Tensor, "b t h"],
 ) -> Summary:
     """What `gated_delta` of these tokens does to any state before them: it takes the identity, with nothing written to it, to
     the transition, beside the state that starts from zero."""

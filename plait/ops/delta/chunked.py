@@ -23,6 +23,7 @@ from plait.ops.decay import chunk_decay, from_pairs, from_sums
 from plait.ops.graph import gradient, one_step
 from plait.ops.operator import operator
 from plait.ops.packing import CHUNK, Packing, chunks, gathered, known, scattered
+from plait.ops.triangular import solve
 
 
 def run(
@@ -93,7 +94,7 @@ def _forward(
     U, W = UW.split([v.shape[-1], k.shape[-1]], -1)
     U.copy_(v).mul_(beta[..., None])
     W.copy_(k).mul_((a * beta)[..., None])
-    UW = _solve(L * beta[..., None], UW)
+    UW = solve(L * beta[..., None], UW)
     U, W = UW.split([v.shape[-1], k.shape[-1]], -1)
     # where decays are strong, W runs down the chunk as their product: stop it before it is subnormal, which is slow
     W.copy_(hardshrink(W, torch.finfo(W.dtype).tiny ** 0.5))
@@ -125,7 +126,7 @@ def _backward(saved: Sequence[Tensor], do: Tensor, dS: Tensor, rows: tuple[int, 
     dq, dk, dlogP, dG = _output_gradients(do, q, k, a, P, to_end, B, V, before, dafter)
     Zv.copy_(dV)
     Zk.copy_(torch.bmm(dV, before)).neg_()
-    Z = _solve(L * beta[..., None], Z, transposed=True)
+    Z = solve(L * beta[..., None], Z, transposed=True)
     Zv, Zk = Z.split([v.shape[-1], k.shape[-1]], -1)
     dA = torch.bmm(Z, UW.mT).neg_()
     along_k = vecdot(Zk, k) * a
@@ -137,14 +138,6 @@ def _backward(saved: Sequence[Tensor], do: Tensor, dS: Tensor, rows: tuple[int, 
     dk.baddbmm_(dKK, k).baddbmm_(dKK.mT, k).addcmul_(Zk, (a * beta)[..., None])
     dg = from_sums(dG, k.dtype).add_(from_pairs(dlogP))
     return dq, dk, Zv * beta[..., None], dg, dbeta, dS
-
-
-def _solve(A: Float[Tensor, "n c c"], B: Float[Tensor, "n c m"], transposed: bool = False) -> Float[Tensor, "n c m"]:
-    """X = (I + A)^-1 B, or (I + A)^-T B; B is lost. Given as X^T (I + A)^T = B^T, since the solver wants columns to be
-    contiguous where our rows are: anything else costs copies, and a result that later products are slow on."""
-    left, X = A if transposed else A.mT, B.mT
-    place = None if torch.compiler.is_compiling() else X  # B's own memory saves most of the time; Dynamo refuses it
-    return torch.linalg.solve_triangular(left, X, upper=not transposed, left=False, unitriangular=True, out=place).mT
 
 
 def _through_time(

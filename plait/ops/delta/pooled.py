@@ -20,16 +20,17 @@ def _step(
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     eps: float | None,
+    most: float,
 ) -> Tensor:
     from plait.ops.delta import triton
 
     out = v.new_empty(v.shape)
-    triton.run(q, k, v, g, beta, state, rows, out, scale, A_log, dt_bias, eps)
+    triton.run(q, k, v, g, beta, state, rows, out, scale, A_log, dt_bias, eps, most)
     return out
 
 
 @torch.library.register_fake("plait::delta_step")
-def _(q, k, v, g, beta, state, rows, scale, A_log, dt_bias, eps):
+def _(q, k, v, g, beta, state, rows, scale, A_log, dt_bias, eps, most):
     return v.new_empty(v.shape)
 
 
@@ -46,8 +47,9 @@ def run(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     eps: float | None = None,
+    most: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `gated_delta` with t = 1."""
     place, index = (state[rows], None) if isinstance(rows, slice) else (state, rows)
-    o = _step(q, k, v, g, beta, place, index, 1.0 if scale is None else scale, A_log, dt_bias, eps)
+    o = _step(q, k, v, g, beta, place, index, 1.0 if scale is None else scale, A_log, dt_bias, eps, most)
     return o, state

@@ -25,7 +25,7 @@ def softplus(x):
 
 @kernel
 def advance(
-    S, rows, q, k, v, g, beta, A_log, dt_bias, o, scale, eps, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h, beta_b, beta_h,
+    S, rows, q, k, v, g, beta, A_log, dt_bias, o, scale, eps, most, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h, beta_b, beta_h,
     H: tl.constexpr, TIMES: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """A program advances BV rows of the state of one head of one token."""
@@ -48,7 +48,7 @@ def advance(
     if A_log is not None:
         dt = softplus(log_decay + tl.load(dt_bias + head).to(tl.float32))
         log_decay = -tl.exp(tl.load(A_log + head).to(tl.float32)) * dt
-        strength = tl.sigmoid(strength)
+        strength = tl.sigmoid(strength) * most
 
     state *= tl.exp(log_decay)
     error = strength * (values - tl.sum(state * keys[None, :], 1))
@@ -71,13 +71,14 @@ def run(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     eps: float | None = None,
+    most: float = 1.0,
 ) -> None:
     """Shapes as in `gated_delta` with t = 1; `rows` None: the rows of `state` are those of the call."""
     (b, _, H, V), (G, K) = v.shape, k.shape[2:]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     BV, BK = min(ROWS, triton.next_power_of_2(V)), triton.next_power_of_2(K)
     launch(
-        advance, b * H * -(-V // BV), state, rows, q, k, v, g, beta, A_log, dt_bias, out, scale, eps, state.stride(0),
+        advance, b * H * -(-V // BV), state, rows, q, k, v, g, beta, A_log, dt_bias, out, scale, eps, most, state.stride(0),
         *(stride for x in (q, k, v, g, beta) for stride in (x.stride(0), x.stride(2))),
         H=H, TIMES=H // G, K=K, V=V, BK=BK, BV=BV, num_warps=max(1, BV * BK // 512),
     )  # fmt: skip
