@@ -5,18 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 from plait.design import GEGLU as GEGLU
 from plait.design import GELU as GELU
+from plait.design import GLA as GLA
 from plait.design import GRU as GRU
 from plait.design import HGRN as HGRN
+from plait.design import HGRN2 as HGRN2
 from plait.design import LSTM as LSTM
 from plait.design import MLSTM as MLSTM
 from plait.design import PRESETS as PRESETS
 from plait.design import RGLRU as RGLRU
 from plait.design import RNN as RNN
+from plait.design import RWKV7 as RWKV7
 from plait.design import SLSTM as SLSTM
 from plait.design import Attention as Attention
 from plait.design import Average as Average
+from plait.design import DeltaNet as DeltaNet
 from plait.design import Gated as Gated
 from plait.design import GatedDeltaNet as GatedDeltaNet
+from plait.design import KimiDeltaAttention as KimiDeltaAttention
 from plait.design import LatentAttention as LatentAttention
 from plait.design import Layer as Layer
 from plait.design import LayerNorm as LayerNorm
@@ -37,6 +42,7 @@ from plait.design import ReLU2 as ReLU2
 from plait.design import RetNet as RetNet
 from plait.design import RMSNorm as RMSNorm
 from plait.design import RoPE as RoPE
+from plait.design import RWKV7FeedForward as RWKV7FeedForward
 from plait.design import SimpleGLA as SimpleGLA
 from plait.design import Sum as Sum
 from plait.design import SwiGLU as SwiGLU

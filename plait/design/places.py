@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from plait.design.imports import OWN
-from plait.design.layers import KINDS, LETTERS, Attention, Layer, Mixer
+from plait.design.layers import KINDS, LETTERS, RWKV7, Attention, Layer, Mixer
 from plait.design.merges import MERGE_KINDS, Merge
 from plait.design.pattern import Item, Letter, Parallel, PatternError, render
 from plait.design.spelling import suggest
@@ -192,18 +192,23 @@ class Resolver:
 
 
 def _check_values(slots: tuple[Node, ...]) -> None:
-    """Values are mixed with the first layer's, number by number."""
-    mixed = {place.address: place.layer for place in layers(slots) if place.wrap.value_residual}
-    sizes = {
-        address: (layer.kv_heads, layer.head_dim) for address, layer in mixed.items() if isinstance(layer, Attention)
-    }
-    for address, own in sizes.items():
-        first, theirs = next(iter(sizes.items()))
-        if own != theirs:
-            raise ValueError(
-                f"{address}: value residual mixes its values of (kv_heads, head_dim) = {own} with those of {first}, {theirs}; "
-                "give both equal ones"
-            )
+    """Values are mixed with the first layer's of their kind, number by number."""
+    attention: dict[str, Any] = {}
+    rwkv7: dict[str, Any] = {}
+    for place in layers(slots):
+        layer = place.layer
+        if isinstance(layer, Attention) and place.wrap.value_residual:
+            attention[place.address] = layer.kv_heads, layer.head_dim
+        if isinstance(layer, RWKV7) and (layer.value_residual or not rwkv7):
+            rwkv7[place.address] = layer.heads, layer.head_dim
+    for what, sizes in {"(kv_heads, head_dim)": attention, "(heads, head_dim)": rwkv7}.items():
+        for address, own in sizes.items():
+            first, theirs = next(iter(sizes.items()))
+            if own != theirs:
+                raise ValueError(
+                    f"{address}: value residual mixes its values of {what} = {own} with those of {first}, {theirs}; "
+                    "give both equal ones"
+                )
 
 
 def overridden(layer: Layer, change: Any, where: str) -> Layer:

@@ -46,8 +46,8 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """Zeros but for run `index` of `runs` equal ones, in which every head of `k` units goes evenly from `low` to `high`; then
-    `log` of it."""
+    """Zeros but for run `index` of `runs` equal ones, in which every head of `k` units goes from `low` to `high`, evenly or as
+    a `power` of that; then `log` of it."""
 
     index: int
     runs: int
@@ -55,6 +55,7 @@ class Ramp:
     low: float
     high: float
     then: Literal["", "log"] = ""
+    power: float = 1.0
 
 
 Start = Normal | Uniform | Constant | Ramp

@@ -48,7 +48,7 @@ class GatedDeltaNetLayer(MixerModule):
         q, k = qk.unflatten(-1, (2, -1, self.config.head_dim)).unbind(2)  # (b, t, g, k)
         v = v.unflatten(-1, (-1, self.config.value_head_dim))  # (b, t, h, v)
         z = z.unflatten(-1, (-1, self.config.value_head_dim))
-        gates = Gates(self.A_log, self.dt_bias)
+        gates = Gates(self.A_log, self.dt_bias, most=2.0 if self.config.negative_eigenvalues else 1.0)
         o, s = gated_delta(
             q, k, v, a, b, gates=gates, state=state and state.s, rows=context.rows, packing=context.packing
         )

@@ -9,10 +9,15 @@ from torch import Tensor, nn
 from plait.design.layers import (
     GEGLU,
     GELU,
+    GLA,
+    HGRN2,
     MLSTM,
     RGLRU,
+    RWKV7,
     Attention,
+    DeltaNet,
     GatedDeltaNet,
+    KimiDeltaAttention,
     LatentAttention,
     Layer,
     LightningAttention,
@@ -21,6 +26,7 @@ from plait.design.layers import (
     MixtureOfExperts,
     ReLU2,
     RetNet,
+    RWKV7FeedForward,
     SimpleGLA,
     SwiGLU,
 )
@@ -32,9 +38,13 @@ from plait.design.wrap import Wrap
 from plait.layers.attention import AttentionLayer
 from plait.layers.context import Context
 from plait.layers.declared import LayerModule
+from plait.layers.deltanet import DeltaNetLayer
 from plait.layers.elementwise import HGRNLayer, MinGRULayer, MinLSTMLayer
 from plait.layers.feed_forward import FeedForwardLayer
 from plait.layers.gated_deltanet import GatedDeltaNetLayer
+from plait.layers.gla import GLALayer
+from plait.layers.hgrn2 import HGRN2Layer
+from plait.layers.kimi_delta import KimiDeltaAttentionLayer
 from plait.layers.latent_attention import LatentAttentionLayer
 from plait.layers.mamba import MambaLayer
 from plait.layers.mamba2 import Mamba2Layer
@@ -44,6 +54,7 @@ from plait.layers.moe import MixtureOfExpertsLayer
 from plait.layers.norm import Norm
 from plait.layers.recurrent import RecurrentLayer
 from plait.layers.rg_lru import RGLRULayer
+from plait.layers.rwkv7 import RWKV7FeedForwardLayer, RWKV7Layer
 from plait.layers.scalar_decay import LightningAttentionLayer, RetNetLayer, SimpleGLALayer
 from plait.state import Branches, SlotState
 
@@ -57,6 +68,12 @@ LAYERS: dict[type[Layer], type[LayerModule]] = {
     RetNet: RetNetLayer,
     LightningAttention: LightningAttentionLayer,
     SimpleGLA: SimpleGLALayer,
+    DeltaNet: DeltaNetLayer,
+    GLA: GLALayer,
+    HGRN2: HGRN2Layer,
+    KimiDeltaAttention: KimiDeltaAttentionLayer,
+    RWKV7: RWKV7Layer,
+    RWKV7FeedForward: RWKV7FeedForwardLayer,
     RNN: RecurrentLayer,
     GRU: RecurrentLayer,
     LSTM: RecurrentLayer,

@@ -53,5 +53,8 @@ def _before_softplus(y: Tensor) -> Tensor:
 
 def _ramp(values: Tensor, ramp: Ramp) -> Tensor:
     steps = torch.linspace(ramp.low, ramp.high, ramp.k, dtype=torch.float32, device="cpu")
+    if ramp.power != 1:
+        evenly = torch.linspace(0, 1, ramp.k, dtype=torch.float32, device="cpu")
+        steps = ramp.low + (ramp.high - ramp.low) * evenly**ramp.power
     values.zero_().view(ramp.runs, -1, ramp.k)[ramp.index] = _after(steps, ramp.then)
     return values

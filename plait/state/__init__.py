@@ -15,6 +15,7 @@ from plait.state.pool import Snapshot as Snapshot
 from plait.state.values import Branches as Branches
 from plait.state.values import Nothing as Nothing
 from plait.state.values import Recurrent as Recurrent
+from plait.state.values import Shifted as Shifted
 from plait.state.values import SlotState as SlotState
 from plait.state.values import State as State
 from plait.state.values import Window as Window

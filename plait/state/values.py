@@ -57,6 +57,14 @@ class Recurrent(State):
     conv: Float[Tensor, "b w-1 d"]
 
 
+@dataclass(frozen=True, eq=False)
+class Shifted(State):
+    """The last input, of a layer that reads each token beside the one before it."""
+
+    kind: ClassVar[str] = "shifted"
+    conv: Float[Tensor, "b 1 d"]
+
+
 def recurrent(s: Tensor | None, conv: Tensor | None) -> Recurrent | None:
     """What the ops of a layer leave behind: a state where they were given one."""
     return None if s is None or conv is None else Recurrent(s, conv)

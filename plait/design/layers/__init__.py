@@ -5,6 +5,7 @@ keeps, so that both can be counted without building anything; tests hold the cou
 """
 
 from plait.design.layers.attention import Attention as Attention
+from plait.design.layers.deltanet import DeltaNet as DeltaNet
 from plait.design.layers.elementwise import HGRN as HGRN
 from plait.design.layers.elementwise import MinGRU as MinGRU
 from plait.design.layers.elementwise import MinLSTM as MinLSTM
@@ -14,6 +15,9 @@ from plait.design.layers.feed_forward import FeedForward as FeedForward
 from plait.design.layers.feed_forward import ReLU2 as ReLU2
 from plait.design.layers.feed_forward import SwiGLU as SwiGLU
 from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from plait.design.layers.gla import GLA as GLA
+from plait.design.layers.hgrn2 import HGRN2 as HGRN2
+from plait.design.layers.kimi_delta import KimiDeltaAttention as KimiDeltaAttention
 from plait.design.layers.latent_attention import LatentAttention as LatentAttention
 from plait.design.layers.layer import Layer as Layer
 from plait.design.layers.layer import Mixer as Mixer
@@ -28,6 +32,8 @@ from plait.design.layers.recurrent import SLSTM as SLSTM
 from plait.design.layers.rg_lru import RGLRU as RGLRU
 from plait.design.layers.rope import RoPE as RoPE
 from plait.design.layers.rope import Temperature as Temperature
+from plait.design.layers.rwkv7 import RWKV7 as RWKV7
+from plait.design.layers.rwkv7 import RWKV7FeedForward as RWKV7FeedForward
 from plait.design.layers.scalar_decay import LightningAttention as LightningAttention
 from plait.design.layers.scalar_decay import RetNet as RetNet
 from plait.design.layers.scalar_decay import ScalarDecay as ScalarDecay
@@ -43,6 +49,12 @@ KINDS: dict[str, type[Layer]] = {
     "retnet": RetNet,
     "lightning_attention": LightningAttention,
     "simple_gla": SimpleGLA,
+    "deltanet": DeltaNet,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "kimi_delta_attention": KimiDeltaAttention,
+    "rwkv7": RWKV7,
+    "rwkv7_feed_forward": RWKV7FeedForward,
     "rnn": RNN,
     "gru": GRU,
     "lstm": LSTM,
@@ -68,6 +80,12 @@ LETTERS: dict[str, Layer] = {
     "Rn": RetNet(),
     "Li": LightningAttention(),
     "Sg": SimpleGLA(),
+    "Dn": DeltaNet(),
+    "Gl": GLA(),
+    "Ht": HGRN2(),
+    "K": KimiDeltaAttention(),
+    "Rw": RWKV7(),
+    "Rf": RWKV7FeedForward(),
     "G": GRU(),
     "H": LSTM(),
     "S": SLSTM(),

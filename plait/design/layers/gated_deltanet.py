@@ -9,13 +9,17 @@ from plait.design.weights import Constant, Uniform, Weight, Weights, norm, proje
 
 
 class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
-    """Gated DeltaNet (arXiv 2412.06464) as laid out in Qwen3-Next; `heads` and `head_dim` are those of q and k."""
+    """Gated DeltaNet (arXiv 2412.06464) as laid out in Qwen3-Next; `heads` and `head_dim` are those of q and k.
+
+    `negative_eigenvalues`: strengths up to 2, so that a state can be turned over rather than only emptied (arXiv 2411.12537).
+    """
 
     heads: int = DERIVED
     head_dim: int = DERIVED
     value_heads: int = DERIVED
     value_head_dim: int = DERIVED
     conv_width: int = 4
+    negative_eigenvalues: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -91,6 +91,13 @@ def head_sizes(name: str, dim: int, heads: int | None, head_dim: int | None, def
     return heads or dim // head_dim, head_dim
 
 
+def divided(name: str, field: str, width: int, parts: int) -> int:
+    """width / parts, which a layer's field is derived as."""
+    if not width or width % parts:
+        raise ValueError(f"{name}: {width} channels do not divide into {parts} equal parts, so {field} must be given")
+    return width // parts
+
+
 def wide_head_dim(dim: int, name: str) -> int:
     """64, as most small published models; 128 from width 512 on where it divides."""
     if dim % 64:

@@ -220,6 +220,12 @@ def extreme_gates(model: LanguageModel) -> None:
                 parameter.copy_(torch.where(heads == 0, 8.0, -4.0).to(parameter))
             elif name.endswith(("Lambda", "gamma")):
                 parameter.copy_(torch.where(heads == 0, 5.0, -12.0).to(parameter))
+            elif name.endswith("decay_proj.bias"):  # through a logsigmoid, and divided by 16 at most
+                parameter.copy_(torch.where(heads == 0, -2000.0, 2000.0).to(parameter))
+            elif name.endswith((".w0", ".a0", ".v0", ".bound")):
+                parameter.copy_(torch.where(heads == 0, 12.0, -12.0).to(parameter))
+            elif name.endswith("decay_proj.weight"):
+                parameter.mul_(30)
         for module in model.modules():
             if isinstance(module, MLSTMLayer):  # within a cap
                 module.gates_proj.weight *= 300
