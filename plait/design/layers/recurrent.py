@@ -30,8 +30,8 @@ class NonlinearRecurrence(Mixer, frozen=True, kw_only=True):
     projection: "heads" lets each head read its own dim / heads channels. conv_width: null for no convolution.
     output_gate: false leaves out_proj(h). recurrent_bias: a second bias, as in torch.nn.GRU.
     gate_bias: where the bias of the gate that keeps starts; two numbers: spread evenly over the units of each head.
-    spread: recurrent numbers per unit start uniform in [-spread, spread]; null: Xavier's normal, which is small. Around 1, as in
-    GRU and LSTM, a unit can flip its state from the start, as parity asks, and text is no worse for it.
+    spread: recurrent numbers per unit start uniform in [-spread, spread]; null: Xavier's normal, which is small. Around 1, as
+    in GRU and LSTM, a unit can flip its state from the start, as parity asks, and text is no worse for it.
     clip: recurrent and peephole weights are held in [-clip, clip] (arXiv 2510.21450 trains language models with 0.5).
     solver, tol, max_passes, strict: how the recurrence is solved in parallel over time, as in `plait.ops.shooting`.
     """
