@@ -9,7 +9,8 @@ fixed number of attention or linear state-space layers is not enough at any widt
 
 All designs get the same: dim 64 (S5: 128), AdamW with warm-up and cosine, batches of rows of 4, 8, 16, 32 (a tenth of the
 steps each) and then 64 tokens, each of the learning rates and seeds once. Cells go without their short convolution: it blurs
-tokens each of which changes the state. "dense": all units hear each other, as those of a head do in S. The table shows each
+tokens each of which changes the state. "dense": all units hear each other, as those of a head do in S. "default": with its
+convolution, as the letter comes. "negative": with eigenvalues in [-1, 1]. The table shows each
 design's run with the lowest loss on rows of 128 tokens, tested on others. A run is a process, `--jobs` at a time. One that
 has used up `--seconds` ends where it is, and says how many steps it made.
 """
@@ -32,12 +33,17 @@ from torch import Tensor
 
 import plait
 from plait.design import load_design
+from plait.design.pattern import letters as letters_in
+from plait.design.pattern import parse
 
 CELLS = {"G": "gru", "H": "lstm", "S": "slstm"}
 DESIGNS = (
     *("(AF)2", "(MF)2", "(DF)2", "(GF)2", "(HF)2", "(SF)2"),
     *("GFAF", "HFAF", "SFAF"),
     *("(GF)2 dense", "(HF)2 dense"),
+    *("(GF)2 default", "(HF)2 default", "(SF)2 default"),
+    *("(RF)2", "(HgF)2", "(MgF)2", "(MlF)2", "(MaF)2", "(XF)2", "(RnF)2", "(LiF)2", "(SgF)2"),
+    *("(GlF)2", "(HtF)2", "(DnF)2", "(KF)2", "(RwF)2", "(DF)2 negative", "(DnF)2 negative", "(KF)2 negative"),
 )
 LENGTHS, CHOSEN_AT, TEST_ROWS, STAGES = (64, 256, 1024), 128, 256, (4, 8, 16, 32)
 PERMUTATIONS = list(itertools.permutations(range(5)))
@@ -64,16 +70,21 @@ def s5(rows: int, length: int) -> tuple[Tensor, Tensor]:
 TASKS = {"parity": (parity, 2, 64), "s5": (s5, len(PERMUTATIONS), 128)}  # rows, vocabulary, dim
 
 
-def design_of(name: str, vocab: int, dim: int) -> plait.ModelConfig:
-    """A pattern, and after it how the units of its cells hear of each other where that is not the default."""
-    pattern, *recurrence = name.split()
-    own = {"conv_width": None} | ({"recurrence": recurrence[0]} if recurrence else {})
-    wide = {} if recurrence else {"spread": 1.0}  # units that are alone must be able to flip
-    layers = {
-        letter: {"kind": kind, **own, **({} if letter == "S" else wide)}
-        for letter, kind in CELLS.items()
-        if letter in pattern
-    }
+def design_of(name: str | dict[str, Any], vocab: int, dim: int) -> plait.ModelConfig:
+    """A pattern, and after it a word for what its letters are where that is not as said above; or a design as data."""
+    if isinstance(name, dict):
+        return load_design(name)
+    pattern, *words = name.split()
+    layers: dict[str, Any] = {}
+    if "negative" in words:
+        kinds = {"D": "gated_deltanet", "Dn": "deltanet", "K": "kimi_delta_attention"}
+        letter = pattern.strip("()2").removesuffix("F")
+        layers[letter] = {"kind": kinds[letter], "negative_eigenvalues": True}
+    elif "default" not in words:
+        dense = {"recurrence": "dense"} if "dense" in words else {}
+        for letter in {letter.name for letter in letters_in(parse(pattern))} & set(CELLS):
+            wide = {} if dense or letter == "S" else {"spread": 1.0}  # units that are alone must be able to flip
+            layers[letter] = {"kind": CELLS[letter], "conv_width": None, **dense, **wide}
     return load_design({"vocab": vocab, "dim": dim, "pattern": pattern, "layers": layers, "tie_embeddings": False})
 
 
