@@ -108,6 +108,8 @@ def _checks(
     for pattern, design in designs.items():
         inside = kinds(design)
         for dtype in dtypes:
+            if dtype == "bfloat16" and "moe" in inside:  # rounding has a say in which experts are chosen
+                continue
             for name in names:
                 # compilation takes seconds and does not care about digits
                 if name != "packages" and (name != "compiled" or dtype == dtypes[0]):

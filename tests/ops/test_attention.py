@@ -255,3 +255,16 @@ def test_explain_names_the_kernel_within():
     _, (name, reason), _ = explain(KERNELS, Call("cpu", torch.float32, "one"))
     assert name == "chunked (torch's flash attention kernel)" and reason == "used"
     assert explain(KERNELS, Call("nowhere", torch.float32, "one"))[1] == ("chunked", "used")
+
+
+def test_gradients_begin_where_a_gpu_reads():
+    """Of heads that a merge has joined with another mixer's, the gradient is a part of a larger one, at any offset."""
+    whole = torch.arange(3.0 * 78).view(3, 78)
+    for part in (whole[:, 30:], whole[:1, 30:], whole[:, 28:76], whole[:, 2:]):
+        lined = fused.lined(part)
+        assert torch.equal(lined, part)
+        assert lined.storage_offset() * 4 % 16 == 0 and (
+            len(part) == 1 or lined.stride(0) * 4 % 16 == 0 or lined.is_contiguous()
+        )
+    wide = torch.zeros(3, 96)
+    assert fused.lined(wide[:, 32:]).data_ptr() == wide[:, 32:].data_ptr()  # as it lies

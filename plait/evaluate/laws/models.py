@@ -268,10 +268,12 @@ def packages(designs: list[ModelConfig]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         for name in PACKAGES:
             (Path(folder) / f"{name}.py").write_text(_FAKE, encoding="utf-8")
-        script = _USE.format(designs=[design.to_dict() for design in designs], packages=PACKAGES)
+        script = Path(folder) / "use.py"  # too long for a command line
+        use = _USE.format(designs=[design.to_dict() for design in designs], packages=PACKAGES)
+        script.write_text(use, encoding="utf-8")
         paths = [folder, *[p for p in sys.path if p]]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
-        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, encoding="utf-8")
+        run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, encoding="utf-8")
     if run.returncode != 0:
         raise LawBroken(law, (run.stderr.strip().splitlines() or ["no output"])[-1])
     if run.stdout.strip():

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from plait.ops.graph import gradient
 from plait.ops.kernels import FEW, Call
 
 T = TypeVar("T")
 
 DEVICES = ("cuda",)  # where cuDNN is
+LINE = 16  # bytes
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -40,6 +42,31 @@ def for_any_length(run: Callable[..., T], *args: Any) -> T:
         return run(*args)
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+class _Lined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o: Tensor) -> Tensor:
+        return o.view_as(o)
+
+    @staticmethod
+    @gradient
+    def backward(ctx, do: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return lined(do)
+
+
+def with_lined_gradient(o: Tensor) -> Tensor:
+    """o, whose gradient reaches torch's kernels as they need it on a GPU."""
+    return _Lined.apply(o) if o.requires_grad and o.device.type in DEVICES else o
+
+
+def lined(x: Tensor) -> Tensor:
+    """x where it, or a copy of it, begins each row at a multiple of 16 bytes. The memory-efficient kernel reads so many at a
+    time, wherever a gradient that is a part of a larger one begins, and CUDA stops the process ("misaligned address")."""
+    places = (x.storage_offset(), *(stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1))
+    if x.stride(-1) == 1 and all(place * x.itemsize % LINE == 0 for place in places):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def of_one_size(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

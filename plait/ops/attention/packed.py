@@ -187,7 +187,7 @@ def _pull(
     that it gives, and the sink is one more key that all of this is true of.
     """
     _, backward = _engine(q, v)
-    gradients = backward(do.contiguous(), q, k, v, o, lse, known(cu_seqlens, q.device), window, scale)
+    gradients = backward(fused.lined(do.contiguous()), q, k, v, o, lse, known(cu_seqlens, q.device), window, scale)
     gradients = [x.contiguous() for x in gradients]
     if sinks is not None:
         weight = (sinks.to(lse.dtype)[:, None] - lse).exp()  # (h, t)
