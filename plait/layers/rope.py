@@ -16,6 +16,8 @@ def turn(x: Float[Tensor, "b t h k"], rope: RoPE, context: Context) -> Float[Ten
     """Rotate channel pairs (i, i + r/2) of the first r channels by position * theta^(-2i/r) (arXiv 2104.09864, eq. 34), or as
     the scaling says."""
     rotated = rope.rotated(x.shape[-1])
+    if not rotated:  # of heads so narrow that a fraction of them is less than a pair
+        return x
     key = "rope", rope.theta, rope.scaling and rope.scaling.key, rotated, x.dtype
     cos, sin = context.cached(key, lambda: _angles(rope, rotated, context, x.dtype))
     return rotate(x, cos, sin)

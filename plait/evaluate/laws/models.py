@@ -142,7 +142,7 @@ def _other_layer(law: str, model: LanguageModel, place: Place, tokens: torch.Ten
     layer, address = place.layer, place.address
     other = GELU(hidden=24)
     if isinstance(layer, Mixer) and not layer.out_proj:  # at inner, where a layer must be as wide as the others
-        other = Attention(heads=1, head_dim=layer.inner())
+        other = Attention(heads=1, head_dim=layer.inner(), rope=None)
     student = swap(model, {address: other})
     kept = {id(p) for p in model.parameters()}
     names = {name for name, p in student.named_parameters() if id(p) not in kept}

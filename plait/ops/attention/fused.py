@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from plait.ops.graph import gradient
+from plait.ops.graph import gradient, one_step
 from plait.ops.kernels import FEW, Call
 
 T = TypeVar("T")
@@ -55,9 +55,12 @@ class _Lined(torch.autograd.Function):
         return lined(do)
 
 
+_lined = one_step(_Lined)
+
+
 def with_lined_gradient(o: Tensor) -> Tensor:
     """o, whose gradient reaches torch's kernels as they need it on a GPU."""
-    return _Lined.apply(o) if o.requires_grad and o.device.type in DEVICES else o
+    return _lined(o) if o.requires_grad and o.device.type in DEVICES else o
 
 
 def lined(x: Tensor) -> Tensor:
