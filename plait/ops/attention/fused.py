@@ -66,6 +66,8 @@ def with_lined_gradient(o: Tensor) -> Tensor:
 def lined(x: Tensor) -> Tensor:
     """x where it, or a copy of it, begins each row at a multiple of 16 bytes. The memory-efficient kernel reads so many at a
     time, wherever a gradient that is a part of a larger one begins, and CUDA stops the process ("misaligned address")."""
+    if torch.compiler.is_compiling():  # a graph says nothing of where things lie
+        return x.clone(memory_format=torch.contiguous_format)
     places = (x.storage_offset(), *(stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1))
     if x.stride(-1) == 1 and all(place * x.itemsize % LINE == 0 for place in places):
         return x
