@@ -27,6 +27,7 @@ import plait
 from plait.evaluate.machine import described, machine
 from plait.layers import context_for
 from plait.ops.delta import gated_delta
+from plait.ops.gla import dplr, gla
 from plait.ops.kernels import forced
 from plait.ops.mlstm import mlstm
 from plait.ops.scan import scan
@@ -63,6 +64,14 @@ OPS: dict[str, tuple[str, Callable[[], Run]]] = {
         "2 heads of 32 x 32",
         lambda: partial(gated_delta, keys(2, 32), keys(2, 32), tokens(2, 32), -gates(2), gates(2)),
     ),
+    "gla": (
+        "2 heads of 32 x 32",
+        lambda: partial(gla, keys(2, 32), keys(2, 32), tokens(2, 32), -gates(2, 32)),
+    ),
+    "gla, with a removal": (
+        "2 heads of 32 x 32",
+        lambda: partial(dplr, keys(2, 32), keys(2, 32), tokens(2, 32), -gates(2, 32), -keys(2, 32), keys(2, 32)),
+    ),
     "mlstm": (
         "2 heads of 32 x 32",
         lambda: partial(mlstm, tokens(2, 32), tokens(2, 32), tokens(2, 32), tokens(2), 3 + tokens(2)),
@@ -74,7 +83,10 @@ OPS: dict[str, tuple[str, Callable[[], Run]]] = {
     ),
 }
 
-LAYERS: tuple[str, ...] = ("M", "D", "X", "Rn", "Li", "Sg", "R", "Hg", "Mg", "Ml", "Ma")  # letters at their defaults
+LAYERS = (  # letters at their defaults
+    *("M", "D", "X", "Rn", "Li", "Sg", "Dn", "Gl", "Ht", "K", "Rw"),
+    *("R", "Hg", "Mg", "Ml", "Ma"),
+)
 
 
 def layer(letter: str, dim: int, length: int) -> Run:
@@ -129,8 +141,8 @@ def as_form(form: str, run: Run) -> Run:
 
 def ops(rounds: int) -> Iterator[dict[str, Any]]:
     for name, (sizes, make) in OPS.items():
-        run = make()
-        loop, chunked = in_turn(rounds, as_form(f"{name}=reference", run), as_form(f"{name}=chunked", run))
+        run, op = make(), name.partition(",")[0]
+        loop, chunked = in_turn(rounds, as_form(f"{op}=reference", run), as_form(f"{op}=chunked", run))
         ratio = loop / chunked
         row = {"op": name, "sizes": sizes, "loop_ms": loop, "chunked_ms": chunked}
         yield row | {"ratio": ratio, "bar": FASTER, "holds": ratio >= FASTER}
