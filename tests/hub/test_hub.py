@@ -267,10 +267,14 @@ ADAPTED = {
 }
 
 
+# how much of the first layer's values RWKV-7's layers take in: in the first layer, these are its own
+IDLE = {"Rw": ["slots.0.mixer.v_down", "slots.0.mixer.v_up"]}
+
+
 @pytest.mark.parametrize("name", ADAPTED)
 def test_adapters_act_merge_and_load(name, tmp_path):
     """LoRA on every projection changes the logits, gets gradients, is equal once merged, and the merged folder is plait's."""
-    peft, (pattern, layers) = pytest.importorskip("peft"), ADAPTED[name]
+    peft, (pattern, layers), idle = pytest.importorskip("peft"), ADAPTED[name], IDLE.get(name, [])
     design = plait.ModelConfig(vocab=61, dim=64, pattern=pattern, layers=layers, tie_embeddings=False)
     model, tokens = PlaitForCausalLM(PlaitConfig(design=design)).eval(), torch.arange(20)[None]
     names = [*plait.hub.lora_targets(design), "lm_head"]
@@ -282,7 +286,8 @@ def test_adapters_act_merge_and_load(name, tmp_path):
         parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
     out = adapted(input_ids=tokens, labels=tokens)
     out.loss.backward()
-    assert len(added) == len(names) and all(p.grad.abs().sum() > 0 for p in added.values())
+    still = [name.partition(".lora_B")[0] for name, p in added.items() if not p.grad.abs().sum() > 0]
+    assert len(added) == len(names) and [name.rpartition("model.")[2] for name in still] == idle
     assert (out.logits - before).abs().max() > 0.1
     with torch.no_grad():
         merged = adapted.merge_and_unload()

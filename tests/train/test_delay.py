@@ -35,7 +35,8 @@ def test_resumed_it_sleeps_as_long(make_run, quiet):
     ways = []
     for folder, stops in (("once", (6,)), ("twice", (3, 6))):
         for steps in stops:
-            result = train(parts.replace(folder=str(Path(parts.folder).parent / folder), steps=steps), console=quiet)
+            own = {"folder": str(Path(parts.folder).parent / folder), "resume": "auto" if steps == stops[0] else True}
+            result = train(parts.replace(steps=steps, **own), console=quiet)
         ways.append([record["loss"] for record in result.history if "loss" in record])
     assert ways[0] == ways[1]
 
