@@ -32,6 +32,7 @@ FUNCTIONS = (
     "plait.LanguageModel.place",
     "plait.Channels",
     "plait.listening",
+    "plait.checking",
     "plait.swap",
     "plait.ModelConfig.places",
     "plait.model.head.Head.loss",

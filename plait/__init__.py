@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from plait.layers.register import register as register
     from plait.model import LanguageModel as LanguageModel
     from plait.model import build as build
+    from plait.model import checking as checking
     from plait.model import listening as listening
     from plait.model import load as load
     from plait.model import save as save
@@ -79,6 +80,7 @@ _LAZY = {
     "register": "plait.layers.register",
     "LanguageModel": "plait.model",
     "build": "plait.model",
+    "checking": "plait.model",
     "listening": "plait.model",
     "load": "plait.model",
     "swap": "plait.model",

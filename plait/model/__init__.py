@@ -6,6 +6,7 @@ from plait.model.files import load as load
 from plait.model.files import model_folder as model_folder
 from plait.model.files import save as save
 from plait.model.language_model import LanguageModel as LanguageModel
+from plait.model.listening import checking as checking
 from plait.model.listening import listening as listening
 from plait.model.loss import KL as KL
 from plait.model.loss import CrossEntropy as CrossEntropy

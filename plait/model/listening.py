@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from plait.design.places import paths
+from torch import Tensor
+
+from plait.design.places import layers, paths
 from plait.layers.channels import Listener, Place
 from plait.model.language_model import LanguageModel
 
@@ -29,3 +31,22 @@ def listening(model: LanguageModel, listeners: Mapping[str, Listener]) -> Iterat
         yield
     finally:
         model.listeners = before
+
+
+@contextmanager
+def checking(model: LanguageModel) -> Iterator[None]:
+    """Inside, a call in which a layer gives what is not finite raises FloatingPointError, naming the first that does.
+
+    Every layer of every call waits for the device: for finding a fault, not for running without one.
+    """
+    with listening(model, {f"{place.address}.output": _finite(place.address) for place in layers(model.design.slots)}):
+        yield
+
+
+def _finite(address: str) -> Listener:
+    def look(y: Tensor) -> None:
+        if not y.isfinite().all():
+            what = "NaN" if y.isnan().any() else "infinity"
+            raise FloatingPointError(f"{address} gives {what}: {int((~y.isfinite()).sum())} of {y.numel()} numbers")
+
+    return look

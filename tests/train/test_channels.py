@@ -10,6 +10,7 @@ import plait
 from plait.data import ByteTokenizer, Loader, prepare
 from plait.design.layers import KINDS, LETTERS
 from plait.design.weights import projection
+from plait.layers import context_for
 from plait.layers.stack import LAYERS
 from plait.model import NextToken
 from plait.model.loss import CrossEntropy, Loss
@@ -254,3 +255,19 @@ def test_nothing_is_wrong_silently():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             sending(send)
+
+
+def test_the_first_layer_that_makes_nan_is_named():
+    """In a slot or a branch; what comes after it is not blamed, and outside nothing is looked at."""
+    model = plait.build(plait.ModelConfig(vocab=20, dim=64, pattern="AF [D|M]F"))
+    tokens = torch.arange(9)[None]
+    with plait.checking(model):
+        model(tokens)
+    with torch.no_grad():
+        model.place("M#0").out_proj.weight[0, 0] = torch.nan
+        model.place("F#1").up_proj.weight[0, 0] = torch.inf
+    model(tokens)
+    with plait.checking(model), pytest.raises(FloatingPointError, match=r"^M#0 gives NaN: 9 of 576 numbers"):
+        model(tokens)
+    with pytest.raises(FloatingPointError, match="^A#0 gives NaN"), plait.checking(model):
+        model.run(torch.full((1, 3, 64), torch.nan), context_for(torch.zeros(1, 3, 1)))
