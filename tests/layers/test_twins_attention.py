@@ -26,8 +26,8 @@ from plait.layers.context import context_for
 from plait.layers.rope import frequencies
 
 DIM, LENGTH = 64, 41
-# transformers turns positions, norms latents and weighs keys in float32, whatever its model's dtype: the rounding of sums of some
-# hundred numbers
+# transformers turns positions, norms latents and weighs keys in float32, whatever its model's dtype: the rounding of sums of
+# some hundred numbers
 TOLERANCE = 1e-5
 
 
