@@ -23,12 +23,12 @@ from plait.design import (
 from plait.evaluate.laws import DESIGNS, EXACT, LAWS, packages, small
 from plait.evaluate.laws.compare import some_tokens, subject
 from plait.evaluate.laws.models import compiled, has_compiler, under_autocast
+from plait.evaluate.selfcheck import FEW
 
 CHECKED = [name for name in LAWS if name != "compiled"]
 
 # Mistakes show in float64. float32 is run for faults of its own, digits too few in a layer's sums, which no composition of
 # layers can add: so only on the designs of a layer or two. Laws without a tolerance count and compare bits in any dtype.
-FEW = 4  # places: layers and parallel slots
 RUNS = [
     pytest.param(law, dtype, design, id=f"{law}-{str(dtype)[6:]}-{name}")
     for law in CHECKED

@@ -104,7 +104,7 @@ def transformer_beside(design: ModelConfig) -> ModelConfig | None:
         return ModelConfig(
             vocab=design.vocab,
             dim=design.dim,
-            pattern=f"(AF){blocks}" if blocks > 1 else "AF",
+            pattern=f"(AF){blocks}",
             norm=design.norm,
             front=design.front,
             head=design.head,

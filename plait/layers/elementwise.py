@@ -40,7 +40,7 @@ class ElementwiseLayer(MixerModule):
 
     def gates(self, *projected: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t d"]]:
         """a and b, from what is `projected`, at least float32."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no gates(self, *projected)")
 
     def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None

@@ -51,7 +51,7 @@ class ScalarDecayLayer(MixerModule):
 
     def decays(self, x: Tensor, *rest: Tensor) -> Float[Tensor, "b t h"]:
         """The logs, float32 at least."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no decays(self, x, *rest)")
 
     def gated(self, o: Float[Tensor, "b t h v"], gate: Float[Tensor, "b t w"]) -> Float[Tensor, "b t w"]:
         return self.norm(o, gate.view(o.shape)).flatten(2)
@@ -66,7 +66,7 @@ class FixedDecayLayer(ScalarDecayLayer):
 
     def logs(self, head: Float[Tensor, " h"]) -> Float[Tensor, " h"]:
         """Of heads by number, from 0."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no logs(self, head)")
 
 
 class RetNetLayer(FixedDecayLayer):

@@ -1,6 +1,7 @@
 """What a run of tokens does to any state that stands before it, so that runs may be worked on apart: on several devices, each
 gives its summary on, and starts from those before it (context parallelism)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -52,6 +53,17 @@ class Elementwise:
     def combine(self, then: Self) -> Self:
         """The summary of this run and the next one together."""
         return type(self)(self.transition * then.transition, then.apply(self.final))
+
+
+def of_matrices(run: Callable[[Tensor, Tensor], Tensor], v: Float[Tensor, "b t h v"], keys: int) -> Summary:
+    """Of a recurrence whose transition is a matrix: the identity, with nothing written to it, goes to the transition, beside
+    the state that starts from zero. `run(values, state)` gives the last state."""
+    (b, t, h, dv), like = v.shape, {"dtype": v.dtype, "device": v.device}
+    identity = torch.eye(keys, **like).expand(b, h, keys, keys)
+    state = torch.cat([torch.zeros(b, h, dv, keys, **like), identity], 2)
+    last = run(torch.cat([v, torch.zeros(b, t, h, keys, **like)], 3), state)
+    final, transition = last.split_with_sizes((dv, keys), 2)
+    return Summary(transition, final)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from plait.ops.gla import dplr
 from plait.ops.kernels import Kernel, Kernels, always, cast, full_precision, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.rms_norm import l2norm
-from plait.ops.summary import Summary
+from plait.ops.summary import Summary, of_matrices
 from plait.ops.token import held, linear
 
 KERNELS = Kernels(
@@ -95,14 +95,6 @@ def summary(
     g: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"],
     beta: Float[Tensor, "b t h"],
 ) -> Summary:
-    """What `gated_delta` of these tokens does to any state before them: it takes the identity, with nothing written to it, to
-    the transition, beside the state that starts from zero."""
+    """What `gated_delta` of these tokens does to any state before them."""
     k, v = wide(k), wide(v)
-    (b, t, h, dv), dk = v.shape, k.shape[3]
-    state = torch.cat(
-        [v.new_zeros(b, h, dv, dk), torch.eye(dk, dtype=v.dtype, device=v.device).expand(b, h, dk, dk)], 2
-    )
-    _, last, *_ = gated_delta(k, k, torch.cat([v, v.new_zeros(b, t, h, dk)], 3), g, beta, state=state)
-    assert last is not None  # a state was given
-    final, transition = last.split_with_sizes((dv, dk), 2)
-    return Summary(transition, final)
+    return of_matrices(lambda v, state: gated_delta(k, k, v, g, beta, state=state)[1], v, k.shape[3])  # type: ignore[arg-type,return-value]  # given a state, it gives one

@@ -1,6 +1,5 @@
 """Linear recurrences with a decay per key channel: gated linear attention (arXiv 2312.06635, eq. 3), and with a removal."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -9,7 +8,7 @@ from plait.ops.frame import Rows, recur
 from plait.ops.gla import chunked, reference, step
 from plait.ops.kernels import Kernel, Kernels, always, full_precision, one_token, wide
 from plait.ops.packing import Packing
-from plait.ops.summary import Summary
+from plait.ops.summary import Summary, of_matrices
 
 KERNELS = Kernels(
     "gla",
@@ -76,19 +75,8 @@ def summary(
     with full_precision(k.device):
         k, v, g = wide(k), wide(v), wide(g)
         if p is not None:
-            return _of_a_matrix(k, v, g, p, z)
+            return of_matrices(lambda v, state: dplr(k, k, v, g, p, z, state=state)[1], v, k.shape[3])  # type: ignore[arg-type,return-value]  # given a state, it gives one
         G = g.double().cumsum(1)
         to_end = decay_of((G[:, -1:] - G).to(g.dtype))
         final = v.permute(0, 2, 3, 1) @ (k * to_end).transpose(1, 2)  # (b, h, v, k)
         return Summary(decay_of(G[:, -1].to(g.dtype)), final)
-
-
-def _of_a_matrix(k: Tensor, v: Tensor, g: Tensor, p: Tensor, z: Tensor | None) -> Summary:
-    """The identity, with nothing written to it, goes to the transition, beside the state that starts from zero."""
-    (b, t, h, dv), dk = v.shape, k.shape[3]
-    start = torch.eye(dk, dtype=v.dtype, device=v.device).expand(b, h, dk, dk)
-    state = torch.cat([v.new_zeros(b, h, dv, dk), start], 2)
-    _, last, *_ = dplr(k, k, torch.cat([v, v.new_zeros(b, t, h, dk)], 3), g, p, z, state=state)
-    assert last is not None  # a state was given
-    final, transition = last.split_with_sizes((dv, dk), 2)
-    return Summary(transition, final)
