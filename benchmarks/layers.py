@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from transformers import MambaConfig, RecurrentGemmaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
+from transformers.models.xlstm.configuration_xlstm import xLSTMConfig
+from transformers.models.xlstm.modeling_xlstm import xLSTMLayer
 
 import plait
 from plait.evaluate.machine import described, machine
@@ -109,10 +111,17 @@ def mamba() -> Run:
     return partial(mixer, torch.randn(1, TOKENS, PEER_DIM))
 
 
+def xlstm() -> Run:
+    heads = plait.MLSTM().resolve(PEER_DIM).heads
+    config = xLSTMConfig(hidden_size=PEER_DIM, num_heads=heads, num_hidden_layers=1, mode="inference")
+    return partial(xLSTMLayer(config).eval(), torch.randn(1, TOKENS, PEER_DIM))
+
+
 # ours by letter, and transformers' module, its loop in torch as on any CPU
 PEERS: dict[str, tuple[str, Callable[[], Run]]] = {
     "RecurrentGemma's block": ("R", recurrent_gemma),
     "Mamba's mixer": ("Ma", mamba),
+    "xLSTM's layer": ("X", xlstm),
 }
 
 
