@@ -65,9 +65,9 @@ if TYPE_CHECKING:
     from plait.model import build as build
     from plait.model import checking as checking
     from plait.model import listening as listening
-    from plait.model import load as load
     from plait.model import save as save
     from plait.model import swap as swap
+    from plait.opening import load as load
     from plait.ops.shooting import Cell as Cell
     from plait.state import ModelState as ModelState
     from plait.state import StaleState as StaleState
@@ -82,7 +82,7 @@ _LAZY = {
     "build": "plait.model",
     "checking": "plait.model",
     "listening": "plait.model",
-    "load": "plait.model",
+    "load": "plait.opening",
     "swap": "plait.model",
     "LayerModule": "plait.layers.declared",
     "MixerModule": "plait.layers.declared",

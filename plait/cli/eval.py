@@ -46,8 +46,8 @@ def command(
         if value is not None and value < 2:
             raise ValueError(f"{name} must be at least 2, got {value}")
     from plait.data import load_tokenizer
-    from plait.model import load
     from plait.model.device import find_device
+    from plait.opening import load
 
     again, folder = load_imports(imports), trained(run)
     made_by = run_of(folder)

@@ -34,8 +34,8 @@ def command(
     from plait.data import load_tokenizer
     from plait.engine import stream
     from plait.files import letters
-    from plait.model import load
     from plait.model.device import find_device
+    from plait.opening import load
 
     text = sys.stdin.read() if prompt == "-" else letters(prompt)
     again, folder = load_imports(imports), trained(run)

@@ -2,7 +2,6 @@
 
 from plait.model.build import build as build
 from plait.model.build import init_weights as init_weights
-from plait.model.files import load as load
 from plait.model.files import model_folder as model_folder
 from plait.model.files import save as save
 from plait.model.language_model import LanguageModel as LanguageModel

@@ -18,7 +18,7 @@ from plait.files import user_path, write_atomic, write_text
 from plait.model.build import empty_model, to_dtype
 from plait.model.language_model import LanguageModel
 from plait.model.weight_files import SHARD_BYTES, WeightFiles, weight_files, write_weights
-from plait.run_folder import FACTS, check_model, checkpoints
+from plait.run_folder import FACTS, checkpoints
 
 CONFIG, ENDS = "config.json", "generation_config.json"
 # What a tokenizer may have left in a folder: a loaded model takes it along to where it is saved next.
@@ -74,6 +74,7 @@ def save(
         "dtype": str(model.dtype).removeprefix("torch."),
         "vocab_size": model.design.vocab,
         "design": model.design.to_dict(),
+        **({} if model.origin is None else {"origin": model.origin}),
     }
     _write_json(folder / CONFIG, config)
     write_code(folder)
@@ -122,25 +123,22 @@ def stored(model: LanguageModel) -> dict[str, torch.Tensor]:
     }
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
-    """Read a saved model, or the newest checkpoint of a training run's folder. Raises ValueError naming what is wrong, and
-    the newest whole checkpoint where this one is damaged.
-
-    Every tensor has the dtype that it has in the file, unless `dtype` says otherwise.
-    """
-    return read_model(check_model(model_folder(folder)), device, dtype)
-
-
 def read_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
-    """`load` of a folder whose files have been found whole."""
+    """A model that `save` wrote to this folder, whose files have been found whole. Raises ValueError naming what is wrong."""
     config = read_config(folder)
     design = ModelConfig.from_dict(config["design"])
     files = weight_files(folder)
     model = empty_model(design, device=device, dtype=getattr(torch, config["dtype"]))
     with torch.no_grad():
         _fill(model, files, torch.device(device))
-    model.tokenizer_files = {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
+    model.tokenizer_files = carried_files(folder)
+    model.origin = config.get("origin")
     return model if dtype is None else to_dtype(model, dtype)
+
+
+def carried_files(folder: Path) -> dict[str, bytes]:
+    """What a folder holds of a tokenizer, by name."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
 
 
 def model_folder(folder: str | Path) -> Path:

@@ -55,6 +55,9 @@ class LanguageModel(nn.Module):
         self.activation_checkpointing = False
         self.listeners: Mapping[int, Mapping[Place, Listener]] = {}  # by slot; see `plait.model.listening`
         self.tokenizer_files: dict[str, bytes] = {}  # by name, of the folder it came from; `plait.save` writes them
+        self.origin: dict[str, Any] | None = (
+            None  # of a model read from another library's folder; see `plait.hub.checkpoint`
+        )
         self.max_positions = self.limit(design)
 
     @staticmethod

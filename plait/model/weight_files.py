@@ -1,29 +1,33 @@
 """Weights on disk: one safetensors file, or several with an index as transformers writes them, read tensor by tensor."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from plait.files import write_atomic, write_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # as transformers
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def write_weights(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], shard_bytes: int) -> None:
-    """One file, or as many as keep each below `shard_bytes` (a larger tensor has a file of its own) and their index.
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], shard_bytes: int) -> None:
+    """One file, or as many as keep each below `shard_bytes` (a larger tensor has a file of its own) and their index. Each is
+    asked for when it is written, and once before for its size.
 
     The file that a reader looks at first is written last, and what an earlier save left beside it is removed after that.
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
-    groups = _groups(tensors, shard_bytes)
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    groups = _groups(sizes, shard_bytes)
     names = [WEIGHTS] if len(groups) == 1 else [_shard(i, len(groups)) for i in range(len(groups))]
     before = {path.name for path in folder.glob("model*.safetensors")} | {INDEX}
     for file, group in zip(names, groups, strict=True):
@@ -31,22 +35,22 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, 
         write_atomic(folder / file, lambda path, c=contents: safetensors.torch.save_file(c, path, metadata))
     if len(groups) > 1:
         where = {name: file for file, group in zip(names, groups, strict=True) for name in group}
-        index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
         names.append(INDEX)
     for stale in before - set(names):
         (folder / stale).unlink(missing_ok=True)
 
 
-def _groups(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
+def _groups(sizes: dict[str, int], limit: int) -> list[list[str]]:
     groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.nbytes > limit:
+    total = 0
+    for name, size in sizes.items():
+        if groups[-1] and total + size > limit:
             groups.append([])
-            size = 0
+            total = 0
         groups[-1].append(name)
-        size += tensor.nbytes
+        total += size
     return groups
 
 
@@ -136,7 +140,10 @@ class WeightFiles:
                 raise ValueError(
                     f"{path}: weights of design {written_for}, but the config beside it describes {design}"
                 )
-        expected = set(expected)
+        self.expect(set(expected))
+
+    def expect(self, expected: set[str]) -> None:
+        """Raise ValueError for missing and unused tensors."""
         missing, unused = sorted(expected - self.where.keys()), sorted(self.where.keys() - expected)
         if missing or unused:
             raise ValueError(
@@ -145,6 +152,23 @@ class WeightFiles:
 
     def path_of(self, name: str) -> Path:
         return self.where[name]
+
+    def tensor(self, name: str) -> Tensor:
+        with _opened(self.where[name]) as file:
+            return file.get_tensor(name)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of every tensor, without reading any. Raises ValueError for one that holds no floating point numbers that torch
+        computes in."""
+        found: dict[str, torch.dtype] = {}
+        for path in sorted(set(self.where.values())):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    dtype = file.get_slice(name).get_dtype()
+                    if dtype not in FLOATS:
+                        raise ValueError(f"{path}: {name} is {dtype}; expected one of {', '.join(FLOATS)}")
+                    found[name] = FLOATS[dtype]
+        return found
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for path in sorted(set(self.where.values())):

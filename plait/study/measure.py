@@ -4,7 +4,8 @@ from plait.data import load_tokenizer
 from plait.design.count import parameters, state_bytes
 from plait.engine import generate
 from plait.evaluate.speed import speeds
-from plait.model import load, model_folder
+from plait.model import model_folder
+from plait.opening import load
 from plait.run_folder import METRICS
 from plait.study.config import Study
 from plait.study.results import ModelResult

@@ -18,8 +18,9 @@ from plait.data import Tokenizer
 from plait.design import ModelConfig
 from plait.files import write_text
 from plait.layers import Channels
-from plait.model import LanguageModel, NextToken, Objective, build, load
+from plait.model import LanguageModel, NextToken, Objective, build
 from plait.model.device import find_device
+from plait.opening import load
 from plait.ops.shooting import NotConverged
 from plait.run_folder import METRICS, RUN, latest, remove_leftovers
 from plait.train.ahead import Ahead

@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_the_old_model(folder, monkeypatch):
         ),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 100), "corrupt or cut short"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "corrupt or cut short"),
-        (lambda f: edit(f, model_type="llama"), "model_type is 'llama', expected 'plait'"),
+        (lambda f: edit(f, model_type="llama"), "plait does not know 'design'"),
         (lambda f: edit(f, design=None), "'design' is missing"),
         (lambda f: edit(f, design={"vocab": 31, "dim": 64, "patern": "M"}), "did you mean 'pattern'"),
         (lambda f: edit(f, design=DESIGN.replace(vocab=32).to_dict()), "weights of design"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plait.model import load
+from plait.opening import load
 from plait.run_folder import checkpoints
 from plait.train import train
 

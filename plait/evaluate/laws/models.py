@@ -32,7 +32,8 @@ from plait.evaluate.laws.compare import (
     subject,
     with_gradients,
 )
-from plait.model import LanguageModel, build, init_weights, load, save, swap
+from plait.model import LanguageModel, build, init_weights, save, swap
+from plait.opening import load
 from plait.ops.graph import LOOKS_INSIDE
 from plait.ops.kernels import forced
 

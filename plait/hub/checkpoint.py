@@ -1,0 +1,225 @@
+"""Folders of other libraries, opened as models and written again: config, weights, tokenizer, nothing lost on the way."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from plait.design import declared
+from plait.design.load import read_mapping
+from plait.design.model import ModelConfig
+from plait.design.places import layers
+from plait.design.weights import FLOAT32
+from plait.files import user_path, write_atomic, write_text
+from plait.hub.compare import first_difference
+from plait.hub.families import NAMES, Family, family
+from plait.hub.families.fields import Fields
+from plait.hub.weight_table import Piece, by_theirs, fill, made, table
+from plait.model.build import empty_model, to_dtype
+from plait.model.files import CONFIG, bare, carried_files
+from plait.model.language_model import LanguageModel
+from plait.model.weight_files import INDEX, SHARD_BYTES, WEIGHTS, WeightFiles, weight_files, write_weights
+
+HEAD = "lm_head.weight"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
+
+
+def read(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
+    """A model of the folder's config and weights, in the dtypes of the file unless `dtype` says otherwise.
+
+    Raises ValueError or FileNotFoundError naming the field or the tensor that plait cannot read, is missing or is left over.
+    """
+    raw = read_mapping(folder / CONFIG)
+    found = family_of(raw, folder / CONFIG)
+    design = design_of(found, raw, str(folder / CONFIG))
+    files = _weights(folder)
+    model = empty_model(design, device=device)
+    widened = _fill(model, found, files, torch.device(device))
+    model.origin = {"family": found.model_type, "config": raw, "dtypes": widened}
+    model.tokenizer_files = carried_files(folder)
+    return model if dtype is None else to_dtype(model, dtype)
+
+
+def family_of(raw: dict[str, Any], where: Path) -> Family:
+    """Raises ValueError for one that plait does not read, or whose weights are quantised."""
+    if "model_type" not in raw:
+        raise ValueError(f"{where}: 'model_type' is missing; expected a folder of plait or transformers")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "some method")
+        raise ValueError(
+            f"{where}: weights quantised by {method!r} are not read; save the model dequantised (in transformers: "
+            "model.dequantize().save_pretrained(FOLDER)) and load that"
+        )
+    try:
+        return family(raw["model_type"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def design_of(found: Family, raw: dict[str, Any], where: str) -> ModelConfig:
+    """The design that a config describes. Every field of it has been read, or is an error."""
+    fields = Fields(normalised(found, raw, where).to_dict(), where)
+    try:
+        design = found.design(fields)
+    except ValueError as error:
+        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
+    fields.check()
+    return design
+
+
+def normalised(found: Family, raw: dict[str, Any], where: str) -> PreTrainedConfig:
+    """The config with transformers' defaults where it says nothing, and older spellings in the newest one."""
+    try:
+        return CONFIG_MAPPING[found.model_type].from_dict(raw)
+    except Exception as error:  # their validation raises whatever it likes
+        raise ValueError(f"{where}: not a config of {found.model_type}: {' '.join(str(error).split())}") from None
+
+
+def pieces(found: Family, design: ModelConfig) -> list[Piece]:
+    """Where all weights of a design lie in a folder of the family."""
+    ends = (*declared.front_weights(design), *declared.head_weights(design))
+    slots = declared.slot_weights(design)
+    named = zip(slots, found.slots(design), strict=True)
+    return [
+        *table(ends, found.ends),
+        *(piece for weights, slot in named for piece in table(weights, slot.rules, slot.ours, slot.theirs)),
+    ]
+
+
+def _weights(folder: Path) -> WeightFiles:
+    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        pickle = next((name for name in PICKLES if (folder / name).is_file()), None)
+        if pickle:
+            raise ValueError(
+                f"{folder / pickle}: a pickle, which runs code when it is read; convert it once, where its maker is trusted: "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors"
+            )
+    return weight_files(folder)
+
+
+def _fill(model: LanguageModel, found: Family, files: WeightFiles, device: torch.device) -> dict[str, str]:
+    """Read tensor by tensor; each must be there, be used, and have the right shape. Gives the dtypes that were widened."""
+    tensors = by_theirs(pieces(found, model.design))
+    aliases = {name for name in files.where if name not in tensors and _is_alias(name, found, model.design)}
+    files.expect({*tensors, *aliases})
+    owners = dict(model.named_parameters())
+    dtypes = _dtypes(model.design, tensors, files)
+    for name, parameter in owners.items():
+        parameter.data = torch.empty(parameter.shape, dtype=dtypes[name], device=device)
+    places = {name: parameter.detach() for name, parameter in owners.items()}
+    on_meta = {name: torch.empty(place.shape, device="meta") for name, place in places.items()}
+    widened: dict[str, str] = {}
+    for name, tensor in files:
+        if name in aliases:
+            continue
+        expected = made(tensors[name], on_meta).shape
+        if tensor.shape != expected:
+            raise ValueError(
+                f"{files.path_of(name)}: {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(expected)}"
+            )
+        if dtypes[tensors[name][0].ours] != tensor.dtype:
+            widened[name] = str(tensor.dtype).removeprefix("torch.")
+        fill(tensors[name], tensor, places)
+    _check_tied(model, files)
+    return widened
+
+
+def _is_alias(name: str, found: Family, design: ModelConfig) -> bool:
+    """Whether a tensor repeats another or is computed anew: older files hold some."""
+    return (design.tied and name == HEAD) or any(re.fullmatch(alias, name) for alias in found.aliases)
+
+
+def _check_tied(model: LanguageModel, files: WeightFiles) -> None:
+    """Some files hold the tied matrix twice."""
+    if model.design.tied and HEAD in files.where:
+        given = files.tensor(HEAD)
+        embeddings = dict(model.named_parameters())["embed.weight"].detach()
+        if given.shape != embeddings.shape or not torch.equal(given.to(embeddings), embeddings):
+            raise ValueError(
+                f"{files.path_of(HEAD)}: {HEAD} is not the embeddings, which the config ties it to; set tie_word_embeddings "
+                "to false"
+            )
+
+
+def _dtypes(design: ModelConfig, tensors: dict[str, list[Piece]], files: WeightFiles) -> dict[str, torch.dtype]:
+    """Of each of our tensors: the widest of what it is made of, and float32 at least where rounding ruins it."""
+    wide = {weight.name for weight in declared.weights(design) if weight.role in FLOAT32}
+    dtypes = dict.fromkeys(wide, torch.float32)
+    stored = files.dtypes()
+    for name, parts in tensors.items():
+        for piece in parts:
+            dtypes[piece.ours] = torch.promote_types(dtypes.get(piece.ours, stored[name]), stored[name])
+    return dtypes
+
+
+class _Theirs(Mapping[str, Tensor]):
+    """Their tensors, each made when it is asked for."""
+
+    def __init__(self, tensors: dict[str, list[Piece]], ours: Mapping[str, Tensor], dtypes: Mapping[str, str]):
+        self.tensors, self.ours, self.dtypes = tensors, ours, dtypes
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = made(self.tensors[name], self.ours)
+        return tensor.to(getattr(torch, self.dtypes[name])) if name in self.dtypes else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a folder that transformers loads as a model of the family `to`, by default the one it was read from.
+
+    Config fields that say nothing about the numbers, the tokenizer and generation_config.json are carried along. Raises
+    ValueError, before anything is written, where the family cannot hold the design, naming the first slot and why.
+    """
+    model, folder = bare(model), user_path(folder)
+    origin = model.origin
+    to = to or (origin["family"] if origin else None)
+    if to is None:
+        raise ValueError(f"this model came from no family; say which one it is to be: {', '.join(NAMES)}")
+    found = family(to)
+    same = origin if origin and origin["family"] == found.model_type else {"config": {}, "dtypes": {}}
+    config = config_of(found, model.design, same["config"])
+    tensors = by_theirs(pieces(found, model.design))
+    ours = dict(model.named_parameters()) | dict(model.named_buffers())
+    theirs = _Theirs(tensors, {name: x.detach() for name, x in ours.items()}, same["dtypes"])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, theirs, {"format": "pt"}, shard_bytes)
+    for name, content in model.tokenizer_files.items():
+        write_atomic(folder / name, partial(_write_bytes, content))
+    dtype = str(model.dtype).removeprefix("torch.")
+    text = config.to_dict() | {"architectures": [found.architecture], "dtype": dtype, "model_type": found.model_type}
+    write_text(folder / CONFIG, json.dumps(text, indent=2) + "\n")
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+def config_of(found: Family, design: ModelConfig, carried: dict[str, Any]) -> PreTrainedConfig:
+    """The config that describes a design, with what was `carried` where that says nothing about it. Raises ValueError where the
+    family has no config that does."""
+    name = found.model_type
+    for place in layers(design.slots):
+        if not isinstance(place.layer, found.holds):
+            kinds = ", ".join(str(kind.__struct_config__.tag) for kind in found.holds)
+            tag = place.layer.__struct_config__.tag
+            raise ValueError(f"{name} cannot hold {place.address}: it is a {tag}, and {name} has {kinds}")
+    given = found.config(design)
+    config = normalised(found, carried | given, name)
+    try:
+        again = design_of(found, config.to_dict(), name)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot hold this design: {error}") from None
+    if difference := first_difference(design, again):
+        raise ValueError(f"{name} cannot hold {difference}")
+    return config

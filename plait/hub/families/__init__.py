@@ -1,0 +1,21 @@
+"""The families of models that plait reads from and writes to transformers' folders: a `Family` for each `model_type`."""
+
+from importlib import import_module
+
+from plait.design.spelling import suggest
+from plait.hub.families.family import Family as Family
+
+# by the file that declares it
+MODULES = {
+    "llama": ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"),
+}
+NAMES = tuple(name for names in MODULES.values() for name in names)
+
+
+def family(name: str) -> Family:
+    """Raises ValueError naming the nearest family there is."""
+    for module, names in MODULES.items():
+        if name in names:
+            declared = import_module(f"plait.hub.families.{module}").FAMILIES
+            return next(found for found in declared if found.model_type == name)
+    raise ValueError(f"no family {name!r}; {suggest(name, NAMES)}")

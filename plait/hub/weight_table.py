@@ -1,0 +1,176 @@
+"""Between another library's tensors and ours: which rows of which tensor lie where, as data, read in both directions.
+
+A family says for each module of a slot, under our name, where its weights lie under theirs (`Rules`); `table` turns that and
+the design's declared weights into one `Piece` per run of rows. `fill` reads one of their tensors by it and `made` makes one.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from plait.design.weights import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How their rows (n, ...) become ours, and ours theirs: two functions that undo each other to the bit."""
+
+    read: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor], Tensor]
+
+
+def _turned(x: Tensor) -> Tensor:
+    return x.mT.contiguous()
+
+
+SAME = Form(lambda x: x, lambda x: x)
+CONV = Form(lambda x: x.squeeze(1), lambda x: x.unsqueeze(1))  # (channels, 1, width) and (channels, width)
+TRANSPOSED = Form(_turned, _turned)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Their tensor `name` holds these `parts` of ours, in this order, all of it where none is named.
+
+    groups: it does so group by group, each with its share of every part: q and gate of the first head, then of the second.
+    both: and so does ours. A name may have "{part}", for a tensor each, and "{expert}", for the matrices of a stack.
+    """
+
+    name: str
+    parts: tuple[str, ...] = ()
+    groups: int = 1
+    both: bool = False
+    form: Form = SAME
+
+
+# By the path of a module or weight in a slot: "mixer.qkv_proj". A path of several, joined by " + ", is of weights that their
+# tensor holds beside each other.
+Rule = str | Rows | tuple[Rows, ...]
+Rules = Mapping[str, Rule]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`size` rows from `start` of each of `groups` equal groups of their tensor are our rows from `at`, which are together or,
+    where there are `ours_groups`, lie in groups too.
+
+    index: of which matrix of a stack. total: rows of theirs. shape: of one row.
+    """
+
+    theirs: str
+    ours: str
+    at: int
+    size: int
+    start: int
+    total: int
+    shape: tuple[int, ...]
+    groups: int
+    ours_groups: int
+    index: int | None
+    form: Form
+
+    def target(self, ours: Tensor) -> Tensor:
+        """The rows of ours, as a view (groups, size, ...)."""
+        matrix = ours if self.index is None else ours[self.index]
+        if self.ours_groups > 1:
+            return matrix.view(self.ours_groups, -1, *self.shape).narrow(1, self.at, self.size)
+        return matrix.view(-1, *self.shape).narrow(0, self.at, self.groups * self.size).unflatten(0, (self.groups, -1))
+
+    def source(self, theirs: Tensor) -> Tensor:
+        """The same rows of theirs, once in our form, as a view (groups, size, ...)."""
+        return theirs.view(self.groups, -1, *self.shape).narrow(1, self.start, self.size)
+
+
+def table(weights: Iterable[Weight], rules: Rules, ours: str = "", theirs: str = "") -> Iterator[Piece]:
+    """The pieces of the weights whose names begin with `ours`, by rules whose names are inside `theirs`. Raises KeyError for a
+    weight that no rule is about."""
+    left = {weight.name.removeprefix(ours): weight for weight in weights if weight.name.startswith(ours)}
+    for path, rule in rules.items():
+        for leaf in ("", ".weight", ".bias"):
+            together = [left.pop(f"{name}{leaf}") for name in path.split(" + ") if f"{name}{leaf}" in left]
+            for rows in (rule if isinstance(rule, tuple) else (rule,)) if together else ():
+                yield from _pieces(together, Rows(rows) if isinstance(rows, str) else rows, theirs, leaf)
+    if left:
+        raise KeyError(f"no rule says where {ours}{next(iter(left))} lies")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows of one of our weights, by the name they have in it."""
+
+    part: str
+    weight: Weight
+    at: int
+    size: int
+
+
+def _pieces(together: list[Weight], rows: Rows, inside: str, leaf: str) -> Iterator[Piece]:
+    """Those of the weights that one `Rows` is about: of one weight, or of several that it holds beside each other."""
+    each = "{expert}" in rows.name
+    runs = [run for weight in together for run in _runs(weight, rows.parts, each)]
+    name = f"{inside}{rows.name}{leaf}"
+    for index in range(together[0].shape[0]) if each else (None,):
+        here = name.replace("{expert}", str(index))
+        if "{part}" in name:
+            for run in runs:
+                yield _piece(here.replace("{part}", run.part), run, 0, run.size, rows, index)
+        else:
+            start, total = 0, sum(run.size for run in runs)
+            for run in runs:
+                yield _piece(here, run, start, total, rows, index)
+                start += run.size // rows.groups
+
+
+def _piece(theirs: str, run: _Run, start: int, total: int, rows: Rows, index: int | None) -> Piece:
+    groups, inner = rows.groups, rows.groups if rows.both else 1
+    shape = run.weight.shape[-1:] if len(run.weight.shape) > 1 else ()
+    form = _form(run.weight, index) if rows.form is SAME else rows.form
+    size, at = run.size // groups, run.at // inner
+    return Piece(theirs, run.weight.name, at, size, start, total, shape, groups, inner, index, form)
+
+
+def _form(weight: Weight, index: int | None) -> Form:
+    if weight.role == "conv" and len(weight.shape) == 2:
+        return CONV
+    stacked = weight.role == "experts" and index is None
+    return Form(lambda x: x.flatten(0, 1), lambda x: x.unflatten(0, (weight.shape[0], -1))) if stacked else SAME
+
+
+def _runs(weight: Weight, parts: tuple[str, ...], each: bool) -> Iterator[_Run]:
+    """The named parts of a weight in this order, without names all of it; of `each` matrix of a stack alone."""
+    where: dict[str, tuple[int, int]] = {}
+    for part, size in weight.parts if each or weight.role != "experts" else ():
+        where[part] = sum(size for _, size in where.values()), size
+    if not where:
+        shape = weight.shape[1:] if each else weight.shape
+        yield _Run("", weight, 0, prod(shape[:-1]) if len(shape) > 1 else sum(shape))
+    for part in parts or where:
+        if part in where:  # a bias may be on some parts alone
+            yield _Run(part, weight, *where[part])
+
+
+def by_theirs(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    """The pieces of each of their tensors, in order."""
+    named: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        named.setdefault(piece.theirs, []).append(piece)
+    return named
+
+
+def made(pieces: list[Piece], ours: Mapping[str, Tensor]) -> Tensor:
+    """One of their tensors, of its pieces; on the device "meta" where ours are, without values."""
+    first, example = pieces[0], ours[pieces[0].ours]
+    room = torch.empty((first.total, *first.shape), dtype=example.dtype, device=example.device)
+    for piece in pieces:
+        piece.source(room).copy_(piece.target(ours[piece.ours]))
+    return first.form.write(room)
+
+
+def fill(pieces: list[Piece], theirs: Tensor, ours: Mapping[str, Tensor]) -> None:
+    """Copy one of their tensors to where its pieces lie in ours."""
+    rows = pieces[0].form.read(theirs).contiguous().view(pieces[0].total, *pieces[0].shape)
+    for piece in pieces:
+        piece.target(ours[piece.ours]).copy_(piece.source(rows))
