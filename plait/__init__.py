@@ -57,6 +57,7 @@ from plait.design import render as render
 if TYPE_CHECKING:
     from plait.data import load_tokenizer as load_tokenizer
     from plait.engine import generate as generate
+    from plait.hub.checkpoint import export as export
     from plait.layers import Channels as Channels
     from plait.layers.declared import LayerModule as LayerModule
     from plait.layers.declared import MixerModule as MixerModule
@@ -80,6 +81,7 @@ _LAZY = {
     "register": "plait.layers.register",
     "LanguageModel": "plait.model",
     "build": "plait.model",
+    "export": "plait.hub.checkpoint",
     "checking": "plait.model",
     "listening": "plait.model",
     "load": "plait.opening",

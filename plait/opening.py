@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from plait.design.load import read_mapping
-from plait.model.files import CONFIG, model_folder, read_model
+from plait.design.load import is_foreign
+from plait.model.files import model_folder, read_model
 from plait.model.language_model import LanguageModel
 from plait.run_folder import check_model
 
@@ -18,7 +18,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     and the newest whole checkpoint where this one is damaged.
     """
     folder = check_model(model_folder(folder))
-    if read_mapping(folder / CONFIG).get("model_type", "plait") == "plait":
+    if not is_foreign(folder):
         return read_model(folder, device, dtype)
     from plait.hub.checkpoint import read  # transformers takes a second to import
 

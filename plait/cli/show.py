@@ -20,7 +20,7 @@ from plait.design.count import (
 from plait.design.declared import front_weights, head_weights
 from plait.design.imports import KEY, asked, load_modules
 from plait.design.layers import LETTERS, Layer
-from plait.design.load import SAVED, design_file, design_mapping, find_design, read_mapping
+from plait.design.load import SAVED, design_file, design_mapping, find_design, is_foreign, read_mapping
 from plait.design.merges import MERGE_KINDS
 from plait.design.summary import counted, si, size
 from plait.design.weights import total
@@ -59,6 +59,10 @@ def command(
     load_modules(asked(given))
     run, path = run_of(spec), user_path(spec or " ")
     source = spec if run is None else sized(run, given)
+    if path.is_dir() and is_foreign(path):
+        from plait.hub.checkpoint import folder_design
+
+        source = folder_design(path).to_dict()
     bound = (source if isinstance(source, dict) else find_design(source)[0]).get("layers") or ()
     design = load_design(source, **reach_letters(given, bound))
     screen.print(table(design, context))

@@ -127,6 +127,12 @@ def design_file(folder: Path) -> Path:
     )
 
 
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder's config is another library's, which `plait.hub` may read."""
+    config = folder / SAVED
+    return config.is_file() and read_mapping(config).get("model_type", "plait") != "plait"
+
+
 def _of_file(path: Path) -> tuple[dict[str, Any], bool]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a design in YAML or JSON")

@@ -22,7 +22,7 @@ from plait.hub.families import NAMES, Family, family
 from plait.hub.families.fields import Fields
 from plait.hub.weight_table import Piece, by_theirs, fill, made, table
 from plait.model.build import empty_model, to_dtype
-from plait.model.files import CONFIG, bare, carried_files
+from plait.model.files import CONFIG, ENDS, bare, carried_files
 from plait.model.language_model import LanguageModel
 from plait.model.weight_files import INDEX, SHARD_BYTES, WEIGHTS, WeightFiles, weight_files, write_weights
 
@@ -46,9 +46,15 @@ def read(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
     return model if dtype is None else to_dtype(model, dtype)
 
 
+def folder_design(folder: Path) -> ModelConfig:
+    """The design of the folder's config, without reading weights."""
+    raw = read_mapping(folder / CONFIG)
+    return design_of(family_of(raw, folder / CONFIG), raw, str(folder / CONFIG))
+
+
 def family_of(raw: dict[str, Any], where: Path) -> Family:
     """Raises ValueError for one that plait does not read, or whose weights are quantised."""
-    if "model_type" not in raw:
+    if not isinstance(raw.get("model_type"), str):
         raise ValueError(f"{where}: 'model_type' is missing; expected a folder of plait or transformers")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "some method")
@@ -175,8 +181,9 @@ class _Theirs(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a folder that transformers loads as a model of the family `to`, by default the one it was read from.
+def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, shard_bytes: int = SHARD_BYTES) -> str:
+    """Write a folder that transformers loads as a model of the family `to`, by default the one it was read from, and give
+    the family's name.
 
     Config fields that say nothing about the numbers, the tokenizer and generation_config.json are carried along. Raises
     ValueError, before anything is written, where the family cannot hold the design, naming the first slot and why.
@@ -188,17 +195,24 @@ def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, s
         raise ValueError(f"this model came from no family; say which one it is to be: {', '.join(NAMES)}")
     found = family(to)
     same = origin if origin and origin["family"] == found.model_type else {"config": {}, "dtypes": {}}
-    config = config_of(found, model.design, same["config"])
+    dtype = str(model.dtype).removeprefix("torch.")
+    config = config_of(found, model.design, same["config"] or _end_tokens(model))
     tensors = by_theirs(pieces(found, model.design))
-    ours = dict(model.named_parameters()) | dict(model.named_buffers())
-    theirs = _Theirs(tensors, {name: x.detach() for name, x in ours.items()}, same["dtypes"])
+    ours = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
+    theirs = _Theirs(tensors, ours, {name: old for name, old in same["dtypes"].items() if old == dtype})
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, theirs, {"format": "pt"}, shard_bytes)
     for name, content in model.tokenizer_files.items():
         write_atomic(folder / name, partial(_write_bytes, content))
-    dtype = str(model.dtype).removeprefix("torch.")
     text = config.to_dict() | {"architectures": [found.architecture], "dtype": dtype, "model_type": found.model_type}
     write_text(folder / CONFIG, json.dumps(text, indent=2) + "\n")
+    return found.model_type
+
+
+def _end_tokens(model: LanguageModel) -> dict[str, Any]:
+    """The ids that begin, end and pad a text, which their configs hold too: none but those that the tokenizer's files say."""
+    said = json.loads(model.tokenizer_files.get(ENDS, b"{}"))
+    return {name: said.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def _write_bytes(content: bytes, path: Path) -> None:

@@ -44,7 +44,7 @@ class Pair:
 def pair(name: str, seed: int, folder: Path) -> Pair:
     """A small model of the family with a config drawn by `seed`, in float32."""
     config = CONFIG_MAPPING[family(name).model_type](**family(name).tiny(Random(seed)))
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
         for parameter in theirs.parameters():
@@ -108,7 +108,7 @@ def returned(pair: Pair) -> float:
     before, after = load_file(pair.folder / "model.safetensors"), load_file(folder / "model.safetensors")
     if before.keys() != after.keys():
         raise ValueError(f"tensors differ: {sorted(before.keys() ^ after.keys())[:3]}")
-    with _quiet():
+    with quiet():
         again = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     config, expected = again.config.to_dict(), pair.theirs.config.to_dict()
     changed = [key for key in expected if key != "_name_or_path" and config.get(key) != expected[key]]
@@ -169,7 +169,7 @@ def _apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without their progress bars and advice."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -7,6 +7,7 @@ import torch
 from plait.design.count import parameters
 from plait.design.model import ModelConfig
 from plait.design.spec import BYTES
+from plait.design.spelling import suggest
 from plait.design.summary import si, size
 
 
@@ -19,6 +20,13 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r}: {reason}; expected auto, cpu, cuda or cuda:INDEX") from None
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """A floating point dtype by its name. Raises ValueError naming the nearest."""
+    if name not in BYTES:
+        raise ValueError(f"dtype {name!r}; {suggest(name, BYTES)}")
+    return getattr(torch, name)
 
 
 def check_room(design: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
