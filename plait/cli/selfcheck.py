@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.cli.command import Outcome, say
+from plait.cli.parity import check_families
 from plait.cli.trained import Imports, load_imports
 
 if TYPE_CHECKING:
@@ -38,11 +39,17 @@ def command(
         ),
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share the checks.")] = 1,
+    families: Annotated[
+        bool,
+        typer.Option("--families", help="Check the families of transformers that plait reads, beside transformers."),
+    ] = False,
     imports: Imports = None,
 ) -> Outcome:
     """Check on this device that every way of calling a model gives the same numbers, for many patterns."""
     import torch
 
+    if families:
+        return check_families(screen)
     from plait.evaluate.selfcheck import selfcheck
     from plait.model.device import find_device
 

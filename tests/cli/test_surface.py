@@ -11,10 +11,11 @@ SURFACE = {
         *("run", "prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
         *("--repetition-penalty", "--stop", "--seed", "--device", "--import"),
     ],
+    "export": ["run", "out", "--to", "--dtype", "--import"],
     "eval": ["run", "measures", "--text", "--context", "--tokens", "--device", "--import"],
     "demo": ["--text", "--out", "--fresh"],
     "doctor": ["spec", "changes", "--device"],
-    "selfcheck": ["--device", "--pattern", "--law", "--dtype", "--all", "--jobs", "--import"],
+    "selfcheck": ["--device", "--pattern", "--law", "--dtype", "--all", "--jobs", "--families", "--import"],
 }
 
 
