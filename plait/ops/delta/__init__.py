@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from plait.ops import chunks_gpu
 from plait.ops.decay import decay_of
 from plait.ops.delta import chunked, pooled, reference, step
 from plait.ops.frame import Rows, recur
@@ -21,6 +22,7 @@ KERNELS = Kernels(
     "delta",
     (
         Kernel("triton", pooled.run, linear, rows=True),
+        Kernel("chunks", chunks_gpu.run, chunks_gpu.fits),
         Kernel("step", step.run, one_token, wide=True),
         Kernel("chunked", chunked.run, always, wide=True),
         Kernel("reference", reference.run, always, wide=True),
@@ -78,7 +80,7 @@ def gated_delta(
             inputs = _removal(*((q, k, v, g, beta) if gates is None else gates.before(q, k, v, g, beta)))
         o, state, *states = dplr(*inputs, scale=scale, state=state, rows=rows, packing=packing, at=at)
         return cast(o, v.dtype), state, *states
-    sizes, inputs = held(state) if rows is not None else None, (q, k, v, g, beta)
+    sizes, inputs = held(state) if rows is not None else chunks_gpu.Sizes(k.shape[3], v.shape[3]), (q, k, v, g, beta)
     return recur(KERNELS, v, inputs, state, rows, packing, scale=scale, at=at, sizes=sizes, around=gates)
 
 

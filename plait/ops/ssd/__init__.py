@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from plait.ops import chunks_gpu
 from plait.ops.decay import decay_of
 from plait.ops.frame import Rows, recur
 from plait.ops.kernels import Kernel, Kernels, always, cast, full_precision, one_token, wide
@@ -19,6 +20,7 @@ KERNELS = Kernels(
     "ssd",
     (
         Kernel("triton", pooled.run, linear, rows=True),
+        Kernel("chunks", chunks_gpu.run, chunks_gpu.fits),
         Kernel("step", step.run, one_token, wide=True),
         Kernel("chunked", chunked.run, always, wide=True),
         Kernel("reference", reference.run, always, wide=True),
@@ -61,7 +63,7 @@ def ssd(
     packed. scale: on q, 1 if left out. With `gates`, v is x and g the projection that dt is made of. With `rows`, `state` is
     a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.
     """
-    sizes = held(state) if rows is not None else None
+    sizes = held(state) if rows is not None else chunks_gpu.Sizes(k.shape[3], v.shape[3])
     return recur(KERNELS, v, (q, k, v, g), state, rows, packing, scale=scale, at=at, sizes=sizes, around=gates)
 
 
