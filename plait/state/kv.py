@@ -115,7 +115,7 @@ class Appended(State):
         """
         self = self.settled()  # noqa: PLW0642 (the handle that is meant)
         if rows is None:
-            after = tuple(n + new[0].shape[1] for n in self.lengths)
+            after = tuple([n + new[0].shape[1] for n in self.lengths])
         else:
             counts = torch.bincount(rows.flatten(), minlength=len(self.lengths)).tolist()
             after = tuple(n + c for n, c in zip(self.lengths, counts, strict=True))
