@@ -64,9 +64,9 @@ class AttentionLayer(MixerModule):
     def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: KV | Window | Pages | None
     ) -> tuple[Float[Tensor, "b t d"], KV | Window | Pages | None]:
-        c = self.config
+        c, (b, t, _) = self.config, x.shape
         qk, v, *gate = self.qkv_proj(x).split_with_sizes(self.widths, -1)
-        qk, v = qk.unflatten(-1, (c.heads + c.kv_heads, -1)), v.unflatten(-1, (c.kv_heads, -1))  # (b, t, h, k)
+        qk, v = qk.view(b, t, c.heads + c.kv_heads, -1), v.view(b, t, c.kv_heads, -1)
         if self.value_mix is not None:
             v = self.with_first(v, self.value_mix, context)
         if self.q_norm is not None and self.k_norm is not None:
@@ -95,7 +95,7 @@ class AttentionLayer(MixerModule):
         here, there = cast(mix, v.dtype).unbind()
         return here * v + there * first
 
-    def attend(self, q: Tensor, kept: tuple[Tensor, ...], q_start: Start, k_start: Start | None) -> Tensor:
+    def attend(self, q: Tensor, kept: Sequence[Tensor], q_start: Start, k_start: Start | None) -> Tensor:
         return attention(q, *kept, q_start=q_start, k_start=k_start, **self.logits)
 
     def windowed(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: Window) -> tuple[Tensor, Window]:
@@ -165,13 +165,13 @@ def over_all(
     if torch.compiler.is_compiling() and packing is None:
         state, kept = state.lined_up(new, context.starts)
         before = context.starts - (kept[0].shape[1] - new[0].shape[1])
-        return attend(q, tuple(x.to(q.dtype) for x in kept), context.starts, before), state
+        return attend(q, [x.to(q.dtype) for x in kept], context.starts, before), state
     if not context.ragged and context.lengths is not None:
         state, kept = state.extend(new, None, None)
-        return attend(q, tuple(cast(x, q.dtype) for x in kept), context.lengths[0], None), state
+        return attend(q, [cast(x, q.dtype) for x in kept], context.lengths[0], None), state
     state, kept = state.extend(new, context.row_of, context.positions)
     rows = q if packing is None else packing.to_rows(q)
-    o = attend(rows, tuple(x.to(q.dtype) for x in kept), context.starts, None)
+    o = attend(rows, [x.to(q.dtype) for x in kept], context.starts, None)
     return (o if packing is None else packing.from_rows(o)), state
 
 

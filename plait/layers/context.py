@@ -40,7 +40,7 @@ class Context:
     @property
     def ragged(self) -> bool:
         """Whether rows stand at different positions, so that keys must be placed row by row."""
-        return self.packing is not None or self.lengths is None or any(n != self.lengths[0] for n in self.lengths)
+        return self.packing is not None or self.lengths is None or len(set(self.lengths)) > 1
 
     @property
     def ends(self) -> Int[Tensor, " b"]:

@@ -42,14 +42,14 @@ class GatedDeltaNetLayer(MixerModule):
     def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
-        qkv, z, b, a = self.in_proj(x).split_with_sizes(self.widths, -1)
+        c, (b, t, _) = self.config, x.shape
+        qkv, z, beta, a = self.in_proj(x).split_with_sizes(self.widths, -1)
         qkv, conv = self.conv1d(qkv, context, state and state.conv)
         qk, v = qkv.split_with_sizes(self.conv_widths, -1)
-        q, k = qk.unflatten(-1, (2, -1, self.config.head_dim)).unbind(2)  # (b, t, g, k)
-        v = v.unflatten(-1, (-1, self.config.value_head_dim))  # (b, t, h, v)
-        z = z.unflatten(-1, (-1, self.config.value_head_dim))
-        gates = Gates(self.A_log, self.dt_bias, most=2.0 if self.config.negative_eigenvalues else 1.0)
+        q, k = qk.view(b, t, 2, -1, c.head_dim).unbind(2)
+        v, z = v.view(b, t, -1, c.value_head_dim), z.view(b, t, -1, c.value_head_dim)
+        gates = Gates(self.A_log, self.dt_bias, most=2.0 if c.negative_eigenvalues else 1.0)
         o, s = gated_delta(
-            q, k, v, a, b, gates=gates, state=state and state.s, rows=context.rows, packing=context.packing
+            q, k, v, a, beta, gates=gates, state=state and state.s, rows=context.rows, packing=context.packing
         )
         return self.norm(o, z).flatten(2), recurrent(s, conv)

@@ -42,12 +42,12 @@ class Mamba2Layer(MixerModule):
     def inner(
         self, u: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
-        c = self.config
+        c, (b, t, _) = self.config, u.shape
         z, xBC, dt = self.in_proj(u).split_with_sizes(self.widths, -1)
         xBC, conv = self.conv1d(xBC, context, state and state.conv)
         x, B, C = xBC.split_with_sizes(self.conv_widths, -1)
-        x = x.unflatten(-1, (-1, c.head_dim))  # (b, t, h, p)
-        B, C = (y.unflatten(-1, (c.groups, -1)) for y in (B, C))  # (b, t, g, n)
+        x = x.view(b, t, -1, c.head_dim)
+        B, C = B.view(b, t, c.groups, -1), C.view(b, t, c.groups, -1)
         gates = Gates(self.A_log, self.dt_bias, self.D)
         y, s = ssd(C, B, x, dt, gates=gates, state=state and state.s, rows=context.rows, packing=context.packing)
         return self.norm(y.flatten(2), z), recurrent(s, conv)

@@ -16,11 +16,13 @@ class Stretch:
 
     x: Float[Tensor, "b t d"]
     packing: Packing | None
-    text: Int[Tensor, " n"] | slice  # where the inputs themselves are, along t
+    text: Int[Tensor, " n"] | slice | None  # where the inputs themselves are, along t; None: they are all there is
     shape: torch.Size  # (b, t) of the inputs
 
     def only_text(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """What became of the inputs."""
+        if self.text is None:
+            return hidden
         kept = hidden[:, self.text]
         return kept if kept.shape[:2] == self.shape else kept.view(*self.shape, -1)
 
@@ -34,7 +36,7 @@ def with_meta(
     """Put the meta tokens before each row that has `seen` nothing yet (None: none has). Rows that stand differently are packed
     end to end."""
     if meta is None or (seen is not None and 0 not in seen):
-        return Stretch(x, packing, slice(None), x.shape[:2])
+        return Stretch(x, packing, None, x.shape[:2])
     meta = meta.to(x.dtype)
     if seen is not None and any(seen):
         return _before_some(x, meta, seen, packing)

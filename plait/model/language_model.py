@@ -272,12 +272,13 @@ class LanguageModel(nn.Module):
         channels: Channels | None,
     ) -> tuple[Float[Tensor, "b t d"], SlotState]:
         listeners = self.listeners.get(i, None if channels is None else {})
-        if listeners is None and context.rows is not None:
-            return slot(
-                x, context, before
-            )  # nothing is sent, or computed again: the short way of every token that is written
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         try:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if (
+                listeners is None and not again
+            ):  # nothing is sent, or computed again: what is shared may be left in place
+                return slot(x, context, before)
+            if again:
                 x, new, here = checkpoint(_run, slot, x, context.slot(listeners), before, use_reentrant=False)
             else:
                 x, new, here = _run(slot, x, context.slot(listeners), before)
@@ -368,7 +369,7 @@ class LanguageModel(nn.Module):
             )
         # a device would have to be asked for the largest id, which costs more than the call is worth
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = (int(x) for x in torch.aminmax(tokens))
+            low, high = map(int, torch.aminmax(tokens))
             if low < 0 or high >= self.design.vocab:
                 wrong = low if low < 0 else high
                 raise ValueError(f"token id {wrong} is outside the model's vocabulary of {self.design.vocab}")

@@ -47,11 +47,11 @@ def gated_rms_norm(
 ) -> Float[Tensor, "*n i d"]:
     """rms_norm(x) silu(gate); `gate_first`: rms_norm(x silu(gate)). The weight is one for all i (d), or for each its own
     (i d), as where groups of channels are normed alone."""
-    if x.device.type == "cuda" and few_rows(x, gate):
+    if x.is_cuda and few_rows(x, gate):
         return _rows(x, weight, gate, eps, zero_centered, gate_first)
     if gate_first:
         x = x * F.silu(gate)
-    if len(weight) == x.shape[-1]:
+    if weight.shape[0] == x.shape[-1]:
         y = rms_norm(x, weight, eps, zero_centered)
     else:
         factor = weight.to(x.dtype).view(x.shape[-2:])

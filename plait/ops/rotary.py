@@ -16,7 +16,7 @@ def rotate(
     if few_rows(x) and cos.shape[:2] == x.shape[:2] and cos.is_contiguous() and sin.is_contiguous():
         return _rows(x, cos, sin)
     head = x if rotated == x.shape[-1] else x[..., :rotated]
-    pairs = head.unflatten(-1, (2, -1))  # (b, t, h, 2, r/2): first and second of each pair
+    pairs = head.view(*x.shape[:3], 2, -1)  # (b, t, h, 2, r/2): first and second of each pair
     turned = torch.addcmul(pairs * cos, pairs.flip(-2), sin).flatten(-2)
     return turned if head is x else torch.cat([turned, x[..., rotated:]], -1)
 

@@ -20,7 +20,7 @@ def few_rows(*tensors: Tensor, widest: int = 8192) -> bool:
     what is around."""
     x = tensors[0]
     return (
-        x.device.type == "cuda"
+        x.is_cuda
         and 0 < x.numel() <= FEW * x.shape[-1]
         and x.shape[-1] <= widest
         and x.dtype in DTYPES

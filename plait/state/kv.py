@@ -115,23 +115,21 @@ class Appended(State):
         """
         self = self.settled()  # noqa: PLW0642 (the handle that is meant)
         if rows is None:
-            after = tuple(n + new[0].shape[1] for n in self.lengths)
+            after = tuple([n + new[0].shape[1] for n in self.lengths])
         else:
             counts = torch.bincount(rows.flatten(), minlength=len(self.lengths)).tolist()
             after = tuple(n + c for n, c in zip(self.lengths, counts, strict=True))
-        kept = self.buffer.tensors.values()
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*new, *kept)):
-            return self._extend_pure(new, rows, at, after)
         buffer, end = self.buffer, max(after)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*new, *buffer.tensors.values())):
+            return self._extend_pure(new, rows, at, after)
         buffer.reserve(end)
-        with torch.no_grad():
-            for storage, x in zip(buffer.tensors.values(), new, strict=True):
-                if rows is None:
-                    storage.narrow(1, self.lengths[0], x.shape[1]).copy_(x)
-                else:
-                    storage.index_put_((rows, at), x.to(storage.dtype))  # type: ignore[arg-type]  # beside rows there is `at`
+        for storage, x in zip(buffer.tensors.values(), new, strict=True):
+            if rows is None:
+                storage.narrow(1, self.lengths[0], x.shape[1]).copy_(x)
+            else:
+                storage.index_put_((rows, at), x.to(storage.dtype))  # type: ignore[arg-type]  # beside rows there is `at`
         handle = type(self)(buffer, after, buffer.advance(self.epoch, self.lengths, after))
-        return handle, tuple(x.narrow(1, 0, end) for x in buffer.tensors.values())
+        return handle, tuple([x.narrow(1, 0, end) for x in buffer.tensors.values()])
 
     def _extend_pure(
         self, new: Sequence[Tensor], rows: Tensor | None, at: Tensor | None, after: tuple[int, ...]

@@ -51,7 +51,7 @@ class ModelState:
 
     @property
     def batch(self) -> int:
-        return len(self.seen)
+        return self.seen.shape[0]
 
     @property
     def device(self) -> torch.device:
