@@ -35,7 +35,7 @@ class Ranks(Protocol):
         ...
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Every rank's gradients become their sum."""
+        """Every rank's gradients become their sum. A parameter without one on any rank has none: no optimizer decays it."""
         ...
 
     def in_turn(self) -> AbstractContextManager[Any]:
@@ -95,11 +95,13 @@ class Distributed:
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        learned = [parameter for parameter in parameters if parameter.requires_grad]
+        used = self.sum(*(int(parameter.grad is not None) for parameter in learned))
         waiting = []
-        for parameter in parameters:
-            if not parameter.requires_grad:
+        for parameter, ranks in zip(learned, used, strict=True):
+            if not ranks:
                 continue
-            if parameter.grad is None:  # unused here, but perhaps not everywhere
+            if parameter.grad is None:  # unused here, but not everywhere
                 parameter.grad = torch.zeros_like(parameter)
             waiting.append(dist.all_reduce(parameter.grad, async_op=True))
         for work in waiting:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plait.ops.attention import KERNELS, attention, fused
+from plait.ops.attention import KERNELS, attention, fused, halves
 from plait.ops.attention.reference import weigh
 from plait.ops.kernels import Call, explain, forced
 from tests.ops.conftest import DOCUMENTS, packing, run_with_gradients
@@ -127,6 +127,25 @@ def test_reference_is_torch(keys, close):
     close(got, want.transpose(1, 2))
 
 
+@pytest.mark.parametrize("keys", [1, 2, 4])
+@pytest.mark.parametrize("length", [128, 200, 512])
+def test_rows_in_halves(length, keys, close):
+    """Keys of any number of heads, that are parts of one projection; with gradients."""
+    joined = {"qkv": torch.cat(list(inputs(length, keys=keys).values()), 2)}
+    assert halves.pieces(joined["qkv"]) == {128: 2, 200: 2, 512: 8}[length]
+
+    def ours(qkv):
+        return attention(*qkv.split_with_sizes((HEADS, keys, keys), 2)), None
+
+    def theirs(qkv):
+        parts = (x.transpose(1, 2) for x in qkv.split_with_sizes((HEADS, keys, keys), 2))
+        return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2), None
+
+    want = run_with_gradients(theirs, joined)
+    for name, x in run_with_gradients(ours, joined).items():
+        close(x, want[name])
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(("start", "length"), [(0, 9), (20, 1), (20, 30), (300, 300)])
 def test_after_a_past(start, length, window, close):
@@ -212,9 +231,9 @@ def test_softcap_bounds_logits(close):
         (1, False, None, False),
         (1, True, None, False),  # a token at a time in training, too
         (7, True, None, False),
-        (500, False, None, False),  # a prompt
-        (500, True, (300, 200), False),
-        (500, True, None, True),
+        (501, False, None, False),  # a prompt
+        (501, True, (300, 201), False),
+        (501, True, None, True),
     ],
 )
 def test_a_kernel_that_plans_is_kept_to_shapes_that_come_again(length, train, lengths, planned, monkeypatch):

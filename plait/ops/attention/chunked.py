@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plait.ops.attention import halves
 from plait.ops.attention.fused import of_one_size, with_lined_gradient
 from plait.ops.attention.reference import keys_at, positions, visible, weigh
 
@@ -70,7 +71,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
             q.reshape(b, k.shape[2], -1, dk), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
         )
         return with_lined_gradient(o).reshape(b, 1, h, v.shape[3])
-    size, (q, k, v) = v.shape[3], (x.transpose(1, 2) for x in of_one_size(q, k, v))
+    size, (q, k, v) = v.shape[3], of_one_size(q, k, v)
+    if causal and (pieces := halves.pieces(q)) > 1:
+        return halves.run(q, k, v, scale, pieces)[..., :size]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
     return with_lined_gradient(o).transpose(1, 2)[..., :size]
