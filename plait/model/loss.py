@@ -73,14 +73,14 @@ class CrossEntropy:
             raise ValueError(f"target {int(self.targets.max())} is outside the model's vocabulary of {outputs}")
 
     def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-        target = self.targets.flatten()[rows].long()
-        logp = at_least_float32(y).log_softmax(-1)  # (n, v)
-        scored = (target >= 0).to(logp.dtype)[:, None]
+        y, target = at_least_float32(y), self.targets.flatten()[rows].long()
+        scored = (target >= 0).to(y.dtype)[:, None]
         target = target.clamp_min(0)[:, None]
-        sums = {"cross_entropy": -(logp.gather(1, target) * scored).sum()}
-        if not gradient:
-            return sums, None
-        return sums, logp.exp_().scatter_add_(1, target, -torch.ones_like(scored)).mul_(scored)
+        p = y.softmax(-1)  # (n, v)
+        # the largest is never rounded to 0, and all others are as far below it as their logits are
+        logp = y.gather(1, target) - y.amax(-1, keepdim=True) + p.amax(-1, keepdim=True).log()
+        sums = {"cross_entropy": -(logp * scored).sum()}
+        return sums, p.scatter_add_(1, target, -torch.ones_like(scored)).mul_(scored) if gradient else None
 
 
 @dataclass(frozen=True, eq=False)

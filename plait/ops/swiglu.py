@@ -2,6 +2,7 @@
 no more than the input."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor
 from plait.ops.graph import gradient, one_step
 from plait.ops.operator import operator
 from plait.ops.token import few_rows
+
+aten: Any = torch.ops.aten
 
 
 def swiglu(hidden: Float[Tensor, "*n 2*h"]) -> Float[Tensor, "*n h"]:
@@ -31,22 +34,29 @@ def geglu(hidden: Float[Tensor, "*n 2*h"]) -> Float[Tensor, "*n h"]:
     return _gelu(gate).mul_(up)
 
 
-def _gelu(gate: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh")
+def _silu(gate: Tensor, out: Tensor | None = None) -> Tensor:
+    return F.silu(gate) if out is None else aten.silu.out(gate, out=out)
 
 
-def _gelu_backward(dy: Tensor, gate: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(dy, gate, approximate="tanh")
+def _silu_backward(dy: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
+    return aten.silu_backward(dy, gate) if out is None else aten.silu_backward.grad_input(dy, gate, grad_input=out)
 
 
-def _gated(
-    act: Callable[[Tensor], Tensor], act_backward: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
+def _gelu(gate: Tensor, out: Tensor | None = None) -> Tensor:
+    return F.gelu(gate, approximate="tanh") if out is None else aten.gelu.out(gate, approximate="tanh", out=out)
+
+
+def _gelu_backward(dy: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
+    backward, place = (aten.gelu_backward, {}) if out is None else (aten.gelu_backward.grad_input, {"grad_input": out})
+    return backward(dy, gate, approximate="tanh", **place)
+
+
+def _gated(act: Callable[..., Tensor], act_backward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
     """act(gate) up as one step of a graph."""
 
     class Gated(torch.autograd.Function):
-        """Keeps only its input, and writes both halves of the gradient into one tensor; autograd would keep four and join
-        two."""
+        """Keeps only its input, and computes both halves of the gradient where they are to lie: autograd would keep four
+        tensors and join two, and on a CPU fresh memory costs more than the arithmetic."""
 
         @staticmethod
         def forward(ctx, hidden: Tensor) -> Tensor:
@@ -59,16 +69,18 @@ def _gated(
         def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
             (hidden,) = ctx.saved_tensors
             gate, up = hidden.chunk(2, -1)
+            if torch.compiler.is_compiling():  # it makes one pass of this, and refuses to be told where
+                return torch.cat([act_backward(dy * up, gate), act(gate) * dy], -1)
             dhidden = torch.empty_like(hidden)
             dgate, dup = dhidden.chunk(2, -1)
-            dup.copy_(act(gate)).mul_(dy)
-            dgate.copy_(act_backward(dy * up, gate))
+            act(gate, out=dup).mul_(dy)
+            act_backward(dgate.copy_(dy).mul_(up), gate, out=dgate)
             return dhidden
 
     return one_step(Gated)
 
 
-_swiglu = _gated(F.silu, torch.ops.aten.silu_backward)
+_swiglu = _gated(_silu, _silu_backward)
 _geglu = _gated(_gelu, _gelu_backward)
 
 

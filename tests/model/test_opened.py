@@ -136,6 +136,13 @@ class TestRules:
         loss = self.check(model, CrossEntropy(targets), lambda y: cross_entropy(y, targets))
         assert loss.count == (targets >= 0).sum()
 
+    def test_cross_entropy_of_what_is_almost_impossible(self):
+        """A probability of e^-400 is no float32, but its log is."""
+        y = torch.tensor([[[400.0, 0.0, 400.0]]], requires_grad=True)
+        total = loss_of(y, CrossEntropy(torch.tensor([[1]]))).total
+        torch.testing.assert_close(total, torch.tensor(400.0).add(torch.tensor(2.0).log()))
+        torch.testing.assert_close(torch.autograd.grad(total, y)[0], torch.tensor([[[0.5, -1.0, 0.5]]]))
+
     def test_kl_and_both(self, sliced):
         model, teacher = self.models()
         theirs, T = teacher.features(TOKENS)[0].detach(), 2.0
