@@ -25,7 +25,7 @@ def rotate(
 
 
 class _Rotate(torch.autograd.Function):
-    """Writes every channel where it is to lie, and its gradient too, which is turned back; autograd would keep swapped copies."""
+    """Writes every channel where it is to lie, and its gradient too, which is turned back; autograd keeps swapped copies."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
