@@ -1,6 +1,6 @@
 """Every family of transformers that plait reads, under every law: results/parity.json, and the table in docs/families.md.
 
-    python benchmarks/parity.py [--seeds 3]
+python benchmarks/parity.py [--seeds 3]
 """
 
 import argparse

@@ -47,12 +47,12 @@ class _Halved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, pieces: int) -> Tensor:
         count = pieces
-        o, lse = _attend(*(_cut(x, count) for x in (q, k, v)), scale, causal=True)
+        o, lse = _attend(*(_cut(x, count) for x in (q, k, v)), scale=scale, causal=True)
         o, lse = o.view(*q.shape[:3], -1), lse.view(q.shape[:3])
         while count > 1:
             count //= 2
             (_, late), (k_early, _), (v_early, _) = (_halves(x, count) for x in (q, k, v))
-            part, part_lse = _attend(late, k_early, v_early, scale, causal=False)
+            part, part_lse = _attend(late, k_early, v_early, scale=scale, causal=False)
             _, o_late = _halves(o, count)
             _, lse_late = _halves(lse, count)
             o_late.lerp_(part, torch.sigmoid(part_lse - lse_late)[..., None])
@@ -66,12 +66,12 @@ class _Halved(torch.autograd.Function):
     def backward(ctx, do: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         scale, count = ctx.how
         parts = do, *ctx.saved_tensors
-        gradients = _pull(*(_cut(x, count) for x in parts), scale, causal=True)
+        gradients = _pull(*(_cut(x, count) for x in parts), scale=scale, causal=True)
         dq, dk, dv = (x.view(like.shape) for x, like in zip(gradients, parts[1:4], strict=True))
         while count > 1:
             count //= 2
             early, late = zip(*(_halves(x, count) for x in parts), strict=True)
-            gradients = _pull(*late[:2], *early[2:4], *late[4:], scale, causal=False)
+            gradients = _pull(*late[:2], *early[2:4], *late[4:], scale=scale, causal=False)
             places = _halves(dq, count)[1], _halves(dk, count)[0], _halves(dv, count)[0]
             for place, part in zip(places, gradients, strict=True):
                 place.add_(part)
@@ -90,7 +90,7 @@ def _halves(x: Float[Tensor, "b t *h"], count: int) -> tuple[Tensor, ...]:
     return x.reshape(len(x) * count, 2, -1, *x.shape[2:]).unbind(1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """o (b, t, h, k), and the log of every query's sum of weights (b, t, h)."""
     parts = (x.transpose(1, 2) for x in (q, k, v))
     o, lse = aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, causal, scale=scale)
@@ -98,7 +98,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
 
 
 def _pull(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, scale: float, causal: bool
 ) -> tuple[Tensor, ...]:
     """Gradients at q, k and v."""
     parts = (x.transpose(1, 2) for x in (do, q, k, v, o, lse))
