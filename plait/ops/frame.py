@@ -55,7 +55,7 @@ def recur(
     run, given = kernel.run, inputs
     if several:
         run = partial(run, at=at)
-    if around is not None and kernel.rows:
+    if around is not None and (kernel.rows or kernel.around):
         run, around = partial(run, **around._asdict()), None
     if around is not None:
         inputs = around.before(*inputs)

@@ -59,7 +59,8 @@ class Kernel:
     library's kernels the form comes down to, where that is not plait's own choice.
 
     wide: the form wants a recurrence's inputs in float32 at least and its q scaled, rather than as they are and `scale`.
-    rows: it reads and writes a pool's rows itself.
+    rows: it reads and writes a pool's rows itself. around: it does what a layer does around
+    the op, as forms with rows do.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Kernel:
     within: Callable[[Call], str | None] = lambda call: None
     wide: bool = False
     rows: bool = False
+    around: bool = False
 
 
 @dataclass(frozen=True, eq=False)

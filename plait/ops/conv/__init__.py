@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from plait.ops.conv import chunked, pooled, reference, step
+from plait.ops.conv import chunked, pooled, reference, step, tokens
 from plait.ops.frame import Rows, recur
 from plait.ops.kernels import Kernel, Kernels, always, cast, one_token
 from plait.ops.packing import Packing
@@ -27,12 +27,13 @@ def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | No
         packing: Packing | None,
         own: bool = False,
         at: Tensor | None = None,
+        **around: Any,
     ) -> tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]:
         if state is None:
-            return run(x, weight, bias, None, packing), None
+            return run(x, weight, bias, None, packing, **around), None
         tail = state.shape[1]
         past = torch.cat([cast(state, x.dtype), x if packing is None else packing.to_rows(x)], 1)  # (n, tail + t, d)
-        y = run(past, weight, bias, tail, None)
+        y = run(past, weight, bias, tail, None, **around)
         if packing is None:
             last = cast(past.narrow(1, x.shape[1], tail), state.dtype)
             if at is None:
@@ -64,6 +65,7 @@ KERNELS = Kernels(
     (
         Kernel("triton", pooled.run, pooled.supports, rows=True),
         Kernel("step", step.run, one_token),
+        Kernel("tokens", _form(tokens.run), tokens.fits, around=True),
         Kernel("chunked", _form(chunked.run), always),
         Kernel("reference", _form(reference.run), always),
     ),
@@ -87,7 +89,7 @@ def causal_conv(
     the outputs. With `rows`, `state` is a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these
     come third.
     """
-    sizes = pooled.sizes_of(state, weight) if rows is not None else None
+    sizes = pooled.sizes_of(state, weight) if rows is not None else weight.shape[1]
     around = SILU if silu else None
     return recur(KERNELS, x, (x, weight, bias), state, rows, packing, at=at, sizes=sizes, around=around)
 
