@@ -236,7 +236,8 @@ def config_of(found: Family, design: ModelConfig, carried: dict[str, Any]) -> Pr
             tag = place.layer.__struct_config__.tag
             raise ValueError(f"{name} cannot hold {place.address}: it is a {tag}, and {name} has {kinds}")
     given = found.config(design)
-    config = normalised(found, carried | given, name)
+    same = [field for field, values in found.alike.items() if {given.get(field), carried.get(field)} <= {*values}]
+    config = normalised(found, carried | {field: value for field, value in given.items() if field not in same}, name)
     try:
         again = design_of(found, config.to_dict(), name)
     except ValueError as error:
