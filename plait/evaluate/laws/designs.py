@@ -226,6 +226,10 @@ DESIGNS: dict[str, ModelConfig] = {
             bias_rate=1e-3,
         ),
     ),
+    "ME experts without gates on a latent, relu2": small(
+        "M E",
+        E=MixtureOfExperts(experts=5, top_k=2, hidden=20, activation="relu2", latent_dim=12, shared_hidden=28),
+    ),
     "zero-centred norms, untied": small("DF GroupedF", centred=True, tied=False),
     "shared layers": small("(SharedF)2 [Shared|A]", F=SwiGLU(hidden=96, shared=True)),
     "((DF)3 AF)2": small("((DF)3 AF)2"),

@@ -71,6 +71,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "MixtureOfExperts.groups": (1, 2),
     "top_groups": (1,),
     "shared_hidden": (None, 11),
+    "latent_dim": (None, 10),
     "balance_loss": (0.01,),
     "z_loss": (0.001,),
     "bias_rate": (None, 0.01),
