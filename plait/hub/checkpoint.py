@@ -236,12 +236,18 @@ def config_of(found: Family, design: ModelConfig, carried: dict[str, Any]) -> Pr
             tag = place.layer.__struct_config__.tag
             raise ValueError(f"{name} cannot hold {place.address}: it is a {tag}, and {name} has {kinds}")
     given = found.config(design)
-    same = [field for field, values in found.alike.items() if {given.get(field), carried.get(field)} <= {*values}]
-    config = normalised(found, carried | {field: value for field, value in given.items() if field not in same}, name)
-    try:
-        again = design_of(found, config.to_dict(), name)
-    except ValueError as error:
-        raise ValueError(f"{name} cannot hold this design: {error}") from None
-    if difference := first_difference(design, again):
+    for fields in found.alike:
+        rest = {field: value for field, value in given.items() if field not in fields}
+        given = given if _difference(found, design, carried | rest) else rest
+    if difference := _difference(found, design, carried | given):
         raise ValueError(f"{name} cannot hold {difference}")
-    return config
+    return normalised(found, carried | given, name)
+
+
+def _difference(found: Family, design: ModelConfig, config: dict[str, Any]) -> str | None:
+    """How the design that a config describes is another, in words."""
+    try:
+        again = design_of(found, config, found.model_type)
+    except ValueError as error:
+        return f"this design: {error}"
+    return first_difference(design, again)

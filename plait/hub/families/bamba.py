@@ -191,7 +191,7 @@ def _tiny(draw: Random) -> dict[str, Any]:
 def _tiny_bamba(draw: Random) -> dict[str, Any]:
     config = _tiny(draw)
     indices = [i for i in range(config["num_hidden_layers"]) if draw.random() < 0.4]
-    return config | {"attn_layer_indices": indices or None, "mlp_bias": draw.random() < 0.5}
+    return config | {"attn_layer_indices": indices or draw.choice([None, []]), "mlp_bias": draw.random() < 0.5}
 
 
 def _tiny_granite(draw: Random) -> dict[str, Any]:
@@ -221,6 +221,7 @@ FAMILIES = (
         tiny=_tiny_bamba,
         holds=(Mamba2, Attention, SwiGLU),
         ends=ENDS | {"norm": "model.final_layernorm"},
+        alike=(("attn_layer_indices",),),
         aliases=(r".*rotary_emb\.inv_freq",),
     ),
     Family(
@@ -231,7 +232,7 @@ FAMILIES = (
         slots=by_kind(GRANITE, per=2),
         tiny=_tiny_granite,
         holds=(Mamba2, Attention, SwiGLU, MixtureOfExperts),
-        alike={"position_embedding_type": ("nope", None)},
+        alike=(("position_embedding_type",),),
         aliases=(r".*rotary_emb\.inv_freq",),
     ),
 )

@@ -33,7 +33,7 @@ class Family:
     is; that they say all of it is not its business: what is exported is read again and compared.
     slots: where the weights of each slot lie. ends: those of front and head. aliases: regular expressions of tensors that
     repeat others or hold no numbers of the model's own.
-    alike: values of a field that say the same, so that it stays what it was.
+    alike: fields, together, that may say the same in several ways: they stay what they were where they still say it.
     tiny: fields of a small config, drawn from all that the family allows.
     parts: the key of a config that holds the text model's, in families of several.
     """
@@ -47,7 +47,7 @@ class Family:
     holds: tuple[type[Layer], ...]
     ends: Rules = field(default_factory=lambda: ENDS)
     aliases: tuple[str, ...] = ()
-    alike: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    alike: tuple[tuple[str, ...], ...] = ()
 
 
 def blocks(*rules: Rules, inside: str = "model.layers.{}.") -> Callable[[ModelConfig], Iterator[Named]]:

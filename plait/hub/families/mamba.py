@@ -9,6 +9,7 @@ from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm
 from plait.hub.families.family import Family, blocks, first, pattern
 from plait.hub.families.fields import Fields
+from plait.hub.families.tiny import mamba2_sizes
 from plait.hub.weight_table import Rules
 
 ENDS = {"embed": "backbone.embeddings", "norm": "backbone.norm_f", "lm_head": "lm_head"}
@@ -130,8 +131,7 @@ def _tiny_mamba(draw: Random) -> dict[str, Any]:
 
 
 def _tiny_mamba2(draw: Random) -> dict[str, Any]:
-    groups, each = draw.choice([(1, 3), (2, 2), (3, 1), (1, 1), (2, 3)])
-    heads, head_dim, expand = groups * each, draw.choice([8, 12]), draw.choice([1, 2])
+    (heads, groups, head_dim), expand = mamba2_sizes(draw), draw.choice([1, 2])
     return _tiny(draw) | {
         "hidden_size": heads * head_dim // expand,
         "num_heads": heads,
