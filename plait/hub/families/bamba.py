@@ -1,7 +1,7 @@
 """Bamba and Granite 4's hybrids: Mamba-2 or attention, and a SwiGLU or experts after each."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -46,19 +46,43 @@ GRANITE = {
 }
 
 
+# where theirs and ours say the same under two names
+MAMBA2 = {
+    "heads": "mamba_n_heads",
+    "head_dim": "mamba_d_head",
+    "state_dim": "mamba_d_state",
+    "groups": "mamba_n_groups",
+    "conv_width": "mamba_d_conv",
+    "conv_bias": "mamba_conv_bias",
+    "in_bias": "mamba_proj_bias",
+    "out_bias": "mamba_proj_bias",
+}
+OF_ATTENTION = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_parameters"),
+    *("attention_multiplier", "position_embedding_type"),
+)
+
+
 def hybrid_design(
-    f: Fields, mixers: Iterable[bool], mixer: Layer, a: Attention, after: Layer, **more: Any
+    f: Fields, full: list[bool], a: Callable[[Fields], Attention], after: Layer, **more: Any
 ) -> ModelConfig:
-    """`mixers` says of each block whether it is of attention; `after` is the channel mixer of all."""
+    """`full` says of each block whether it is of attention; `after` is the channel mixer of all. Of a mixer that no block has,
+    the fields say nothing."""
     f.must(hidden_act=SILU)
+    f.carried(
+        "mamba_chunk_size", "mamba_expand", "time_step_limit", "num_hidden_layers", *MAMBA2.values(), *OF_ATTENTION
+    )
     last = "E" if isinstance(after, MixtureOfExperts) else "F"
-    letters = [letter for full in mixers for letter in ("A" if full else "M", last)]
-    bound = {"M": mixer, "A": a, last: after}
+    bound = {last: after}
+    if not all(full):
+        bound["M"] = Mamba2(**{ours: f[theirs] for ours, theirs in MAMBA2.items()}, **steps(f.get("time_step_limit")))
+    if any(full):
+        bound["A"] = a(f)
     return ModelConfig(
         vocab=f["vocab_size"],
         dim=f["hidden_size"],
-        pattern=pattern(letters),
-        layers={letter: layer for letter, layer in bound.items() if letter in letters},
+        pattern=pattern(letter for here in full for letter in ("A" if here else "M", last)),
+        layers=bound,
         norm=RMSNorm(eps=f["rms_norm_eps"]),
         tie_embeddings=f["tie_word_embeddings"],
         **more,
@@ -78,26 +102,13 @@ def hybrid_config(design: ModelConfig) -> dict[str, Any]:
         given |= {"num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "attention_bias": a.bias}
         given |= {"head_dim": a.head_dim} if a.heads * a.head_dim != design.dim else {}
         given |= {"rope_parameters": rope_parameters(a.rope)} if a.rope else {}
-    for m in all_of(design, Mamba2)[:1]:
-        given |= {"mamba_n_heads": m.heads, "mamba_d_head": m.head_dim, "mamba_n_groups": m.groups}
-        given |= {"mamba_d_state": m.state_dim, "mamba_d_conv": m.conv_width, "mamba_expand": m.inner() // design.dim}
-        given |= {"mamba_conv_bias": m.conv_bias, "mamba_proj_bias": m.in_bias, "time_step_limit": time_step_limit(m)}
+    mamba2 = all_of(design, Mamba2)[:1]
+    for m in mamba2:
+        given |= {theirs: getattr(m, ours) for ours, theirs in MAMBA2.items()}
+        given |= {"mamba_expand": m.inner() // design.dim, "time_step_limit": time_step_limit(m)}
+    if not mamba2:
+        given |= {"mamba_n_heads": 1, "mamba_d_head": "auto"}  # they check that these fit all the same
     return given
-
-
-def _mamba2(f: Fields) -> Mamba2:
-    f.carried("mamba_chunk_size", "mamba_expand")
-    return Mamba2(
-        heads=f["mamba_n_heads"],
-        head_dim=f["mamba_d_head"],
-        state_dim=f["mamba_d_state"],
-        groups=f["mamba_n_groups"],
-        conv_width=f["mamba_d_conv"],
-        conv_bias=f["mamba_conv_bias"],
-        in_bias=f["mamba_proj_bias"],
-        out_bias=f["mamba_proj_bias"],
-        **steps(f["time_step_limit"]),
-    )
 
 
 def full(design: ModelConfig) -> list[int]:
@@ -107,9 +118,9 @@ def full(design: ModelConfig) -> list[int]:
 
 def _bamba(f: Fields) -> ModelConfig:
     f.carried("num_logits_to_keep", "z_loss_coefficient")
-    blocks, indices = range(f["num_hidden_layers"]), f.get("attn_layer_indices", ())
-    a = attention(f, bias=f["attention_bias"])
-    return hybrid_design(f, (i in indices for i in blocks), _mamba2(f), a, swiglu(f))
+    indices = f.get("attn_layer_indices", ())
+    at = [i in indices for i in range(f["num_hidden_layers"])]
+    return hybrid_design(f, at, lambda f: attention(f, bias=f["attention_bias"]), swiglu(f))
 
 
 def _bamba_config(design: ModelConfig) -> dict[str, Any]:
@@ -119,19 +130,21 @@ def _bamba_config(design: ModelConfig) -> dict[str, Any]:
 
 
 def _granite(f: Fields) -> ModelConfig:
-    f.carried("output_router_logits", "router_aux_loss_coef", "num_hidden_layers", "rope_parameters")
-    turned = f.one_of("position_embedding_type", {"rope": {}, "nope": {"rope": None}, None: {"rope": None}})
-    a = attention(f, bias=f["attention_bias"], scale=f["attention_multiplier"], **turned)
+    f.carried("output_router_logits", "router_aux_loss_coef")
     return hybrid_design(
         f,
         [kind == FULL for kind in f["layer_types"]],
-        _mamba2(f),
-        a,
+        _granite_attention,
         _granite_after(f),
         front=Tokens(scale=f["embedding_multiplier"]),
         head=Logits(scale=1 / f["logits_scaling"]),
         wrap=Wrap(factor=f["residual_multiplier"]),
     )
+
+
+def _granite_attention(f: Fields) -> Attention:
+    turned = f.one_of("position_embedding_type", {"rope": {}, "nope": {"rope": None}, None: {"rope": None}})
+    return attention(f, bias=f["attention_bias"], scale=f["attention_multiplier"], **turned)
 
 
 def _granite_after(f: Fields) -> Layer:
@@ -221,7 +234,7 @@ FAMILIES = (
         tiny=_tiny_bamba,
         holds=(Mamba2, Attention, SwiGLU),
         ends=ENDS | {"norm": "model.final_layernorm"},
-        alike=(("attn_layer_indices",),),
+        alike=(("attn_layer_indices",), ("mamba_n_heads", "mamba_d_head")),
         aliases=(r".*rotary_emb\.inv_freq",),
     ),
     Family(
@@ -232,7 +245,7 @@ FAMILIES = (
         slots=by_kind(GRANITE, per=2),
         tiny=_tiny_granite,
         holds=(Mamba2, Attention, SwiGLU, MixtureOfExperts),
-        alike=(("position_embedding_type",),),
+        alike=(("position_embedding_type",), ("mamba_n_heads", "mamba_d_head")),
         aliases=(r".*rotary_emb\.inv_freq",),
     ),
 )

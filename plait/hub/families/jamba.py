@@ -38,8 +38,8 @@ def _period(names: tuple[str, str], blocks: Sequence[bool]) -> dict[str, int]:
     """The other way round, as the first two of the blocks say it; that the others do, too, is seen when it is read again."""
     count, chosen = len(blocks), [i for i, block in enumerate(blocks) if block]
     offset = chosen[0] if chosen else count
-    period = chosen[1] - chosen[0] if len(chosen) > 1 else max(count, offset + 1)
-    return dict(zip(names, (period, offset), strict=True))
+    period = chosen[1] - chosen[0] if len(chosen) > 1 else count
+    return dict(zip(names, (max(period, offset + 1), offset), strict=True))
 
 
 def _mamba(f: Fields) -> Mamba:
@@ -69,9 +69,10 @@ def _design(f: Fields) -> ModelConfig:
     letters = [x for a, e in zip(full, experts, strict=True) for x in ("A" if a else "Ma", "E" if e else "F")]
     if f["num_experts"] == 1:
         letters = [letter.replace("E", "F") for letter in letters]
-    bound = {"Ma": _mamba(f), "A": attention(f, rope=None), "F": swiglu(f)} | (
-        {"E": _experts(f)} if "E" in letters else {}
-    )
+    f.carried("num_attention_heads", "num_key_value_heads", "head_dim")
+    bound = {"Ma": _mamba(f), "F": swiglu(f)}
+    bound |= {"A": attention(f, rope=None)} if "A" in letters else {}
+    bound |= {"E": _experts(f)} if "E" in letters else {}
     return ModelConfig(
         vocab=f["vocab_size"],
         dim=f["hidden_size"],
