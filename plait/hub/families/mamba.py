@@ -33,7 +33,7 @@ def mamba_rules(norm: str, inside: str) -> Rules:
 def steps(limit: Any) -> dict[str, Any]:
     """Between which two numbers a `time_step_limit` holds the steps."""
     least, most = limit or (0.0, math.inf)
-    return {"dt_min": float(least), "dt_max": None if most == math.inf else float(most)}
+    return ({"dt_min": float(least)} if least else {}) | ({} if most == math.inf else {"dt_max": float(most)})
 
 
 def time_step_limit(layer: Mamba2) -> tuple[float, float]:
