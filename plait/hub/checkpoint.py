@@ -81,10 +81,16 @@ def design_of(found: Family, raw: dict[str, Any], where: str) -> ModelConfig:
 
 def normalised(found: Family, raw: dict[str, Any], where: str) -> PreTrainedConfig:
     """The config with transformers' defaults where it says nothing, and older spellings in the newest one."""
+    numbers = json.loads(json.dumps(raw), object_hook=_number)
     try:
-        return CONFIG_MAPPING[found.model_type].from_dict(raw)
+        return CONFIG_MAPPING[found.model_type].from_dict(numbers)
     except Exception as error:  # their validation raises whatever it likes
         raise ValueError(f"{where}: not a config of {found.model_type}: {' '.join(str(error).split())}") from None
+
+
+def _number(x: dict[str, Any]) -> Any:
+    """transformers writes infinity, for which JSON has no number, as an object."""
+    return float(x["__float__"]) if x.keys() == {"__float__"} else x
 
 
 def pieces(found: Family, design: ModelConfig) -> list[Piece]:
@@ -204,7 +210,8 @@ def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, s
     write_weights(folder, theirs, {"format": "pt"}, shard_bytes)
     for name, content in model.tokenizer_files.items():
         write_atomic(folder / name, partial(_write_bytes, content))
-    text = config.to_dict() | {"architectures": [found.architecture], "dtype": dtype, "model_type": found.model_type}
+    own = {"architectures": [found.architecture], "dtype": dtype, "model_type": found.model_type}
+    text = json.loads(config.to_json_string(use_diff=False)) | own
     write_text(folder / CONFIG, json.dumps(text, indent=2) + "\n")
     return found.model_type
 
@@ -229,11 +236,18 @@ def config_of(found: Family, design: ModelConfig, carried: dict[str, Any]) -> Pr
             tag = place.layer.__struct_config__.tag
             raise ValueError(f"{name} cannot hold {place.address}: it is a {tag}, and {name} has {kinds}")
     given = found.config(design)
-    config = normalised(found, carried | given, name)
-    try:
-        again = design_of(found, config.to_dict(), name)
-    except ValueError as error:
-        raise ValueError(f"{name} cannot hold this design: {error}") from None
-    if difference := first_difference(design, again):
+    for fields in found.alike:
+        rest = {field: value for field, value in given.items() if field not in fields}
+        given = given if _difference(found, design, carried | rest) else rest
+    if difference := _difference(found, design, carried | given):
         raise ValueError(f"{name} cannot hold {difference}")
-    return config
+    return normalised(found, carried | given, name)
+
+
+def _difference(found: Family, design: ModelConfig, config: dict[str, Any]) -> str | None:
+    """How the design that a config describes is another, in words."""
+    try:
+        again = design_of(found, config, found.model_type)
+    except ValueError as error:
+        return f"this design: {error}"
+    return first_difference(design, again)

@@ -6,8 +6,8 @@ from plait.design.model import ModelConfig
 from plait.design.places import Node, ParallelPlace
 from plait.design.struct import Struct
 
-# what training alone asks for, or how far a model may be used: the same numbers come out
-TRAINING = frozenset({"balance_loss", "z_loss", "bias_rate", "max_positions"})
+# what training alone asks for, how far a model may be used, what other sizes were once derived by: the same numbers come out
+SAME = frozenset({"balance_loss", "z_loss", "bias_rate", "max_positions", "expand"})
 
 
 def first_difference(ours: ModelConfig, theirs: ModelConfig) -> str | None:
@@ -45,7 +45,7 @@ def _said(where: str, mine: Any, other: Any) -> str | None:
         return f"{where}: {_short(mine)}, it would be {_short(other)}"
     for name in mine.__struct_fields__:
         x, y = getattr(mine, name), getattr(other, name)
-        if name not in TRAINING and (said := _said(f"{where}.{name}", x, y)):
+        if name not in SAME and (said := _said(f"{where}.{name}", x, y)):
             return said
     return None
 

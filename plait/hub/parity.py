@@ -25,7 +25,7 @@ from plait.hub.families import NAMES, family
 
 TOLERANCE = 2e-5  # of the largest logit, in float32: sums in another order, over a few layers
 LENGTH, STEPS = 40, 16
-NOISE = 0.05  # on every weight, so that norms are not ones, biases not zeros and gates not all alike
+NOISE = 0.05  # on all that is saved, so that norms are not ones, biases not zeros and gates not all alike
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def pair(name: str, seed: int, folder: Path) -> Pair:
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-        for parameter in theirs.parameters():
-            parameter.data += NOISE * torch.randn_like(parameter)
+        for tensor in theirs.state_dict().values():
+            tensor += NOISE * torch.randn_like(tensor)
         tokens = torch.randint(config.vocab_size, (LENGTH,))
         theirs.save_pretrained(folder)
     return Pair(theirs, read(folder), folder, tokens)

@@ -1,5 +1,7 @@
 """The Mamba-2 layer."""
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class Mamba2Layer(MixerModule):
     A_log: nn.Parameter
     dt_bias: nn.Parameter
     D: nn.Parameter
-    norm: GatedNorm
+    norm: GatedNorm | None
 
     @classmethod
     def ops(cls, config: Mamba2, call: Call) -> list[tuple[str, None]]:
@@ -37,17 +39,28 @@ class Mamba2Layer(MixerModule):
 
     def assemble(self, design: ModelConfig) -> None:
         c = self.config
-        self.norm = GatedNorm(c.inner(), inner(design.norm).eps, groups=c.groups, gate_first=True)
+        self.norm = None
+        if c.output_norm != "none":
+            first = c.output_norm == "gate_first"
+            self.norm = GatedNorm(c.inner(), inner(design.norm).eps, groups=c.groups, gate_first=first)
 
     def inner(
         self, u: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c, (b, t, _) = self.config, u.shape
-        z, xBC, dt = self.in_proj(u).split_with_sizes(self.widths, -1)
+        z, xBC, dt = self.projected(u).split_with_sizes(self.widths, -1)
         xBC, conv = self.conv1d(xBC, context, state and state.conv)
         x, B, C = xBC.split_with_sizes(self.conv_widths, -1)
         x = x.view(b, t, -1, c.head_dim)
         B, C = B.view(b, t, c.groups, -1), C.view(b, t, c.groups, -1)
-        gates = Gates(self.A_log, self.dt_bias, self.D)
+        gates = Gates(self.A_log, self.dt_bias, self.D, c.dt_min, c.dt_max)
         y, s = ssd(C, B, x, dt, gates=gates, state=state and state.s, rows=context.rows, packing=context.packing)
-        return self.norm(y.flatten(2), z), recurrent(s, conv)
+        y = y.flatten(2)
+        return (y * F.silu(z) if self.norm is None else self.norm(y, z)), recurrent(s, conv)
+
+    def projected(self, u: Float[Tensor, "b t d"]) -> Float[Tensor, "b t r"]:
+        """z, x, B, C and dt, each times its multiplier where there are some."""
+        y, c = self.in_proj(u), self.config
+        if c.multipliers is None:
+            return y
+        return y * torch.cat([y.new_full((n,), by) for n, by in zip(c.rows().values(), c.multipliers, strict=True)])

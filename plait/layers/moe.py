@@ -11,28 +11,30 @@ from plait.layers.context import Context
 from plait.layers.declared import LayerModule
 from plait.ops.kernels import Call, full_precision, wide
 from plait.ops.moe import aligned, experts, route
+from plait.ops.moe.activation import activated
 from plait.ops.moe.routing import balance, load
-from plait.ops.swiglu import swiglu
 from plait.state import Nothing
 
 LOAD = "load"  # tokens of each expert in a call; summed over parts of a batch and ranks
 
 
 class MixtureOfExpertsLayer(LayerModule):
-    """A router, whose scores are float32 at least; SwiGLUs of which it chooses; and one that all tokens pass."""
+    """A router, whose scores are float32 at least; experts of which it chooses; and one that all tokens pass."""
 
     config: MixtureOfExperts
     router: nn.Parameter
     router_bias: nn.Parameter | None
     experts_up: nn.Parameter
     experts_down: nn.Parameter
+    latent_in_proj: nn.Linear
+    latent_out_proj: nn.Linear
     shared_up_proj: nn.Linear
     shared_down_proj: nn.Linear
     shared_gate: nn.Parameter
 
     @classmethod
     def ops(cls, config: MixtureOfExperts, call: Call) -> list[tuple[str, int]]:
-        return [("moe", aligned(config.hidden))]
+        return [("moe", aligned(config.hidden, config.latent_dim or 0))]
 
     def assemble(self, design: ModelConfig) -> None:
         if self.config.bias_rate is None:
@@ -56,7 +58,10 @@ class MixtureOfExpertsLayer(LayerModule):
             )
             if context.out is not None:
                 self.tell(context, logits, scores, index)
-        y = experts(x, self.experts_up, self.experts_down, index, weights)
+        inside = x if c.latent_dim is None else self.latent_in_proj(x)
+        y = experts(inside, self.experts_up, self.experts_down, index, weights, c.gated)
+        if c.latent_dim is not None:
+            y = self.latent_out_proj(y)
         return (y if c.shared_hidden is None else y + self.shared(x)), state
 
     def tell(self, context: Context, logits: Tensor, scores: Tensor, index: Tensor) -> None:
@@ -69,7 +74,7 @@ class MixtureOfExpertsLayer(LayerModule):
             context.loss("router_z", c.z_loss * logits.logsumexp(-1).square().mean())
 
     def shared(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        y = self.shared_down_proj(swiglu(self.shared_up_proj(x)))
+        y = self.shared_down_proj(activated(self.shared_up_proj(x), self.config.gated))
         return y * torch.sigmoid(F.linear(x, self.shared_gate)) if self.config.shared_gate else y
 
     @torch.no_grad()

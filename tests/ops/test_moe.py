@@ -12,13 +12,13 @@ from tests.ops.conftest import forms, run_with_gradients
 EXPERTS, K, DIM, HIDDEN, OUT = 6, 2, 16, 24, 8
 
 
-def problem(n, chosen=None, dtype=torch.float64, b=2):
+def problem(n, chosen=None, dtype=torch.float64, b=2, gated=True):
     torch.manual_seed(n)
     index = torch.rand(b, n, EXPERTS).topk(K, -1).indices if chosen is None else torch.tensor(chosen).expand(b, n, K)
     weights, index = torch.rand(b, n, K, dtype=dtype), index.contiguous()
-    shapes = {"x": (b, n, DIM), "up": (EXPERTS, 2 * HIDDEN, DIM), "down": (EXPERTS, OUT, HIDDEN)}
+    shapes = {"x": (b, n, DIM), "up": (EXPERTS, (1 + gated) * HIDDEN, DIM), "down": (EXPERTS, OUT, HIDDEN)}
     tensors = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()} | {"weights": weights}
-    return tensors, lambda **x: (experts(x["x"], x["up"], x["down"], index, x["weights"]), None)
+    return tensors, lambda **x: (experts(x["x"], x["up"], x["down"], index, x["weights"], gated), None)
 
 
 CHOSEN = {"some": None, "two of them": (4, 1), "the last": (5, 0)}
@@ -26,8 +26,9 @@ CHOSEN = {"some": None, "two of them": (4, 1), "the last": (5, 0)}
 
 @pytest.mark.parametrize("chosen", CHOSEN.values(), ids=CHOSEN)
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 40])
-def test_every_form_is_the_definition(n, chosen, close):
-    tensors, op = problem(n, chosen)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "relu2"])
+def test_every_form_is_the_definition(gated, n, chosen, close):
+    tensors, op = problem(n, chosen, gated=gated)
     *fast, reference = forms(KERNELS, n)
     assert fast == ["loop", "few"][: 2 if n <= 16 else 1]
     with forced(reference):
@@ -40,16 +41,17 @@ def test_every_form_is_the_definition(n, chosen, close):
 
 
 @pytest.mark.parametrize("chosen", CHOSEN.values(), ids=CHOSEN)
-def test_torchs_product_of_groups_is_the_definition(chosen, close):
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "relu2"])
+def test_torchs_product_of_groups_is_the_definition(gated, chosen, close):
     """In float32, which torch multiplies group by group on a CPU: the same tokens in the same groups."""
-    tensors, _ = problem(40, chosen, torch.float32, b=1)
+    tensors, _ = problem(40, chosen, torch.float32, b=1, gated=gated)
     index = torch.rand(1, 40, EXPERTS).topk(K, -1).indices if chosen is None else torch.tensor(chosen).expand(1, 40, K)
 
     def by_groups(x, up, down, weights):
-        return grouped.run(x[0], up, down, index[0], weights[0])[None], None
+        return grouped.run(x[0], up, down, index[0], weights[0], gated)[None], None
 
     def by_definition(**x):
-        return experts(x["x"], x["up"], x["down"], index, x["weights"]), None
+        return experts(x["x"], x["up"], x["down"], index, x["weights"], gated), None
 
     close.tolerance = 1e-5  # float32
     got = run_with_gradients(by_groups, tensors)

@@ -73,13 +73,21 @@ def delta_layer() -> tuple[Any, ...]:
     return delta, (q, k, v, 30 * a[..., 0], b[..., 0]), delta.Gates(torch.randn(4), torch.randn(4)), (4, 9, 6)
 
 
-def ssd_layer() -> tuple[Any, ...]:
+def ssd_layer(*limits: float | None) -> tuple[Any, ...]:
     (q, k), (v, dt) = parts(torch.float32, 2, 6, 6), parts(torch.float32, 4, 9, 1)
-    return ssd, (q, k, v, 30 * dt[..., 0]), ssd.Gates(*torch.randn(3, 4)), (4, 9, 6)
+    return ssd, (q, k, v, 30 * dt[..., 0]), ssd.Gates(*torch.randn(3, 4), *limits), (4, 9, 6)
+
+
+def ssd_layer_with_limits() -> tuple[Any, ...]:
+    return ssd_layer(0.5, 2.0)
+
+
+def ssd_layer_from_a_least_step() -> tuple[Any, ...]:
+    return ssd_layer(0.5, None)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("make", [delta_layer, ssd_layer])
+@pytest.mark.parametrize("make", [delta_layer, ssd_layer, ssd_layer_with_limits, ssd_layer_from_a_least_step])
 @torch.no_grad()
 def check_a_layers_way(make: Callable[..., Any], rows: Any):
     """With its gates inside, by the op in float64; in a compiled graph, too. Steps of 30 are where a softplus is linear."""

@@ -14,7 +14,7 @@ class Mamba(Mixer, frozen=True, kw_only=True, tag="mamba"):
     rates of their own in steps that the token chooses.
 
     inner_dim: expand * dim if left out. dt_rank: of the projection that makes the steps, dim / 16 if left out. norms:
-    RMSNorms of the steps, B and C, as in Jamba and, with weights of 1, in Falcon-Mamba.
+    RMSNorms of the steps, B and C, as in Jamba and, with weights of 1, in Falcon-Mamba. in_bias, out_bias: of the projections.
     """
 
     inner_dim: int = DERIVED
@@ -24,6 +24,8 @@ class Mamba(Mixer, frozen=True, kw_only=True, tag="mamba"):
     conv_width: int = 4
     conv_bias: bool = True
     norms: bool = False
+    in_bias: bool = False
+    out_bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +44,7 @@ class Mamba(Mixer, frozen=True, kw_only=True, tag="mamba"):
     def weights(self, dim: int, reads: int | None = None) -> Weights:
         inner, step = self.inner_dim, self.dt_rank**-0.5
         return (
-            *projection("in_proj", {"x": inner, "z": inner}, reads or dim),
+            *projection("in_proj", {"x": inner, "z": inner}, reads or dim, bias=self.in_bias),
             *short_conv(inner, self.conv_width, self.conv_bias),
             *projection("x_proj", self.selected(), inner),
             *(norm(f"{name}_norm", width, plain=True) for name, width in self.selected().items() if self.norms),
@@ -50,7 +52,7 @@ class Mamba(Mixer, frozen=True, kw_only=True, tag="mamba"):
             Weight("dt_bias", (inner,), "decay", Uniform(math.log(1e-3), math.log(0.1), "step")),
             Weight("A_log", (inner, self.state_dim), "decay", Ramp(0, 1, self.state_dim, 1, self.state_dim, "log")),
             Weight("D", (inner,), "decay", Constant(1.0)),
-            *self.output("out_proj", dim),
+            *self.output("out_proj", dim, bias=self.out_bias),
         )
 
     def mixing(self, dim: int, context: int) -> int:

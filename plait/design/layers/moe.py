@@ -8,9 +8,11 @@ from plait.design.weights import Constant, Normal, Weight, Weights, projection
 
 
 class MixtureOfExperts(Layer, frozen=True, kw_only=True, tag="moe"):
-    """SwiGLUs of `hidden` channels side by side, `top_k` of them for each token (Switch, arXiv 2101.03961; Mixtral, arXiv
-    2401.04088); none drops a token. `hidden` defaults to that of a SwiGLU over top_k, rounded to 64.
+    """Channel mixers of `hidden` channels side by side, `top_k` of them for each token (Switch, arXiv 2101.03961; Mixtral,
+    arXiv 2401.04088); none drops a token. `hidden` defaults to that of a SwiGLU over top_k, rounded to 64.
 
+    activation: each is a SwiGLU, or "relu2": down(relu(up x)^2), `hidden` defaulting to 4 dim over top_k (Nemotron-H).
+    latent_dim: they read and write so many channels, between two projections that all share (arXiv 2601.18089).
     router: what scores are made of logits by. renormalize: the chosen scores sum to one, times `scale`.
     groups, top_groups: experts are chosen in the groups whose two best scores sum to most (DeepSeek-V3, arXiv 2412.19437).
     shared_hidden: channels of an expert that every token passes, `shared_gate`: times a sigmoid of the token (Qwen2-MoE).
@@ -23,6 +25,8 @@ class MixtureOfExperts(Layer, frozen=True, kw_only=True, tag="moe"):
     experts: int = 8
     top_k: int = 2
     hidden: int = DERIVED
+    activation: Literal["swiglu", "relu2"] = "swiglu"
+    latent_dim: int | None = None
     router: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool = True
     scale: float = 1.0
@@ -36,7 +40,7 @@ class MixtureOfExperts(Layer, frozen=True, kw_only=True, tag="moe"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "experts", "top_k", "hidden", "scale", "groups", "top_groups", "shared_hidden")
+        positive(self, "experts", "top_k", "hidden", "scale", "groups", "top_groups", "shared_hidden", "latent_dim")
         between(self, 0, 1e3, "balance_loss", "z_loss", "bias_rate")
         name, each = "MixtureOfExperts", self.experts // self.groups
         if self.experts % self.groups:
@@ -52,20 +56,41 @@ class MixtureOfExperts(Layer, frozen=True, kw_only=True, tag="moe"):
             raise ValueError(f"{name}.shared_gate is of a shared expert; give shared_hidden")
 
     def resolve(self, dim: int) -> Self:
-        return self.replace(hidden=self.hidden or max(64, round(dim * 8 / 3 / self.top_k / 64) * 64))
+        times = 8 / 3 if self.gated else 4
+        return self.replace(hidden=self.hidden or max(64, round(dim * times / self.top_k / 64) * 64))
+
+    @property
+    def gated(self) -> bool:
+        """Whether an expert's first matrix has rows of a gate, too."""
+        return self.activation == "swiglu"
+
+    def rows(self, hidden: int) -> dict[str, int]:
+        """Of the first matrix of an expert that wide."""
+        return {"gate": hidden, "up": hidden} if self.gated else {"up": hidden}
 
     def weights(self, dim: int, reads: int | None = None) -> Weights:
         n, h, reads, used = self.experts, self.hidden, reads or dim, self.top_k / self.experts
-        gated = (("gate", h), ("up", h))
+        rows, latent = self.rows(h), self.latent_dim
+        inside, out = latent or reads, latent or dim
         learned = [Weight("router", (n, reads), "blocks", Normal(reads**-0.5))]
         if self.bias_rate is not None:
             learned.append(Weight("router_bias", (n,), "balance", Constant(0.0)))
         learned += [
-            Weight("experts_up", (n, 2 * h, reads), "experts", Normal(reads**-0.5), gated, used=used),
-            Weight("experts_down", (n, dim, h), "experts", Normal(h**-0.5), writes=True, used=used),
+            Weight(
+                "experts_up",
+                (n, sum(rows.values()), inside),
+                "experts",
+                Normal(inside**-0.5),
+                (*rows.items(),),
+                used=used,
+            ),
+            Weight("experts_down", (n, out, h), "experts", Normal(h**-0.5), writes=latent is None, used=used),
         ]
+        if latent:
+            learned += projection("latent_in_proj", latent, reads)
+            learned += projection("latent_out_proj", dim, latent, writes=True)
         if shared := self.shared_hidden:
-            learned += projection("shared_up_proj", {"gate": shared, "up": shared}, reads)
+            learned += projection("shared_up_proj", self.rows(shared), reads)
             learned += projection("shared_down_proj", dim, shared, writes=True)
             if self.shared_gate:
                 learned.append(Weight("shared_gate", (1, reads), "blocks", Normal(reads**-0.5)))

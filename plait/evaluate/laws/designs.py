@@ -155,6 +155,14 @@ DESIGNS: dict[str, ModelConfig] = {
     "MF groups, no bias, wide convolution": small(
         "MF", M=Mamba2(heads=6, head_dim=10, state_dim=14, groups=3, conv_bias=False, conv_width=6)
     ),
+    "MF, norm before the gate, steps within limits, biases, multipliers": small(
+        "MF M",
+        M=Mamba2(heads=6, head_dim=10, state_dim=14, groups=2, output_norm="norm_first", in_bias=True, out_bias=True),
+        at={
+            "M#0": {"dt_min": 0.01, "dt_max": 0.05, "multipliers": [0.5, 2.0, 0.3, 1.5, 0.7]},
+            "M#1": {"dt_min": 0.02, "output_norm": "none"},
+        },
+    ),
     "DF plain heads, convolution of two": small("DF", D=GatedDeltaNet(heads=3, head_dim=16, conv_width=2)),
     "GlF": small("GlF"),
     "KF": small("KF"),
@@ -217,6 +225,10 @@ DESIGNS: dict[str, ModelConfig] = {
             shared_gate=True,
             bias_rate=1e-3,
         ),
+    ),
+    "ME experts without gates on a latent, relu2": small(
+        "M E",
+        E=MixtureOfExperts(experts=5, top_k=2, hidden=20, activation="relu2", latent_dim=12, shared_hidden=28),
     ),
     "zero-centred norms, untied": small("DF GroupedF", centred=True, tied=False),
     "shared layers": small("(SharedF)2 [Shared|A]", F=SwiGLU(hidden=96, shared=True)),

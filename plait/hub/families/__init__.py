@@ -8,6 +8,10 @@ from plait.hub.families.family import Family as Family
 # by the file that declares it
 MODULES = {
     "llama": ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"),
+    "bamba": ("bamba", "granitemoehybrid"),
+    "jamba": ("jamba",),
+    "nemotron_h": ("nemotron_h",),
+    "mamba": ("mamba", "mamba2"),
 }
 NAMES = tuple(name for names in MODULES.values() for name in names)
 

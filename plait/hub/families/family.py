@@ -13,7 +13,7 @@ from plait.hub.families.fields import Fields
 from plait.hub.weight_table import Rules
 
 L = TypeVar("L", bound=Layer)
-ENDS: Rules = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+ENDS = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,9 @@ class Family:
     design: of a config, every field of which it reads or names as carried. config: of a design, the fields that say what it
     is; that they say all of it is not its business: what is exported is read again and compared.
     slots: where the weights of each slot lie. ends: those of front and head. aliases: regular expressions of tensors that
-    repeat others or hold no numbers of the model's own. tiny: fields of a small config, drawn from all that the family allows.
+    repeat others or hold no numbers of the model's own.
+    alike: fields, together, that may say the same in several ways: they stay what they were where they still say it.
+    tiny: fields of a small config, drawn from all that the family allows.
     parts: the key of a config that holds the text model's, in families of several.
     """
 
@@ -45,6 +47,7 @@ class Family:
     holds: tuple[type[Layer], ...]
     ends: Rules = field(default_factory=lambda: ENDS)
     aliases: tuple[str, ...] = ()
+    alike: tuple[tuple[str, ...], ...] = ()
 
 
 def blocks(*rules: Rules, inside: str = "model.layers.{}.") -> Callable[[ModelConfig], Iterator[Named]]:
@@ -72,9 +75,13 @@ def pattern(letters: Iterable[str]) -> str:
     return render(parse(" ".join(letters)))
 
 
+def all_of(design: ModelConfig, kind: type[L]) -> list[L]:
+    """A design's layers of a kind, in order."""
+    return [place.layer for place in layers(design.slots) if isinstance(place.layer, kind)]
+
+
 def first(design: ModelConfig, kind: type[L], family: str) -> L:
     """A design's first layer of a kind. Raises ValueError where it has none."""
-    for place in layers(design.slots):
-        if isinstance(place.layer, kind):
-            return place.layer
+    for layer in all_of(design, kind):
+        return layer
     raise ValueError(f"{family} cannot hold {design.pattern!r}: it has no layer of kind {kind.__struct_config__.tag}")

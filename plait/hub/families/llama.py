@@ -32,8 +32,14 @@ LETTER = {FULL: "A", SLIDING: "W"}
 def attention(f: Fields, **more: Any) -> Attention:
     heads = f["num_attention_heads"]
     head_dim = f.get("head_dim") or f["hidden_size"] // heads
-    turned = {"rope": rope(f)} if "rope" not in more else {}
-    return Attention(heads=heads, kv_heads=f.get("num_key_value_heads") or heads, head_dim=head_dim, **turned, **more)
+    more = more if "rope" in more else more | {"rope": rope(f)}
+    if more["rope"] and int(head_dim * more["rope"].fraction) % 2:
+        raise ValueError(
+            f"{f.where}: partial_rotary_factor {more['rope'].fraction} of {head_dim} channels are not pairs"
+        )
+    if more.get("scale") == head_dim**-0.5:  # as ours are without one
+        more["scale"] = None
+    return Attention(heads=heads, kv_heads=f.get("num_key_value_heads") or heads, head_dim=head_dim, **more)
 
 
 def swiglu(f: Fields) -> SwiGLU:

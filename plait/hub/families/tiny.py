@@ -25,3 +25,9 @@ def transformer(draw: Random, head_dim: bool = True) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
+
+
+def mamba2_sizes(draw: Random) -> tuple[int, int, int]:
+    """Heads of Mamba-2, groups that divide them, and how wide a head is."""
+    groups, each = draw.choice([(1, 3), (2, 2), (3, 1), (1, 1), (2, 3)])
+    return groups * each, groups, draw.choice([8, 12])

@@ -1,5 +1,5 @@
 """Mixture of experts without dropped tokens (MegaBlocks, arXiv 2211.15841): y = sum over a token's experts e of
-w_e down_e(silu(gate_e x) * up_e x)."""
+w_e down_e(silu(gate_e x) * up_e x), or down_e(relu(up_e x)^2) without gates."""
 
 from math import gcd
 
@@ -55,12 +55,14 @@ KERNELS = Kernels(
 
 def experts(
     x: Float[Tensor, "b t d"],
-    up: Float[Tensor, "e 2*h d"],
+    up: Float[Tensor, "e w d"],
     down: Float[Tensor, "e o h"],
     index: Int[Tensor, "b t k"],
     weights: Float[Tensor, "b t k"],
+    gated: bool = True,
 ) -> Float[Tensor, "b t o"]:
-    """What the experts `index` make of each token, times `weights`, summed. `up` holds the rows of gate, then of up.
+    """What the experts `index` make of each token, times `weights`, summed. `up` holds the rows of gate, then of up, or
+    without gates those of up alone.
 
     Products are in the dtype that autocast says, else in that of x. A token's result is its own: whatever else its experts
     read, its terms are summed in the order of its choices.
@@ -70,5 +72,5 @@ def experts(
         x, up, down = (cast(y, dtype) for y in (x, up, down))
     kernel = choose(KERNELS, x, sizes=aligned(x.shape[-1], *down.shape[1:]))
     with full_precision(x.device):
-        y = kernel.run(x.flatten(0, 1), up, down, index.flatten(0, 1), cast(weights, x.dtype).flatten(0, 1))
+        y = kernel.run(x.flatten(0, 1), up, down, index.flatten(0, 1), cast(weights, x.dtype).flatten(0, 1), gated)
     return y.unflatten(0, x.shape[:2])

@@ -10,17 +10,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.ops.graph import gradient, one_step
+from plait.ops.moe.activation import activated
 from plait.ops.moe.sorted import by_expert
-from plait.ops.swiglu import swiglu
 
 
-def run(x: Tensor, up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def run(x: Tensor, up: Tensor, down: Tensor, index: Tensor, weights: Tensor, gated: bool) -> Tensor:
     """Shapes as in `experts`, batch and time as one."""
     order, ends = by_expert(index, len(up))
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))  # of each choice
     place, token = place.view_as(index), order // index.shape[1]
     hidden = F.grouped_mm(_spread(x, token, place), up.mT, offs=ends)
-    a = swiglu(hidden) * weights.flatten()[order][:, None]
+    a = activated(hidden, gated) * weights.flatten()[order][:, None]
     return _summed(F.grouped_mm(a, down.mT, offs=ends), token, place)
 
 

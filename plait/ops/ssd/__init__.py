@@ -29,14 +29,19 @@ KERNELS = Kernels(
 
 
 class Gates(NamedTuple):
-    """Mamba-2's way to the recurrence (arXiv 2405.21060, section 7): steps dt from a projection, and x past it by D."""
+    """Mamba-2's way to the recurrence (arXiv 2405.21060, section 7): steps dt from a projection, held between `dt_min` and
+    `dt_max`, and x past it by D."""
 
     A_log: Float[Tensor, " h"]
     dt_bias: Float[Tensor, " h"]
     D: Float[Tensor, " h"]
+    dt_min: float = 0.0
+    dt_max: float | None = None
 
     def before(self, C: Tensor, B: Tensor, x: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
         dt = F.softplus(cast(dt, self.dt_bias.dtype) + self.dt_bias)  # (b, t, h)
+        if self.dt_min or self.dt_max is not None:
+            dt = dt.clamp(self.dt_min, self.dt_max)
         return C, B, x * cast(dt[..., None], x.dtype), -self.A_log.exp() * dt
 
     def after(self, y: Tensor, C: Tensor, B: Tensor, x: Tensor, dt: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 once.
 
 A layer's own way there may be part of it: with `A_log` and `dt_bias`, g comes as the projection of dt, and v is to be
-multiplied by dt; with `D`, D v is added to what comes out.
+multiplied by dt, which is held between two numbers; with `D`, D v is added to what comes out.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
 # (it reads kernels as Python, in which triton's functions only raise)
+
+import math
 
 import triton
 import triton.language as tl
@@ -20,8 +22,9 @@ ROWS = 16  # of a state in a program: 8 KB at 128 keys, and 128 programs for a s
 
 @kernel
 def advance(
-    S, rows, q, k, v, g, A_log, dt_bias, D, o, scale, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h,
+    S, rows, q, k, v, g, A_log, dt_bias, D, o, scale, dt_min, dt_max, S_b, q_b, q_g, k_b, k_g, v_b, v_h, g_b, g_h,
     H: tl.constexpr, TIMES: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    LIMITED: tl.constexpr,
 ):  # fmt: skip
     """A program advances BV rows of the state of one head of one token."""
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -39,6 +42,8 @@ def advance(
     added = values
     if A_log is not None:
         dt = softplus(log_decay + tl.load(dt_bias + head).to(tl.float32))
+        if LIMITED:
+            dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
         log_decay = -tl.exp(tl.load(A_log + head).to(tl.float32)) * dt
         added = values * dt
 
@@ -62,13 +67,17 @@ def run(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     D: Tensor | None = None,
+    dt_min: float = 0.0,
+    dt_max: float | None = None,
 ) -> None:
     """Shapes as in `ssd` with t = 1; `rows` None: the rows of `state` are those of the call."""
     (b, _, H, V), (G, K) = v.shape, k.shape[2:]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    most = math.inf if dt_max is None else dt_max
     BV, BK = min(ROWS, triton.next_power_of_2(V)), triton.next_power_of_2(K)
     launch(
-        advance, b * H * -(-V // BV), state, rows, q, k, v, g, A_log, dt_bias, D, out, scale, state.stride(0),
-        *(stride for x in (q, k, v, g) for stride in (x.stride(0), x.stride(2))),
-        H=H, TIMES=H // G, K=K, V=V, BK=BK, BV=BV, num_warps=max(1, BV * BK // 512),
+        advance, b * H * -(-V // BV), state, rows, q, k, v, g, A_log, dt_bias, D, out, scale, dt_min, most,
+        state.stride(0), *(stride for x in (q, k, v, g) for stride in (x.stride(0), x.stride(2))),
+        H=H, TIMES=H // G, K=K, V=V, BK=BK, BV=BV, LIMITED=dt_min > 0 or dt_max is not None,
+        num_warps=max(1, BV * BK // 512),
     )  # fmt: skip
