@@ -121,12 +121,12 @@ def on_heldout(
     model: "LanguageModel", tokenizer: "Tokenizer", run: RunConfig, context: int, tokens: int | None
 ) -> "Perplexity":
     """Over the documents that the run kept apart: with the run's own context and `eval_tokens`, the number training gave."""
-    from plait.data import prepare
     from plait.evaluate.perplexity import Perplexity, checked
     from plait.model import NextToken
     from plait.train import heldout_loss
+    from plait.train.inputs import open_shards
 
-    shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout)
+    shards = open_shards(run.data, tokenizer, length=context)
     how = {"batch": run.batch, "length": context, "tokens": tokens}
     heldout = heldout_loss(NextToken(model), shards, **how, precision=run.precision)
     return checked(model, Perplexity.of(heldout))
