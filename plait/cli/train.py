@@ -14,6 +14,7 @@ from plait.cli.command import Outcome, say, shell
 from plait.design import PRESETS, ModelConfig
 from plait.design.imports import asked, load_modules
 from plait.design.load import design_mapping, find_design, override, read_mapping
+from plait.design.lora import LoRA
 from plait.files import user_path
 from plait.train import DataConfig, RunConfig, latest, load_run
 from plait.train.config import resolve_design
@@ -74,7 +75,7 @@ def with_weights(design: Any) -> Path | None:
 def keys() -> str:
     """What a run file may say, from where it is declared."""
     paragraphs = []
-    for name, config in (("", RunConfig), ("data.", DataConfig)):
+    for name, config in (("", RunConfig), ("data.", DataConfig), ("lora.", LoRA)):
         fields = [field for field in msgspec.structs.fields(config) if field.name not in ("design", "data")]
         defaults = (
             f"{name}{field.name}="
