@@ -33,6 +33,7 @@ def command(
         ),
     ] = None,
 ) -> Outcome:
+    from plait.data import answers_in
     from plait.engine import generate
     from plait.train import train
 
@@ -43,8 +44,11 @@ def command(
             f"design {run.design}: its design is used, its weights are not; to go on from those: start={weights}",
         )
 
+    talks = answers_in(run.data.source) == "messages"
+
     def sample(model: Any, tokenizer: Any, prompt: str) -> str:
-        return prompt + generate(model, tokenizer, prompt, max_tokens=48, temperature=0.8, seed=0)
+        text = generate(model, tokenizer, prompt, max_tokens=48, temperature=0.8, seed=0, chat=talks)
+        return f"{prompt} -> {text}" if talks else prompt + text
 
     result = train(run, sample=sample, console=screen)
     data = {
@@ -58,7 +62,8 @@ def command(
         "bits_per_byte": result.heldout.bits_per_byte,
     }
     folder = str(result.folder)
-    after = [shell("plait", "generate", folder, run.sample_prompt), shell("plait", "eval", folder, "ppl")]
+    first = shell("plait", "chat", folder) if talks else shell("plait", "generate", folder, run.sample_prompt)
+    after = [first, shell("plait", "eval", folder, "ppl")]
     if result.done == 0:
         say(screen, f"nothing to do: all {result.step:,} steps of {folder} are done; more with steps=N resume=true")
         return Outcome(data, next=after)
