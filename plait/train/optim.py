@@ -75,9 +75,9 @@ class Optimizers:
             {"params": groups["plain"], "weight_decay": 0.0},
         ]
         self.run, self.fused = run, fused
-        self.all: list[Any] = [
-            torch.optim.AdamW([g for g in adamw if g["params"]], lr=run.lr, betas=run.betas, fused=fused)
-        ]
+        self.all: list[Any] = []
+        if own := [group for group in adamw if group["params"]]:  # none where additions alone are trained, by Muon
+            self.all.append(torch.optim.AdamW(own, lr=run.lr, betas=run.betas, fused=fused))
         if groups["muon"]:
             matrices = {"params": groups["muon"], "blocks": row_blocks(model, groups["muon"])}
             self.all.append(Muon([matrices], lr=run.lr, weight_decay=run.weight_decay))
