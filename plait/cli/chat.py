@@ -48,7 +48,7 @@ def command(
     """
     from plait.data import load_tokenizer
     from plait.engine import Chat, Sampling
-    from plait.model import load
+    from plait.opening import load
     from plait.model.device import find_device
 
     again, folder = load_imports(imports), trained(run)
@@ -119,7 +119,9 @@ class _Talk:
         elif name == "/save":
             if not rest:
                 raise ValueError("/save: expected a file's name, as in /save talk.json")
-            write_text(user_path(rest), json.dumps({"messages": self.chat.messages}, ensure_ascii=False, indent=2) + "\n")
+            write_text(
+                user_path(rest), json.dumps({"messages": self.chat.messages}, ensure_ascii=False, indent=2) + "\n"
+            )
             self.wrote.append(rest)
             say(self.screen, f"wrote {rest}")
         elif name == "/help":
@@ -138,7 +140,9 @@ class _Talk:
         print(file=self.screen.file)
         if self.chat.again:
             count = "all" if self.chat.again == before else f"{self.chat.again:,} of"
-            print(f"read {count} {before:,} tokens again: template or tokenizer write them otherwise now", file=sys.stderr)
+            print(
+                f"read {count} {before:,} tokens again: template or tokenizer write them otherwise now", file=sys.stderr
+            )
         seconds = time.perf_counter() - started
         counts = {"read": self.chat.read, "again": self.chat.again, "in_state": len(self.chat.tokens)}
         self.turns.append(counts | {"stopped": bool(interrupted), "seconds": seconds})

@@ -113,7 +113,8 @@ def run_config(arguments: list[str]) -> RunConfig:
         check_run(file)
     changes = read_changes(arguments[1:] if file else arguments, RunConfig, {"design": ModelConfig})
     load_modules(asked(changes))
-    design = changes.get("design") or (load_run(file).design if file else None)
+    begun = {key: changes[key] for key in ("start",) if key in changes}  # without which a file may be no run yet
+    design = changes.get("design") or (load_run(file, **begun).design if file else None)
     if isinstance(design, str) and any(key.startswith("design.") for key in changes):
         design = changes["design"] = design_mapping(design)
     load_modules(asked(design) if isinstance(design, dict) else [])

@@ -90,7 +90,9 @@ def _pair(prompt: str, completion: str, tokenizer: Tokenizer) -> Answered:
         raise DataError(f"{COMPLETION!r} is empty: there is no answer to learn")
     asked = tokenizer.encode(prompt)
     whole = tokenizer.encode(prompt + completion)
-    if whole[: len(asked)] != asked:  # a token lies across the border, which generating after the prompt would never give
+    if (
+        whole[: len(asked)] != asked
+    ):  # a token lies across the border, which generating after the prompt would never give
         whole = [*asked, *tokenizer.encode(completion)]
     document = Answered(asked, [False] * len(asked))
     document.extend([*whole, tokenizer.eos], scored=True)
@@ -100,7 +102,9 @@ def _pair(prompt: str, completion: str, tokenizer: Tokenizer) -> Answered:
 def check_messages(messages: Any) -> list[Message]:
     """`messages` as a chat template takes them. Raises DataError for what is no conversation with an answer in it."""
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{MESSAGES!r} is {'empty' if messages == [] else type(messages).__name__}; expected a list of messages")
+        raise DataError(
+            f"{MESSAGES!r} is {'empty' if messages == [] else type(messages).__name__}; expected a list of messages"
+        )
     checked = [_message(place, message) for place, message in enumerate(messages)]
     if not any(message["role"] == "assistant" and message["content"].strip() for message in checked):
         raise DataError("no message of the role 'assistant' says anything: there is no answer to learn")

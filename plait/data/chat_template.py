@@ -21,7 +21,9 @@ class ChatTemplate:
     text: str
     special: Mapping[str, str]
 
-    def render(self, messages: Sequence[Message], *, answer: bool, tools: Sequence[dict[str, Any]] | None = None) -> str:
+    def render(
+        self, messages: Sequence[Message], *, answer: bool, tools: Sequence[dict[str, Any]] | None = None
+    ) -> str:
         """The conversation as text, special tokens spelled out. answer: and what stands before the model's next answer.
         Raises DataError where the template refuses these messages."""
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -23,7 +23,9 @@ def jsonl_texts(path: Path, field: str) -> Iterator[tuple[int, str]]:
 
 
 def jsonl_records(
-    path: Path, holds: str, decoder: json.JSONDecoder = json.JSONDecoder()  # noqa: B008 (it keeps nothing)
+    path: Path,
+    holds: str,
+    decoder: json.JSONDecoder = json.JSONDecoder(),  # noqa: B008 (it keeps nothing)
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every line that is not blank; `holds`: what errors say that an object should have."""
     with path.open("rb") as file:

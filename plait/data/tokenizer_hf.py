@@ -54,7 +54,9 @@ class HuggingFaceTokenizer:
     def ends(self) -> tuple[int, ...]:
         if self._ends is None:
             said = self._config(ENDS).get("eos_token_id")
-            listed = [id for id in (said if isinstance(said, list) else [said]) if isinstance(id, int) and id < self.vocab]
+            listed = [
+                id for id in (said if isinstance(said, list) else [said]) if isinstance(id, int) and id < self.vocab
+            ]
             self._ends = tuple(dict.fromkeys([self.eos, *listed, *_known_id(turn_end(self))]))
         return self._ends
 

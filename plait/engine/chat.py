@@ -66,7 +66,9 @@ class Chat:
         ids = self.tokenizer.encode(self.template.render(messages, answer=True), special=True)
         limit = self.model.max_positions
         if limit is not None and len(ids) > limit:
-            raise ValueError(f"the conversation has {len(ids):,} tokens, and the model's positions end at {limit:,}: begin anew")
+            raise ValueError(
+                f"the conversation has {len(ids):,} tokens, and the model's positions end at {limit:,}: begin anew"
+            )
         room = self.max_tokens if limit is None else min(self.max_tokens, limit - len(ids) + 1)
         return self._answer(messages, ids, room)
 

@@ -123,7 +123,8 @@ def continuations(
     vocab: int | None = None,
     done: set[int] | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """(row, token) as they come; one of `ends` ends its row and is left out. Rows that the caller adds to `done` meanwhile are taken out before the next step."""
+    """(row, token) as they come; one of `ends` ends its row and is left out. Rows that the caller adds to `done` meanwhile are
+    taken out before the next step."""
     if not len(prompts):
         return
     done = set() if done is None else done

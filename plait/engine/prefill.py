@@ -43,9 +43,7 @@ def _groups(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def read_one(
-    model: LanguageModel, prompt: Sequence[int], state: ModelState
-) -> tuple[Float[Tensor, "1 d"], ModelState]:
+def read_one(model: LanguageModel, prompt: Sequence[int], state: ModelState) -> tuple[Float[Tensor, "1 d"], ModelState]:
     """As `prefill`, of one row that goes on from `state`."""
     tokens = torch.tensor([prompt], device=model.device)
     for chunk in tokens.split(CHUNK, 1):

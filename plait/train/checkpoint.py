@@ -13,7 +13,16 @@ from plait.data import Tokenizer
 from plait.design import ModelConfig
 from plait.files import naming, sync_folder
 from plait.model import LanguageModel
-from plait.run_folder import ADAPTER_CONFIG, FACTS, FORMAT, checkpoint_path, checkpoints, checksum, examine, intact_before
+from plait.run_folder import (
+    ADAPTER_CONFIG,
+    FACTS,
+    FORMAT,
+    checkpoint_path,
+    checkpoints,
+    checksum,
+    examine,
+    intact_before,
+)
 from plait.train.config import FIXED, FREE, RunConfig
 from plait.train.inputs import Batches
 from plait.train.optim import Optimizers

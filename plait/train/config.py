@@ -24,8 +24,8 @@ CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "preci
 class DataConfig(Struct, frozen=True, kw_only=True, tag=False):
     """The text and how it is cut.
 
-    source: "stdlib" (Python's own source), a text file, a folder, a glob, "x.jsonl:field", "hf:NAME", ... Of .jsonl records with
-        `messages`, or `prompt` and `completion`, only the answers are learned; each is read whole, up to `length` tokens.
+    source: "stdlib" (Python's own source), a text file, a folder, a glob, "x.jsonl:field", "hf:NAME", ... Of .jsonl records
+        with `messages`, or `prompt` and `completion`, only the answers are learned; each is read whole, up to `length` tokens.
     tokenizer: "bytes", a tokenizer file or folder, or {"bpe": 4096}: one of that many tokens, trained on the source.
     length: tokens in a sequence; documents are packed into sequences and never see each other.
     heldout: share of the documents that is kept for evaluation, in (0, 1).

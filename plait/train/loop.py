@@ -120,10 +120,8 @@ def first_model(run: RunConfig, design: ModelConfig, device: torch.device) -> La
     """The model that step 1 begins with: new weights, or those of `run.start`."""
     if run.start is None:
         return build(design, seed=run.seed, device=device)
-    if run.lora is None:
-        model = load(run.start, device=device, dtype=torch.float32)
-    else:
-        model = adaptable(run.start, run.lora, device)
+    float32 = torch.float32
+    model = load(run.start, device, float32) if run.lora is None else adaptable(run.start, run.lora, device)
     if model.design.hash != design.hash:
         raise ValueError(
             f"start: {run.start} holds {model.design.pattern!r} of hash {model.design.hash}, and the run's design is "
@@ -147,7 +145,9 @@ def introduce(
     device, count = model.device, sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     alone = f", of which {trained:,} are trained" if run.lora is not None else ""
-    display.note(f"{model.design.pattern}: {count:,} parameters{alone}, {run.precision} on {device}; folder {run.folder}")
+    display.note(
+        f"{model.design.pattern}: {count:,} parameters{alone}, {run.precision} on {device}; folder {run.folder}"
+    )
     display.note(inputs.summary)
     if run.precision == "bfloat16" and fast_dtype(device) != torch.bfloat16:
         display.note(f"precision bfloat16 is slow on this {device.type}, which has no instructions for it: use float32")

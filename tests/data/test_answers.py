@@ -92,7 +92,9 @@ def test_a_completion_and_the_end_of_text_are_learned(tokenizer, records):
 
 
 def test_a_template_without_an_end_of_turn_learns_the_end_of_text(tokenizer, records):
-    ours = tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    ours = tokenizer(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     (document,) = documents(records({"messages": TALK}), ours)
     assert document.ids[-1] == ours.eos and document.scored[-1]
     assert ours.ends == (ours.eos,)
@@ -144,9 +146,15 @@ def test_a_file_says_by_its_first_record_whether_it_holds_answers(records, write
         ({"messages": "hi"}, "line 2: 'messages' is str; expected a list"),
         ({"messages": ["hi"]}, "line 2: message 0 is str; expected an object with 'role' and 'content'"),
         ({"messages": TALK[:2]}, "line 2: no message of the role 'assistant' says anything"),
-        ({"messages": [{"role": "asistant", "content": "a"}]}, "line 2: message 0: unknown role 'asistant'.*'assistant'"),
+        (
+            {"messages": [{"role": "asistant", "content": "a"}]},
+            "line 2: message 0: unknown role 'asistant'.*'assistant'",
+        ),
         ({"messages": [{"role": "user", "content": [1]}]}, "line 2: message 0: content is list; expected a string"),
-        ({"prompt": "a b " * 80, "completion": "b"}, "line 2: its answer begins after .* tokens, beyond the 60 of data.length"),
+        (
+            {"prompt": "a b " * 80, "completion": "b"},
+            "line 2: its answer begins after .* tokens, beyond the 60 of data.length",
+        ),
     ],
 )
 def test_what_holds_no_answer_is_refused_with_file_and_line(record, message, tokenizer, records, tmp_path):

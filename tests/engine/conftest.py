@@ -15,7 +15,9 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # as templates of models that think do: what was thought is dropped from all answers but the last
-FORGETTING = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else m.content[:1] }}")
+FORGETTING = CHATML.replace(
+    "{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else m.content[:1] }}"
+)
 
 
 def letters() -> tokenizers.Tokenizer:

@@ -16,7 +16,9 @@ CLOSE = 1e-9  # float64: calls differ in the order of sums alone
 
 
 def build(tokenizer, pattern="DF AF", seed=1, **design):
-    return plait.build(plait.ModelConfig(vocab=tokenizer.vocab, dim=64, pattern=pattern, **design), seed=seed, dtype=torch.float64)
+    return plait.build(
+        plait.ModelConfig(vocab=tokenizer.vocab, dim=64, pattern=pattern, **design), seed=seed, dtype=torch.float64
+    )
 
 
 def templated(chat, messages, answer):
@@ -61,7 +63,11 @@ def test_only_what_the_template_rewrites_is_read_again(chat_tokenizer):
 def test_the_template_and_where_it_ends_are_transformers(chat_tokenizer, tmp_path):
     tokenizer = chat_tokenizer()
     theirs = AutoTokenizer.from_pretrained(tmp_path / "letters")
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes."}, {"role": "user", "content": "so"}]
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes."},
+        {"role": "user", "content": "so"},
+    ]
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.encode(tokenizer.chat_template.render(messages, answer=True), special=True) == ids
     names = [theirs.convert_ids_to_tokens(id) for id in tokenizer.ends]
@@ -117,7 +123,9 @@ def test_what_is_no_chat_is_refused_in_one_line(chat_tokenizer):
     plain = chat_tokenizer(template=None)
     model = build(plain)
     for call in (lambda: Chat(model, plain), lambda: plait.generate(model, plain, "hi", chat=True)):
-        with pytest.raises(DataError, match="has no chat template: put a chat_template.jinja beside its tokenizer.json"):
+        with pytest.raises(
+            DataError, match="has no chat template: put a chat_template.jinja beside its tokenizer.json"
+        ):
             call()
     with pytest.raises(DataError, match="has no chat template"):
         Chat(plait.build(plait.ModelConfig(vocab=257, dim=64, pattern="F")), ByteTokenizer())

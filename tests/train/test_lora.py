@@ -29,7 +29,9 @@ def logits(model):
 @pytest.fixture
 def base(tmp_path):
     """A small model that has learned nothing, with its tokenizer."""
-    model = plait.build(plait.ModelConfig(vocab=257, dim=64, pattern="DF [M|A]:projection F", tie_embeddings=False), seed=5)
+    model = plait.build(
+        plait.ModelConfig(vocab=257, dim=64, pattern="DF [M|A]:projection F", tie_embeddings=False), seed=5
+    )
     plait.save(model, tmp_path / "base", ByteTokenizer())
     return tmp_path / "base"
 
@@ -60,7 +62,9 @@ def tuned(make_run, base, questions, quiet):
     "changes", [{}, {"optimizer": "muon", "accumulate": 3, "precision": "bfloat16", "activation_checkpointing": True}]
 )
 def test_six_steps_are_three_and_three_more(tuned, quiet, interrupt_once, changes):
-    whole = train(tuned(folder="whole", sample_every=3, **changes), sample=lambda *_: f"{torch.rand(1).item()}", console=quiet)
+    whole = train(
+        tuned(folder="whole", sample_every=3, **changes), sample=lambda *_: f"{torch.rand(1).item()}", console=quiet
+    )
     run = tuned(folder="parts", sample_every=3, **changes)
     with pytest.raises(Interrupted, match="step 3"):
         train(run, sample=interrupt_once(), console=quiet)
@@ -124,7 +128,9 @@ def test_only_answers_are_learned_and_measured(tuned, quiet, questions):
     from plait.train.inputs import open_shards
 
     shards = open_shards(tuned().data, tokenizer)
-    held = {bytes(shards.tokens()[a : b - 1].astype("uint8")) for a, b in zip(*shards.documents("heldout"), strict=True)}
+    held = {
+        bytes(shards.tokens()[a : b - 1].astype("uint8")) for a, b in zip(*shards.documents("heldout"), strict=True)
+    }
     for line in questions.read_text().splitlines():
         prompt, completion = json.loads(line).values()
         if f"{prompt}{completion}".encode() in held:
@@ -145,7 +151,9 @@ def test_a_chat_model_stays_one(make_run, quiet, tmp_path):
     inner.save(str(tmp_path / "tokens" / "tokenizer.json"))
     (tmp_path / "tokens" / "chat_template.jinja").write_text(CHATML)
     tokenizer = load_tokenizer(tmp_path / "tokens")
-    plait.save(plait.build(plait.ModelConfig(vocab=tokenizer.vocab, dim=64, pattern="DF")), tmp_path / "base", tokenizer)
+    plait.save(
+        plait.build(plait.ModelConfig(vocab=tokenizer.vocab, dim=64, pattern="DF")), tmp_path / "base", tokenizer
+    )
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes."}]
     (tmp_path / "talks.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 9))
     data = {"source": str(tmp_path / "talks.jsonl"), "length": 64, "cache": str(tmp_path / "cache")}
@@ -153,7 +161,9 @@ def test_a_chat_model_stays_one(make_run, quiet, tmp_path):
     result = train(make_run(steps=60, lr=3e-2, eval_every=0, save_every=0, optimizer="muon", **fields), console=quiet)
     again = load_tokenizer(result.checkpoint)
     assert again.chat_template.text == CHATML and again.ends == tokenizer.ends
-    assert json.loads((result.checkpoint / "generation_config.json").read_text())["eos_token_id"] == list(tokenizer.ends)
+    assert json.loads((result.checkpoint / "generation_config.json").read_text())["eos_token_id"] == list(
+        tokenizer.ends
+    )
     assert plait.generate(plait.load(result.folder), again, "hello", chat=True, max_tokens=20) == "yes."
 
 
@@ -183,7 +193,10 @@ def test_targets_are_names_letters_or_addresses(base, targets, names):
         ({"lora": {"dropout": 1.0}}, "LoRA.dropout must be at least 0 and below 1, got 1.0"),
         ({"lora": {"rank": "x"}}, "lora.rank: expected a whole number, got 'x'"),
         ({"lora": 16}, "lora: expected a mapping, got 16"),
-        ({"lora": {}, "start": None, "design": "AF"}, "lora adds to a model that exists: give its folder, start=FOLDER"),
+        (
+            {"lora": {}, "start": None, "design": "AF"},
+            "lora adds to a model that exists: give its folder, start=FOLDER",
+        ),
     ],
 )
 def test_a_wrong_setting_is_said_in_one_line(tuned, changes, message):
@@ -193,7 +206,9 @@ def test_a_wrong_setting_is_said_in_one_line(tuned, changes, message):
 
 
 def test_what_cannot_begin_is_said_before_it_does(tuned, base, quiet):
-    with pytest.raises(ValueError, match="lora.targets: there is no projection 'down_prj' to adapt; did you mean 'down_proj'"):
+    with pytest.raises(
+        ValueError, match="lora.targets: there is no projection 'down_prj' to adapt; did you mean 'down_proj'"
+    ):
         train(tuned(lora={"targets": ["down_prj"]}), console=quiet)
     train(tuned(), console=quiet)
     with pytest.raises(ValueError, match="belongs to a run with lora LoRA.*give another folder$"):
