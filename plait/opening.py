@@ -35,6 +35,16 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     return read(folder, device, dtype)
 
 
+def folder_design(folder: str | Path) -> ModelConfig:
+    """The design of what `load` would give, without reading weights."""
+    folder = model_folder(folder)
+    if not is_foreign(folder):
+        return ModelConfig.from_dict(read_config(folder)["design"])
+    from plait.hub.checkpoint import folder_design as theirs
+
+    return theirs(folder)
+
+
 def adaptable(start: str | Path, lora: LoRA, device: str | torch.device = "cpu") -> LanguageModel:
     """The model of a folder in float32, with fresh additions."""
     model, place = load(start, device, torch.float32), user_path(start)

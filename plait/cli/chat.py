@@ -48,8 +48,8 @@ def command(
     """
     from plait.data import load_tokenizer
     from plait.engine import Chat, Sampling
-    from plait.opening import load
     from plait.model.device import find_device
+    from plait.opening import load
 
     again, folder = load_imports(imports), trained(run)
     narrowed = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}

@@ -13,7 +13,7 @@ from plait.cli.changes import reach_letters, read_changes
 from plait.cli.command import Outcome, say, shell
 from plait.design import PRESETS, ModelConfig
 from plait.design.imports import asked, load_modules
-from plait.design.load import design_mapping, find_design, override, read_mapping
+from plait.design.load import design_mapping, find_design, is_foreign, override, read_mapping
 from plait.design.lora import LoRA
 from plait.files import user_path
 from plait.train import DataConfig, RunConfig, latest, load_run
@@ -121,7 +121,8 @@ def run_config(arguments: list[str]) -> RunConfig:
     bound = design.get("layers", ()) if isinstance(design, dict) else ()
     changes = reach_letters(changes, bound, "design.")
     run = load_run(file, **changes) if file else RunConfig.from_dict(override({}, changes))
-    resolve_design(run.design or run.start or "", vocab=1)  # a design that cannot be is said before the text is read
+    if run.design is not None or not is_foreign(user_path(run.start or "")):
+        resolve_design(run.design or run.start or "", vocab=1)  # a design that cannot be is said before the text is read
     return run
 
 

@@ -68,7 +68,7 @@ class HuggingFaceTokenizer:
             return None
         tokens = {name: _content(token) for name, token in config.items() if name.endswith("_token")}
         special = {name: token for name, token in tokens.items() if token is not None}
-        return ChatTemplate(text, {"eos_token": self._special.id_to_token(self.eos)} | special)
+        return ChatTemplate(text, {"eos_token": str(self._special.id_to_token(self.eos))} | special)
 
     @property
     def byte_lengths(self) -> NDArray[np.int32]:

@@ -59,7 +59,9 @@ class LanguageModel(nn.Module):
         self.origin: dict[str, Any] | None = (
             None  # of a model read from another library's folder; see `plait.hub.checkpoint`
         )
-        self.lora: LoRA | None = None  # what its projections have been given, and the weights below; see `plait.model.lora`
+        self.lora: LoRA | None = (
+            None  # what its projections have been given, and the weights below; see `plait.model.lora`
+        )
         self.base: tuple[str, str] | None = None
         self.max_positions = self.limit(design)
 

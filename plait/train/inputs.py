@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from plait.data import Loader, Shards, Tokenizer, answers_in, cached_bpe, load_tokenizer, prepare, prepare_answers
 from plait.design import ModelConfig
 from plait.model import Objective, model_folder
+from plait.opening import folder_design
 from plait.train.config import DataConfig, RunConfig, resolve_design
 from plait.train.heldout import HeldOut, heldout_loss, mean_loss
 from plait.train.ranks import Ranks
@@ -103,7 +104,7 @@ def spec(run: RunConfig) -> Any:
     """What says the run's design: itself, or the model that it starts from."""
     if run.design is None and run.start is None:
         raise ValueError("run: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping")
-    return run.start if run.design is None else run.design
+    return folder_design(run.start).to_dict() if run.design is None else run.design
 
 
 def names_tokenizer(run: RunConfig) -> bool:

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import plait
 import plait.hub  # noqa: F401 (registers the classes)
@@ -99,6 +99,21 @@ def test_a_run_is_its_base_and_additions_wherever_it_is_loaded(tuned, base, quie
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     on_top = train(tuned(folder="top", start=str(result.folder), steps=1), console=quiet)
     assert on_top.model.base[0] == str(result.checkpoint.resolve())
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_model_of_transformers_is_tuned_and_goes_back(tuned, quiet, tmp_path, lora):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=257, num_hidden_layers=2, eos_token_id=256, bos_token_id=None, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    ByteTokenizer().save(tmp_path / "llama")
+    result = train(tuned(start=str(tmp_path / "llama"), lora=lora), console=quiet)
+    for name, model in {"result": result.model, "loaded": plait.load(result.folder)}.items():
+        assert plait.export(model, tmp_path / name) == "llama"
+        theirs = LlamaForCausalLM.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(logits(theirs), logits(result.model), rtol=0, atol=MERGED)
+    assert (logits(result.model) - logits(plait.load(tmp_path / "llama"))).abs().max() > 0.05
 
 
 def test_another_base_is_refused(tuned, base, quiet, tmp_path):
