@@ -122,7 +122,9 @@ def run_config(arguments: list[str]) -> RunConfig:
     changes = reach_letters(changes, bound, "design.")
     run = load_run(file, **changes) if file else RunConfig.from_dict(override({}, changes))
     if run.design is not None or not is_foreign(user_path(run.start or "")):
-        resolve_design(run.design or run.start or "", vocab=1)  # a design that cannot be is said before the text is read
+        resolve_design(
+            run.design or run.start or "", vocab=1
+        )  # a design that cannot be is said before the text is read
     return run
 
 

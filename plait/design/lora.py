@@ -29,7 +29,7 @@ class LoRA(Struct, frozen=True, kw_only=True, tag=False):
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
-    targets: list[str] = []
+    targets: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -196,7 +196,7 @@ BRANCHES = ["slots.2.mixer.branches.0.layers.0.", "slots.2.mixer.branches.1.laye
 )
 def test_targets_are_names_letters_or_addresses(base, targets, names):
     design = plait.load(base).design
-    assert adapted_modules(design, LoRA(targets=targets)) == names
+    assert adapted_modules(design, LoRA(targets=tuple(targets))) == names
     assert adapted_modules(design, LoRA()) == plait.hub.lora_targets(design)
 
 
