@@ -6,7 +6,8 @@ How a page is written, so that this can hold it to its word:
   in one folder and, for Python, one namespace, as a reader would paste them.
 - YAML is a run or a design; a first line `# NAME.yaml` also writes it to that file.
 - `sh` lines begin with plait, python, make or pip. `plait` lines run here; `plait train` with QUICK added, and what works
-  for minutes or asks (SLOW) with --help; a run that starts from a model keeps its length. Of `python FILE` the file and its options must exist, of `make TARGET` the target.
+  for minutes or asks (SLOW) with --help; a run that starts from a model keeps its length. Of `python FILE` the file and its
+  options must exist, of `make TARGET` the target.
 - `stdlib` is a small folder here, and `book.txt` a short book.
 """
 
