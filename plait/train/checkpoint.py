@@ -13,6 +13,7 @@ from plait.data import Tokenizer
 from plait.design import ModelConfig
 from plait.files import naming, sync_folder
 from plait.model import LanguageModel
+from plait.model.adapter_files import base_name
 from plait.run_folder import (
     ADAPTER_CONFIG,
     FACTS,
@@ -133,7 +134,11 @@ class Checkpoint:
             )
 
     def load_model(self, run: RunConfig, device: torch.device) -> LanguageModel:
-        return self.payload.load_model(self.path, device, None if run.lora is None else run.start)
+        """To be trained further; additions to the weights of `run.start`, or where those lay, seen from elsewhere."""
+        if run.lora is None or run.start is None:
+            return self.payload.load_model(self.path, device, None)
+        base = run.start if Path(run.start).exists() else base_name(self.path)
+        return self.payload.load_model(self.path, device, base)
 
     def restore(self, optimizers: Optimizers, loader: Batches) -> None:
         """Put optimizers, loader and random number generators where they were."""

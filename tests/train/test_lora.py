@@ -14,7 +14,7 @@ import plait.hub  # noqa: F401 (registers the classes)
 from plait.data import ByteTokenizer, load_tokenizer
 from plait.design.lora import LoRA, adapted_modules
 from plait.model.lora import additions
-from plait.train import Interrupted, RunConfig, train
+from plait.train import Interrupted, RunConfig, load_run, train
 from tests.engine.conftest import CHATML, letters
 
 TOKENS = torch.arange(40)[None] % 256
@@ -58,9 +58,7 @@ def tuned(make_run, base, questions, quiet):
     return make
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"optimizer": "muon", "accumulate": 3, "precision": "bfloat16", "activation_checkpointing": True}]
-)
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "accumulate": 3, "activation_checkpointing": True}])
 def test_six_steps_are_three_and_three_more(tuned, quiet, interrupt_once, changes):
     whole = train(
         tuned(folder="whole", sample_every=3, **changes), sample=lambda *_: f"{torch.rand(1).item()}", console=quiet
@@ -229,3 +227,13 @@ def test_what_cannot_begin_is_said_before_it_does(tuned, base, quiet):
     with pytest.raises(ValueError, match="belongs to a run with lora LoRA.*give another folder$"):
         train(tuned(lora={"rank": 4}, resume=True), console=quiet)
     assert RunConfig.from_dict(tuned().to_dict()) == tuned()
+
+
+def test_a_run_goes_on_from_another_folder(tuned, base, quiet, tmp_path, monkeypatch):
+    """Its weights below are named as they were given, and where that leads nowhere, by where they lay."""
+    monkeypatch.chdir(base.parent)
+    run = tuned(start=base.name, steps=2)
+    train(run, console=quiet)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train(load_run(run.folder, steps=3, resume=True), console=quiet).done == 1
