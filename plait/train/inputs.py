@@ -104,7 +104,10 @@ def spec(run: RunConfig) -> Any:
     """What says the run's design: itself, or the model that it starts from."""
     if run.design is None and run.start is None:
         raise ValueError("run: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping")
-    return folder_design(run.start).to_dict() if run.design is None else run.design
+    if run.design is not None:
+        return run.design
+    assert run.start is not None
+    return folder_design(run.start).to_dict()
 
 
 def names_tokenizer(run: RunConfig) -> bool:
