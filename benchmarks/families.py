@@ -2,8 +2,9 @@
 
     python benchmarks/families.py [--only falcon_h1,bamba] [--out benchmarks/results/families.json]
 
-Random weights, about 4 to 12 million parameters, float32, on the CPU. Training: forward and backward of 2 x 512 tokens. Decoding:
-one row, a token at a time after 64 others, greedy, under torch.no_grad. Ratios are transformers' time over ours, medians of turns.
+Random weights, about 4 to 12 million parameters, float32, on the CPU. Training: forward and backward of 2 x 512 tokens.
+Decoding: one row, a token at a time after 64 others, greedy, under torch.no_grad. Ratios are transformers' time over ours,
+medians of turns.
 """
 
 import argparse

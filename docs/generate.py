@@ -12,6 +12,7 @@ from plait.design.ends import FRONT_KINDS, HEAD_KINDS
 from plait.design.layers import KINDS, LETTERS
 from plait.design.layers.recurrent import NonlinearRecurrence
 from plait.design.layers.rope import SCALINGS
+from plait.design.lora import LoRA
 from plait.design.merges import MERGE_KINDS
 from plait.design.norms import NORM_KINDS
 from plait.design.summary import si
@@ -26,6 +27,8 @@ FUNCTIONS = (
     "plait.load_tokenizer",
     "plait.generate",
     "plait.engine.stream",
+    "plait.engine.Chat",
+    "plait.engine.Chat.say",
     "plait.LanguageModel.forward",
     "plait.LanguageModel.features",
     "plait.LanguageModel.run",
@@ -113,7 +116,14 @@ def main() -> None:
     lines += [
         f"| `{name}` | {si(parameters(load_design(name)))} | `{json.dumps(data)}` |" for name, data in PRESETS.items()
     ]
-    lines += ["", "## Runs", "", *describe("run.yaml", RunConfig), *describe("data", DataConfig)]
+    lines += [
+        "",
+        "## Runs",
+        "",
+        *describe("run.yaml", RunConfig),
+        *describe("data", DataConfig),
+        *describe("lora", LoRA),
+    ]
     lines += ["## Functions", ""]
     for name in FUNCTIONS:
         lines += describe_call(name)

@@ -5,21 +5,68 @@ from pathlib import Path
 import torch
 
 from plait.design.load import is_foreign
-from plait.model.files import model_folder, read_model
+from plait.design.lora import LoRA
+from plait.design.model import ModelConfig
+from plait.files import user_path
+from plait.model.adapter_files import base_name, read_additions, read_lora
+from plait.model.build import to_dtype
+from plait.model.files import BASE_HASH, carried_files, model_folder, read_config, read_model, stored
 from plait.model.language_model import LanguageModel
-from plait.run_folder import check_model
+from plait.model.lora import Base, adapt, merge, weights_hash
+from plait.run_folder import ADAPTER_CONFIG, check_model
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
     """Read a saved model, the newest checkpoint of a training run's folder, or a folder of transformers whose family
     `plait.hub.families` has.
 
-    Every tensor has the dtype that it has in the file, unless `dtype` says otherwise. Raises ValueError naming what is wrong,
-    and the newest whole checkpoint where this one is damaged.
+    Every tensor has the dtype that it has in the file, unless `dtype` says otherwise. Additions (LoRA) are merged, in float32,
+    into the weights that they were trained on. Raises ValueError naming what is wrong, and the newest whole checkpoint where
+    this one is damaged.
     """
     folder = check_model(model_folder(folder))
+    if (folder / ADAPTER_CONFIG).is_file():
+        model = merge(read_adapted(folder, base_name(folder), device))
+        return model if dtype is None else to_dtype(model, dtype)
     if not is_foreign(folder):
         return read_model(folder, device, dtype)
     from plait.hub.checkpoint import read  # transformers takes a second to import
 
     return read(folder, device, dtype)
+
+
+def folder_design(folder: str | Path) -> ModelConfig:
+    """The design of what `load` would give, without reading weights."""
+    folder = model_folder(folder)
+    if not is_foreign(folder):
+        return ModelConfig.from_dict(read_config(folder)["design"])
+    from plait.hub.checkpoint import folder_design as theirs
+
+    return theirs(folder)
+
+
+def adaptable(start: str | Path, lora: LoRA, device: str | torch.device = "cpu") -> LanguageModel:
+    """The model of a folder in float32, with fresh additions."""
+    model, place = load(start, device, torch.float32), user_path(start)
+    name = str(model_folder(place).resolve()) if place.exists() else str(start)
+    return adapt(model, lora, Base(name, weights_hash(stored(model))))
+
+
+def read_adapted(folder: Path, base: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
+    """The model below, loaded from `base` in float32, with the additions that `folder` holds. Raises ValueError where `base`
+    does not hold the weights that they were trained on."""
+    config = read_config(folder)
+    try:
+        model = adaptable(base, read_lora(folder), device)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{base}: not there, and {folder} holds additions to it alone; put it back, or say in {ADAPTER_CONFIG} where it is"
+        ) from None
+    assert model.base is not None
+    if model.design.hash != ModelConfig.from_dict(config["design"]).hash or model.base[1] != config.get(BASE_HASH):
+        raise ValueError(
+            f"{base}: not the weights that the additions in {folder} were trained on, or they have changed since"
+        )
+    read_additions(model, folder)
+    model.tokenizer_files = carried_files(folder)
+    return model

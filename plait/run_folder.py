@@ -3,7 +3,8 @@
     run.yaml                    the resolved config
     tokenizer/                  its files
     metrics.jsonl               one JSON object a step or evaluation
-    checkpoints/step-000020/    the model as `plait.save` writes it, training.safetensors, training.json
+    checkpoints/step-000020/    the model as `plait.save` writes it, or its additions as PEFT does; training.safetensors,
+                                training.json
 
 A checkpoint is written under a name that begins with a dot and renamed when it is on disk, so what has such a name is
 whole, and the newest is found by looking.
@@ -24,7 +25,8 @@ NAME = re.compile(r"step-(\d{6,})")
 FORMAT = 1
 TENSORS, FACTS = "training.safetensors", "training.json"
 EDITABLE = "generation_config.json"  # settings for transformers, which a person may change
-NOT_THE_MODELS = (TENSORS, EDITABLE)
+ADAPTER_CONFIG = "adapter_config.json"  # of a run that trains additions: says where the weights below them lie
+NOT_THE_MODELS = (TENSORS, EDITABLE, ADAPTER_CONFIG)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

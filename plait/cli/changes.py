@@ -1,7 +1,7 @@
 """Trailing `key=value` arguments as data."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -19,7 +19,7 @@ def read_changes(arguments: Iterable[str], config: type, inside: dict[str, type]
     inside: the configs that fields hold as plain data. Raises ValueError for what is no key=value, and for a key given twice.
     """
     changes: dict[str, Any] = {}
-    for argument in arguments:
+    for argument in whole(arguments):
         key, equals, value = argument.partition("=")
         if not equals or not KEY.fullmatch(key):
             raise ValueError(f"{argument!r}: expected key=value, such as dim=768 or layers.A.heads=4")
@@ -27,6 +27,18 @@ def read_changes(arguments: Iterable[str], config: type, inside: dict[str, type]
             raise ValueError(f"{argument!r}: {key} is given twice")
         changes[key] = read_value(key, value, type_of(key.split("."), config, inside or {}))
     return changes
+
+
+def whole(arguments: Iterable[str]) -> Iterator[str]:
+    """The arguments, those that a shell has cut at spaces inside brackets put together again: `lora={rank: 16}`."""
+    held: list[str] = []
+    for argument in arguments:
+        held.append(argument)
+        value = " ".join(held).partition("=")[2]
+        if value[:1] not in ("{", "[") or all(value.count(a) <= value.count(b) for a, b in ("{}", "[]")):
+            yield " ".join(held)
+            held = []
+    yield from held  # never closed: each for itself
 
 
 def read_value(key: str, text: str, kind: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.cli.command import Outcome, say, shell
+from plait.cli.options import Device, Run
 from plait.cli.trained import Imports, load_imports, trained
 from plait.design.spelling import suggest
 from plait.train import RunConfig, load_run
@@ -24,7 +25,7 @@ MEASURES = ("ppl",)
 
 def command(
     screen: "Console",
-    run: Annotated[str, typer.Argument(help="A run's folder or file, a checkpoint, or a saved model's folder.")],
+    run: Run,
     measures: Annotated[
         list[str] | None, typer.Argument(metavar="[MEASURE]...", help="ppl: perplexity and bits per byte.")
     ] = None,
@@ -35,7 +36,7 @@ def command(
         int | None, typer.Option(help="Tokens of context at most. [default: as in training, where that is known]")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    device: Device = "auto",
     imports: Imports = None,
 ) -> Outcome:
     """Measure a trained model on text that it was not trained on."""
@@ -121,12 +122,12 @@ def on_heldout(
     model: "LanguageModel", tokenizer: "Tokenizer", run: RunConfig, context: int, tokens: int | None
 ) -> "Perplexity":
     """Over the documents that the run kept apart: with the run's own context and `eval_tokens`, the number training gave."""
-    from plait.data import prepare
     from plait.evaluate.perplexity import Perplexity, checked
     from plait.model import NextToken
     from plait.train import heldout_loss
+    from plait.train.inputs import open_shards
 
-    shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout)
+    shards = open_shards(run.data, tokenizer, length=context)
     how = {"batch": run.batch, "length": context, "tokens": tokens}
     heldout = heldout_loss(NextToken(model), shards, **how, precision=run.precision)
     return checked(model, Perplexity.of(heldout))

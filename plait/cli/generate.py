@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plait.cli.command import Outcome, shell
+from plait.cli.options import Device, MinP, RepetitionPenalty, Run, Seed, Stop, Temperature, TopK, TopP
 from plait.cli.trained import Imports, load_imports, trained
 
 if TYPE_CHECKING:
@@ -15,19 +16,20 @@ if TYPE_CHECKING:
 
 def command(
     screen: "Console",
-    run: Annotated[str, typer.Argument(help="A run's folder or file, a checkpoint, or a saved model's folder.")],
+    run: Run,
     prompt: Annotated[str, typer.Argument(help='What to continue; "-" reads standard input.')],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a question, put into the model's chat template.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample among the fewest tokens of this total probability.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(help="Sample among tokens this likely beside the likeliest.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: make tokens that occurred less likely.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal samples.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = None,
+    device: Device = "auto",
     imports: Imports = None,
 ) -> Outcome:
     """Continue a prompt with a trained model, printed as it comes."""
@@ -54,9 +56,11 @@ def command(
         repetition_penalty=repetition_penalty,
         stop=stop or (),
         seed=seed,
+        chat=chat,
     ):
         print(piece, end="", flush=True, file=screen.file)
         pieces.append(piece)
     print(file=screen.file)
     data = {"model": str(folder), "prompt": text, "text": "".join(pieces), "seconds": time.perf_counter() - started}
-    return Outcome(data, next=[shell("plait", "eval", run, "ppl", *again)])
+    following = shell("plait", "chat", run, *again) if chat else shell("plait", "eval", run, "ppl", *again)
+    return Outcome(data, next=[following])

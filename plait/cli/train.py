@@ -13,7 +13,8 @@ from plait.cli.changes import reach_letters, read_changes
 from plait.cli.command import Outcome, say, shell
 from plait.design import PRESETS, ModelConfig
 from plait.design.imports import asked, load_modules
-from plait.design.load import design_mapping, find_design, override, read_mapping
+from plait.design.load import design_mapping, find_design, is_foreign, override, read_mapping
+from plait.design.lora import LoRA
 from plait.files import user_path
 from plait.train import DataConfig, RunConfig, latest, load_run
 from plait.train.config import resolve_design
@@ -32,6 +33,7 @@ def command(
         ),
     ] = None,
 ) -> Outcome:
+    from plait.data import answers_in
     from plait.engine import generate
     from plait.train import train
 
@@ -42,8 +44,11 @@ def command(
             f"design {run.design}: its design is used, its weights are not; to go on from those: start={weights}",
         )
 
+    talks = answers_in(run.data.source) == "messages"
+
     def sample(model: Any, tokenizer: Any, prompt: str) -> str:
-        return prompt + generate(model, tokenizer, prompt, max_tokens=48, temperature=0.8, seed=0)
+        text = generate(model, tokenizer, prompt, max_tokens=48, temperature=0.8, seed=0, chat=talks)
+        return f"{prompt} -> {text}" if talks else prompt + text
 
     result = train(run, sample=sample, console=screen)
     data = {
@@ -57,7 +62,8 @@ def command(
         "bits_per_byte": result.heldout.bits_per_byte,
     }
     folder = str(result.folder)
-    after = [shell("plait", "generate", folder, run.sample_prompt), shell("plait", "eval", folder, "ppl")]
+    first = shell("plait", "chat", folder) if talks else shell("plait", "generate", folder, run.sample_prompt)
+    after = [first, shell("plait", "eval", folder, "ppl")]
     if result.done == 0:
         say(screen, f"nothing to do: all {result.step:,} steps of {folder} are done; more with steps=N resume=true")
         return Outcome(data, next=after)
@@ -74,7 +80,7 @@ def with_weights(design: Any) -> Path | None:
 def keys() -> str:
     """What a run file may say, from where it is declared."""
     paragraphs = []
-    for name, config in (("", RunConfig), ("data.", DataConfig)):
+    for name, config in (("", RunConfig), ("data.", DataConfig), ("lora.", LoRA)):
         fields = [field for field in msgspec.structs.fields(config) if field.name not in ("design", "data")]
         defaults = (
             f"{name}{field.name}="
@@ -107,14 +113,18 @@ def run_config(arguments: list[str]) -> RunConfig:
         check_run(file)
     changes = read_changes(arguments[1:] if file else arguments, RunConfig, {"design": ModelConfig})
     load_modules(asked(changes))
-    design = changes.get("design") or (load_run(file).design if file else None)
+    begun = {key: changes[key] for key in ("start",) if key in changes}  # without which a file may be no run yet
+    design = changes.get("design") or (load_run(file, **begun).design if file else None)
     if isinstance(design, str) and any(key.startswith("design.") for key in changes):
         design = changes["design"] = design_mapping(design)
     load_modules(asked(design) if isinstance(design, dict) else [])
     bound = design.get("layers", ()) if isinstance(design, dict) else ()
     changes = reach_letters(changes, bound, "design.")
     run = load_run(file, **changes) if file else RunConfig.from_dict(override({}, changes))
-    resolve_design(run.design or run.start or "", vocab=1)  # a design that cannot be is said before the text is read
+    if run.design is not None or not is_foreign(user_path(run.start or "")):
+        resolve_design(
+            run.design or run.start or "", vocab=1
+        )  # a design that cannot be is said before the text is read
     return run
 
 

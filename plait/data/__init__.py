@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plait.data.answer_writer import prepare_answers as prepare_answers
+    from plait.data.answers import answers_in as answers_in
     from plait.data.corpus import Document as Document
     from plait.data.corpus import Source as Source
     from plait.data.corpus import open_source as open_source
@@ -36,10 +38,12 @@ _LAZY = {
     "Source": "corpus",
     "TextStream": "tokenizer",
     "Tokenizer": "tokenizer",
+    "answers_in": "answers",
     "cached_bpe": "tokenizer_files",
     "load_tokenizer": "tokenizer_files",
     "open_source": "corpus",
     "prepare": "writer",
+    "prepare_answers": "answer_writer",
     "texts": "corpus",
     "train_bpe": "tokenizer_hf",
 }

@@ -4,6 +4,9 @@ Documents are cut into pieces of at most `length` tokens. The pieces, in a seede
 and a batch is the next `batch * length` of it; a piece that a batch's end cuts goes on in the next batch, starting
 fresh. A target is the next token of the document, also across such cuts, so every token but a document's first is a
 target once.
+
+Records with answers (`Shards.scored`) are never cut so: each is one piece, of at most `length` tokens, a batch is `batch`
+sequences that whole pieces are put into as far as they fit, and what is no answer is no target.
 """
 
 from collections.abc import Iterator
@@ -92,7 +95,10 @@ class Loader:
         self.batch, self.length, self.seed, self.order, self.epochs = batch, length, seed, order, epochs
         self.shards, self.split = shards, split
         self._starts, self._ends = shards.documents(split)
+        self._scored = shards.scored(scattered=order == "shuffled")
         pieces = (self._ends - self._starts + length - 1) // length
+        if self._scored is not None:
+            pieces = np.ones_like(pieces)
         self._first_piece = np.concatenate(([0], np.cumsum(pieces)))
         self._tokens = shards.tokens(scattered=order == "shuffled")
         self._token_bytes = shards.token_bytes()
@@ -116,11 +122,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        spans, place = self._spans(self.batch * self.length)
-        size = sum(taken for _, taken, _ in spans)
-        if size < self.ranks:  # nothing, or the last few tokens of all
-            raise StopIteration
-        spans = list(_within(spans, size * self.rank // self.ranks, size * (self.rank + 1) // self.ranks))
+        spans, place = self._own_spans() if self._scored is None else self._own_sequences()
         cuts = [0, *accumulate(taken for _, taken, _ in spans)]
         inputs = np.empty(cuts[-1], dtype=np.int64)
         targets = np.empty(cuts[-1], dtype=np.int64)
@@ -132,6 +134,10 @@ class Loader:
             else:
                 targets[filled : filled + taken - 1] = following[1:taken]
                 targets[filled + taken - 1] = NO_TARGET
+            if self._scored is not None:
+                here = targets[filled : filled + taken]
+                learned = self._scored[start + 1 : start + taken + 1]
+                here[: len(learned)][learned == 0] = NO_TARGET
         # Only now, so that an interrupt above leaves the loader where the last whole batch left it.
         self._epoch, self._position, self._offset = place
         return Batch(
@@ -140,6 +146,42 @@ class Loader:
             cu_seqlens=torch.tensor(cuts, dtype=torch.int32),
             bytes=int(self._token_bytes[targets[targets != NO_TARGET]].sum()),
         )
+
+    def _own_spans(self) -> tuple[list[Span], tuple[int, int, int]]:
+        """This rank's stretch of the next batch, and the place after the whole of it."""
+        spans, place = self._spans(self.batch * self.length)
+        size = sum(taken for _, taken, _ in spans)
+        if size < self.ranks:  # nothing, or the last few tokens of all
+            raise StopIteration
+        return list(_within(spans, size * self.rank // self.ranks, size * (self.rank + 1) // self.ranks)), place
+
+    def _own_sequences(self) -> tuple[list[Span], tuple[int, int, int]]:
+        """The whole records in this rank's sequences of the next batch, and the place after all of them."""
+        sequences, place = self._sequences()
+        if len(sequences) < self.ranks:
+            raise StopIteration
+        first, last = (len(sequences) * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        return [span for sequence in sequences[first:last] for span in sequence], place
+
+    def _sequences(self) -> tuple[list[list[Span]], tuple[int, int, int]]:
+        """Records in order, put into `batch` sequences of at most `length` tokens each; fewer at the end of the last epoch."""
+        sequences, room = list[list[Span]](), 0
+        epoch, position = self._epoch, self._position
+        while True:
+            if position == self.pieces:
+                if self.epochs is not None and epoch + 1 >= self.epochs:
+                    break
+                epoch, position = epoch + 1, 0
+            start, end, document_end = self._piece(epoch, position)
+            if end - start > room:
+                if len(sequences) == self.batch:
+                    break
+                sequences.append([])
+                room = self.length
+            sequences[-1].append((start, end - start, document_end))
+            room -= end - start
+            position += 1
+        return sequences, (epoch, position, 0)
 
     def _spans(self, size: int) -> tuple[list[Span], tuple[int, int, int]]:
         """What the next `size` tokens are, fewer at the end of the last epoch, and the place after them."""

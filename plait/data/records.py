@@ -18,26 +18,37 @@ _JSON = json.JSONDecoder(parse_int=lambda digits: 0)
 
 def jsonl_texts(path: Path, field: str) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of every record; blank lines and byte order marks are passed over."""
+    for number, record in jsonl_records(path, f"field {field!r}", _JSON):
+        yield number, _field(record, field, f"{path}, line {number}")
+
+
+def jsonl_records(
+    path: Path,
+    holds: str,
+    decoder: json.JSONDecoder = json.JSONDecoder(),  # noqa: B008 (it keeps nothing)
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line that is not blank; `holds`: what errors say that an object should have."""
     with path.open("rb") as file:
         _refuse_other_files(file.peek(BLOCK), path)
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(codecs.BOM_UTF8)
-            if not line or line.isspace():
-                continue
-            yield number, _field(_record(line, field, f"{path}, line {number}"), field, f"{path}, line {number}")
+            if line and not line.isspace():
+                yield number, _record(line, holds, f"{path}, line {number}", decoder)
 
 
-def _record(line: bytes, field: str, where: str) -> dict[str, Any]:
+def _record(line: bytes, holds: str, where: str, decoder: json.JSONDecoder) -> dict[str, Any]:
     try:
-        record = _JSON.decode(line.decode("utf-8"))
+        record = decoder.decode(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise NotText(f"{where}: not UTF-8; expected one JSON object a line") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg}); expected one JSON object a line") from None
     except RecursionError:
-        raise DataError(f"{where}: nested too deeply to be read; expected a JSON object with field {field!r}") from None
+        raise DataError(f"{where}: nested too deeply to be read; expected a JSON object with {holds}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{where}: JSON that cannot be read ({first_line(error)})") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: {type(record).__name__} found; expected a JSON object with field {field!r}")
+        raise DataError(f"{where}: {type(record).__name__} found; expected a JSON object with {holds}")
     return record
 
 

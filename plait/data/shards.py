@@ -8,6 +8,7 @@ One folder per (source, tokenizer, held-out share, seed), named by the hash of t
 | `offsets.bin` | int64 (documents + 1): where each document starts in `tokens.bin` |
 | `split.bin` | uint8 (documents): 0 train, 1 held out |
 | `token_bytes.bin` | int32 (vocab): bytes of text per id |
+| `scored.bin` | of records with answers, uint8 (tokens): 1 for what is learned; their documents have no end-of-text id added |
 | `meta.json` | the rest; no clock and no machine in it, so equal inputs give equal bytes |
 """
 
@@ -30,7 +31,8 @@ Split = Literal["train", "heldout"]
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What meta.json says. `passed_over` counts files that were not UTF-8 text and documents that were empty."""
+    """What meta.json says. `passed_over` counts files that were not UTF-8 text and documents that were empty; `answers`:
+    documents are records with answers, of which alone is learned, and `cut` of them lost a part to the length."""
 
     format: int
     key: str
@@ -47,6 +49,8 @@ class Meta:
     seed: int
     tail_held_out: bool
     passed_over: dict[str, int]
+    answers: bool = False
+    cut: int = 0
 
 
 class Shards:
@@ -69,6 +73,7 @@ class Shards:
             "offsets.bin": (entries + 1) * 8,
             "split.bin": entries,
             "token_bytes.bin": meta.vocab * 4,
+            **({"scored.bin": meta.tokens} if meta.answers else {}),
         }
 
     @property
@@ -85,12 +90,19 @@ class Shards:
 
     def tokens(self, scattered: bool = False) -> NDArray[Any]:
         """All ids, mapped and read-only: only what is indexed is read. `scattered`: without reading ahead of it."""
-        with (self.folder / "tokens.bin").open("rb") as file:
+        return self._mapped("tokens.bin", self.meta.dtype, scattered)
+
+    def scored(self, scattered: bool = False) -> NDArray[np.uint8] | None:
+        """1 for each of `tokens()` that is learned, mapped as they are; None: all are."""
+        return self._mapped("scored.bin", "uint8", scattered) if self.meta.answers else None
+
+    def _mapped(self, name: str, dtype: str, scattered: bool) -> NDArray[Any]:
+        with (self.folder / name).open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if scattered and hasattr(mmap, "MADV_RANDOM"):
             # Linux reads megabytes around each page of a map: shuffled pieces would read the corpus many times over.
             mapped.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(mapped, dtype=self.meta.dtype)
+        return np.frombuffer(mapped, dtype=dtype)
 
     def documents(self, split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(starts, ends) in `tokens()` of the split's documents, in corpus order; an end is past the end-of-text id."""

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from plait.data.chat_template import ChatTemplate
 from plait.data.errors import DataError
 from plait.data.text import no_text
 from plait.files import user_path, write_text
@@ -45,6 +46,15 @@ class Tokenizer(Protocol):
 
     @property
     def eos(self) -> int: ...
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids at which an answer in a chat ends: `eos`, those of a generation_config.json beside the tokenizer, and what its
+        chat template writes after an answer."""
+        ...
+
+    @property
+    def chat_template(self) -> ChatTemplate | None: ...
 
     @property
     def hash(self) -> str:
@@ -83,6 +93,8 @@ class ByteTokenizer:
     name = "bytes"
     vocab = 257
     eos = 256
+    ends = (256,)
+    chat_template = None
     hash = hashlib.sha256(b"plait bytes 257").hexdigest()
 
     @property

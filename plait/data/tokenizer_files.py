@@ -7,14 +7,15 @@ from typing import Any
 import tokenizers
 
 from plait.data.cache import cached
+from plait.data.chat_template import TEMPLATE
 from plait.data.corpus import Source, open_source, texts
 from plait.data.errors import DataError, NotFound, first_line, nearest
 from plait.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
-from plait.data.tokenizer_hf import HuggingFaceTokenizer, PythonTokenizer, bpe_size, train_bpe
+from plait.data.tokenizer_hf import ENDS, HuggingFaceTokenizer, PythonTokenizer, bpe_size, train_bpe
 from plait.files import read_text, user_path
 
-# Files saved with a tokenizer.json that say what it means in a chat; kept as they are.
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Files saved with a tokenizer.json that say what it means in a chat, and where an answer ends; kept as they are.
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", TEMPLATE, ENDS)
 # One of these makes a folder a tokenizer's where there is no tokenizer.json.
 OLDER_FILES = ("tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
@@ -91,7 +92,9 @@ def _from_transformers(folder: Path) -> Tokenizer:
 
 
 def _companions(folder: Path) -> dict[str, str]:
-    return {name: _text(folder / name) for name in COMPANIONS if (folder / name).is_file()}
+    texts = {name: _text(folder / name) for name in COMPANIONS if (folder / name).is_file()}
+    _json_object(folder / ENDS, texts.get(ENDS, "{}"))
+    return texts
 
 
 def _end_of_text(inner: tokenizers.Tokenizer, path: Path, config: dict[str, Any], companions: dict[str, str]) -> int:

@@ -15,11 +15,13 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from plait.data.chat_template import TEMPLATE, ChatTemplate, turn_end
 from plait.data.errors import DataError, whole_number
 from plait.data.text import is_text, no_text, whole_characters
 from plait.data.tokenizer import END_OF_TEXT, PiecewiseStream, TextStream, Tokenizer
 from plait.files import user_path, write_atomic, write_text
 
+ENDS = "generation_config.json"
 LARGEST = 1 << 20  # ids of a BPE made here: the library takes memory for all of them before it reads a word
 
 RUN = re.compile(r"\S{1024}|\s{1024}")  # learning from a word takes the square of its length: no longer ones are given
@@ -42,10 +44,31 @@ class HuggingFaceTokenizer:
         self._plain.encode_special_tokens = True  # the library's word for: as ordinary text
         self._companions = companions
         self._byte_lengths: NDArray[np.int32] | None = None
+        self._ends: tuple[int, ...] | None = None
         self.name = name
         self.eos = eos
         self.vocab = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.hash = hashlib.sha256(f"{eos}:{self._json}".encode()).hexdigest()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        if self._ends is None:
+            said = self._config(ENDS).get("eos_token_id")
+            listed = [
+                id for id in (said if isinstance(said, list) else [said]) if isinstance(id, int) and id < self.vocab
+            ]
+            self._ends = tuple(dict.fromkeys([self.eos, *listed, *_known_id(turn_end(self))]))
+        return self._ends
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        config = self._config("special_tokens_map.json") | self._config("tokenizer_config.json")
+        text = _default(self._companions.get(TEMPLATE) or config.get("chat_template"))
+        if text is None:
+            return None
+        tokens = {name: _content(token) for name, token in config.items() if name.endswith("_token")}
+        special = {name: token for name, token in tokens.items() if token is not None}
+        return ChatTemplate(text, {"eos_token": str(self._special.id_to_token(self.eos))} | special)
 
     @property
     def byte_lengths(self) -> NDArray[np.int32]:
@@ -86,7 +109,7 @@ class HuggingFaceTokenizer:
     def save(self, folder: str | Path) -> None:
         folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        template = self._companions.get("chat_template.jinja", "")
+        template = self._companions.get(TEMPLATE, "")
         special = self._config("special_tokens_map.json")
         config = _saved_config(self._special, self.eos, template, special | self._config("tokenizer_config.json"))
         files = {
@@ -116,6 +139,15 @@ class PythonTokenizer:
         self.vocab = max(self._vocab.values()) + 1
         identity = [type(inner).__name__, self.eos, sorted(self._vocab.items())]
         self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys([self.eos, *_known_id(turn_end(self))]))
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        text = _default(self._inner.chat_template)
+        return None if text is None else ChatTemplate(text, self._inner.special_tokens_map)
 
     @property
     def byte_lengths(self) -> NDArray[np.int32]:
@@ -189,8 +221,25 @@ def _saved_config(
 
 
 def _known(inner: tokenizers.Tokenizer, token: Any) -> bool:
+    content = _content(token)
+    return content is not None and inner.token_to_id(content) is not None
+
+
+def _content(token: Any) -> str | None:
+    """A special token as the files spell it: its text, or a mapping with that."""
     content = token.get("content") if isinstance(token, dict) else token
-    return isinstance(content, str) and inner.token_to_id(content) is not None
+    return content if isinstance(content, str) else None
+
+
+def _default(template: Any) -> str | None:
+    """The chat template of a tokenizer that may have several by name."""
+    if isinstance(template, list):
+        template = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+    return template.get("default") if isinstance(template, dict) else template or None
+
+
+def _known_id(id: int | None) -> tuple[int, ...]:
+    return () if id is None else (id,)
 
 
 def measure_bytes(tokenizer: Tokenizer, tokens: Mapping[int, str], lengths: NDArray[np.int32]) -> None:

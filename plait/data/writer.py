@@ -44,28 +44,36 @@ def prepare(
     `progress(done, total)` counts bytes of text; `total` is None where it is unknown.
     Raises DataError for a corpus without text, OSError where the disk is full; either way nothing is left behind.
     """
-    if not isinstance(heldout, Real) or not 0 < heldout < 1:
-        raise DataError(f"heldout={heldout}: expected a share between 0 and 1, for example 0.02")
-    heldout, seed = float(heldout), whole_number("seed", seed, 0)
+    heldout, seed = checked(heldout, seed)
     cache = user_path(folder)
     opened = source if not isinstance(source, str | Path) else open_source(source, cache)
     identity = opened.identity()
 
     def make(temporary: Path) -> None:
         _write(temporary, key, opened, tokenizer, heldout, seed, progress)
-        if opened.identity() != identity:
-            raise DataError(f"{opened.spec}: changed while it was being read; run again")
+        check_unchanged(opened, identity)
 
-    key = _key(identity, tokenizer, heldout, seed)
-    return cached(cache, key, _open, make)
+    key = shard_key(identity, tokenizer, heldout, seed)
+    return cached(cache, key, open_whole, make)
 
 
-def _key(identity: str, tokenizer: Tokenizer, heldout: float, seed: int) -> str:
-    parts = [FORMAT, identity, tokenizer.hash, tokenizer.eos, heldout, seed]
+def checked(heldout: float, seed: int) -> tuple[float, int]:
+    if not isinstance(heldout, Real) or not 0 < heldout < 1:
+        raise DataError(f"heldout={heldout}: expected a share between 0 and 1, for example 0.02")
+    return float(heldout), whole_number("seed", seed, 0)
+
+
+def check_unchanged(source: Source, identity: str) -> None:
+    if source.identity() != identity:
+        raise DataError(f"{source.spec}: changed while it was being read; run again")
+
+
+def shard_key(identity: str, tokenizer: Tokenizer, heldout: float, seed: int, *more: object) -> str:
+    parts = [FORMAT, identity, tokenizer.hash, tokenizer.eos, heldout, seed, *more]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _open(folder: Path) -> Shards | None:
+def open_whole(folder: Path) -> Shards | None:
     try:
         return Shards(folder)
     except (DataError, NotFound):
@@ -75,9 +83,9 @@ def _open(folder: Path) -> Shards | None:
 def _write(
     folder: Path, key: str, source: Source, tokenizer: Tokenizer, heldout: float, seed: int, progress: Progress | None
 ) -> None:
-    dtype = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
+    dtype = id_dtype(tokenizer)
     total = source.total_bytes
-    split = _Splitter(heldout, seed)
+    split = Splitter(heldout, seed)
     with (folder / "tokens.bin").open("w+b", buffering=1 << 20) as file:
         report = (lambda done: None) if progress is None else (lambda done: progress(done, total))
         writer = _Writer(file, tokenizer, dtype, split, report)
@@ -91,12 +99,21 @@ def _write(
             split.sides = bytearray((0, 1))
         else:
             split.fill_both_sides()
-        _sync(file)
+        sync(file)
     meta = Meta(
         format=FORMAT, key=key, source=source.spec, tokenizer=tokenizer.name, vocab=tokenizer.vocab, eos=tokenizer.eos,
         dtype=dtype, tokens=offsets[-1], documents=count, heldout_documents=sum(split.sides), bytes=writer.bytes,
         heldout=heldout, seed=seed, tail_held_out=count == 1, passed_over=writer.passed_over,
     )  # fmt: skip
+    finish(folder, meta, offsets, split, tokenizer)
+
+
+def id_dtype(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
+
+
+def finish(folder: Path, meta: Meta, offsets: "array[int]", split: "Splitter", tokenizer: Tokenizer) -> None:
+    """All but the tokens; what says that the folder is whole comes last."""
     _write_bytes(folder / "offsets.bin", offsets.tobytes())
     _write_bytes(folder / "split.bin", bytes(split.sides))
     _write_bytes(folder / "token_bytes.bin", tokenizer.byte_lengths.astype(np.int32).tobytes())
@@ -120,7 +137,7 @@ def _read(source: Source, writer: "_Writer") -> None:
 
 
 @dataclass(slots=True)
-class _Splitter:
+class Splitter:
     """Which side each document is on (one byte a document), and which would cross the line first."""
 
     heldout: float
@@ -153,7 +170,7 @@ class _Writer:
     """Documents' pieces into ids on disk, a few MiB of text at a time; one that has not ended can be taken back."""
 
     def __init__(
-        self, file: BinaryIO, tokenizer: Tokenizer, dtype: str, split: _Splitter, progress: Callable[[int], None]
+        self, file: BinaryIO, tokenizer: Tokenizer, dtype: str, split: Splitter, progress: Callable[[int], None]
     ):
         self._file, self._tokenizer, self._dtype = file, tokenizer, np.dtype(dtype)
         self._split, self._progress = split, progress
@@ -235,9 +252,9 @@ def _tail(file: BinaryIO, total: int, tokenizer: Tokenizer, dtype: str, heldout:
 def _write_bytes(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
-        _sync(file)
+        sync(file)
 
 
-def _sync(file: BinaryIO) -> None:
+def sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -1,5 +1,6 @@
 """Generation: prompts in, continuations out."""
 
+from plait.engine.chat import Chat as Chat
 from plait.engine.decode import Decoding as Decoding
 from plait.engine.decode import generate_tokens as generate_tokens
 from plait.engine.sampling import Sampling as Sampling

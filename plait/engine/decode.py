@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from plait.data.tokenizer import Tokenizer
 from plait.engine.prefill import prefill
 from plait.engine.sampling import Sampling, check_finite, not_finite
 from plait.engine.step import Step
@@ -106,7 +107,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continue prompts of token ids, of any lengths, by up to `max_tokens` ids; `eos` ends a row and is left out."""
     output: list[list[int]] = [[] for _ in prompts]
-    for row, token in continuations(model, prompts, max_tokens=max_tokens, sampling=sampling, eos=eos):
+    ends = () if eos is None else (eos,)
+    for row, token in continuations(model, prompts, max_tokens=max_tokens, sampling=sampling, ends=ends):
         output[row].append(token)
     return output
 
@@ -117,11 +119,12 @@ def continuations(
     *,
     max_tokens: int,
     sampling: Sampling,
-    eos: int | None = None,
+    ends: Collection[int] = (),
     vocab: int | None = None,
     done: set[int] | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """(row, token) as they come. Rows that the caller adds to `done` meanwhile are taken out before the next step."""
+    """(row, token) as they come; one of `ends` ends its row and is left out. Rows that the caller adds to `done` meanwhile are
+    taken out before the next step."""
     if not len(prompts):
         return
     done = set() if done is None else done
@@ -129,13 +132,22 @@ def continuations(
         decoding = Decoding(model, prompts, max_tokens=max_tokens, sampling=sampling, vocab=vocab)
         for _ in range(int(max_tokens)):
             for row, token in zip(decoding.rows, decoding.step(), strict=True):
-                if token == eos:
+                if token in ends:
                     done.add(row)
                 else:
                     yield row, token
             decoding.leave(done)
             if not decoding.rows:
                 return
+
+
+def check_vocab(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a tokenizer with more ids than the model."""
+    if tokenizer.vocab > model.design.vocab:
+        raise ValueError(
+            f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab} ids, but the model was built for "
+            f"{model.design.vocab}; use the tokenizer that the model was trained with"
+        )
 
 
 def check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:

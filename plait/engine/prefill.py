@@ -24,7 +24,7 @@ def prefill(
     for group in _groups([len(prompt) for prompt in prompts]):
         rows = [prompts[row] for row in group]
         state = model.init_state(len(rows), max(map(len, rows)) + room)
-        last, state = _read_one(model, rows[0], state) if len(rows) == 1 else _read_packed(model, rows, state)
+        last, state = read_one(model, rows[0], state) if len(rows) == 1 else _read_packed(model, rows, state)
         hidden.append(last)
         states.append(state)
     return torch.cat(hidden), ModelState.join(states)
@@ -43,7 +43,8 @@ def _groups(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _read_one(model: LanguageModel, prompt: Sequence[int], state: ModelState) -> tuple[Tensor, ModelState]:
+def read_one(model: LanguageModel, prompt: Sequence[int], state: ModelState) -> tuple[Float[Tensor, "1 d"], ModelState]:
+    """As `prefill`, of one row that goes on from `state`."""
     tokens = torch.tensor([prompt], device=model.device)
     for chunk in tokens.split(CHUNK, 1):
         hidden, state = advance(model, chunk, state)

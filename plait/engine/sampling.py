@@ -122,6 +122,11 @@ class Sampler:
         if self.held is not None:
             self.held[row, torch.tensor(tokens, device=self.held.device)] = True
 
+    def forget(self, row: int) -> None:
+        """The row holds no tokens now."""
+        if self.held is not None:
+            self.held[row] = False
+
     def move(self, row: int, to: int) -> None:
         """A row has another place now."""
         for x in (*self.options, *([] if self.held is None else [self.held])):

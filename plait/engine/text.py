@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+from plait.data.chat_template import need_template
 from plait.data.tokenizer import TextStream, Tokenizer
-from plait.engine.decode import check, continuations
+from plait.engine.decode import check, check_vocab, continuations
 from plait.engine.sampling import Sampling
 from plait.model.language_model import LanguageModel
 
@@ -24,12 +25,14 @@ def generate(
     repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
     seed: int | None = None,
+    chat: bool = False,
 ) -> Prompt:
     """Continue a prompt, or a list of prompts of any lengths; gives the continuation(s) without the prompt(s).
 
     A continuation ends at `max_tokens` tokens, at the tokenizer's end of text, or before the first of the `stop`
     strings. The default is greedy: equal calls give equal texts. Above temperature 0 it samples; see `Sampling`.
-    Prompt and continuation together are what the tokenizer decodes all tokens to.
+    Prompt and continuation together are what the tokenizer decodes all tokens to. With `chat` a prompt is what a user says: the
+    tokenizer's chat template is put around it, and the continuation is the answer, which ends where the model's turn does.
     Raises ValueError for an empty prompt, options out of range, or a tokenizer with more ids than the model.
     """
     if not isinstance(prompt, str | list | tuple):
@@ -44,7 +47,7 @@ def generate(
         seed=seed,
     )
     texts: list[list[str]] = [[] for _ in prompts]
-    for row, piece in _pieces(model, tokenizer, prompts, max_tokens, sampling, stop):
+    for row, piece in _pieces(model, tokenizer, prompts, max_tokens, sampling, stop, chat):
         texts[row].append(piece)
     if isinstance(prompt, str):
         return "".join(texts[0])
@@ -64,6 +67,7 @@ def stream(
     repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
     seed: int | None = None,
+    chat: bool = False,
 ) -> Iterator[str]:
     """What `generate` gives for one prompt, in pieces as soon as they are certain: never part of a character, never the
     beginning of what may become a stop string. Wrong arguments raise here, not at the first piece."""
@@ -77,7 +81,7 @@ def stream(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    pieces = _pieces(model, tokenizer, [prompt], max_tokens, sampling, stop)
+    pieces = _pieces(model, tokenizer, [prompt], max_tokens, sampling, stop, chat)
     return (piece for _, piece in pieces)
 
 
@@ -88,19 +92,23 @@ def _pieces(
     max_tokens: int,
     sampling: Sampling,
     stop: str | Sequence[str],
+    chat: bool,
 ) -> Iterator[tuple[int, str]]:
     """(row, text) as it comes. Checks everything before it returns."""
-    if tokenizer.vocab > model.design.vocab:
-        raise ValueError(
-            f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab} ids, but the model was built for "
-            f"{model.design.vocab}; use the tokenizer that the model was trained with"
-        )
+    check_vocab(model, tokenizer)
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"prompt {row} is of type {type(prompt).__name__}, expected str")
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [asked(tokenizer, prompt) if chat else tokenizer.encode(prompt) for prompt in prompts]
     check(model, ids, max_tokens)
-    return _texts(model, tokenizer, ids, max_tokens, sampling, _stops(stop))
+    ends = tokenizer.ends if chat else (tokenizer.eos,)
+    return _texts(model, tokenizer, ids, max_tokens, sampling, stop_strings(stop), ends)
+
+
+def asked(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a conversation that begins with `text`, up to where the model answers."""
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.encode(need_template(tokenizer).render(messages, answer=True), special=True)
 
 
 def _texts(
@@ -110,11 +118,12 @@ def _texts(
     max_tokens: int,
     sampling: Sampling,
     stops: tuple[str, ...],
+    ends: tuple[int, ...],
 ) -> Iterator[tuple[int, str]]:
     texts = [StoppedText(tokenizer.stream(after=prompt), stops) for prompt in ids]
     done: set[int] = set()
     tokens = continuations(
-        model, ids, max_tokens=max_tokens, sampling=sampling, eos=tokenizer.eos, vocab=tokenizer.vocab, done=done
+        model, ids, max_tokens=max_tokens, sampling=sampling, ends=ends, vocab=tokenizer.vocab, done=done
     )
     for row, token in tokens:
         piece = texts[row].push(token)
@@ -128,7 +137,8 @@ def _texts(
             yield row, piece
 
 
-def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """`stop` as strings. Raises ValueError for what is none."""
     if not isinstance(stop, str | Sequence):
         raise ValueError(f"stop is of type {type(stop).__name__}; expected a string or a list of strings")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -24,6 +24,7 @@ from plait.hub.weight_table import Piece, by_theirs, fill, made, table
 from plait.model.build import empty_model, to_dtype
 from plait.model.files import CONFIG, ENDS, bare, carried_files
 from plait.model.language_model import LanguageModel
+from plait.model.lora import merged_tensors
 from plait.model.weight_files import INDEX, SHARD_BYTES, WEIGHTS, WeightFiles, weight_files, write_weights
 
 HEAD = "lm_head.weight"
@@ -205,6 +206,7 @@ def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, s
     config = config_of(found, model.design, same["config"] or _end_tokens(model))
     tensors = by_theirs(pieces(found, model.design))
     ours = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
+    ours = merged_tensors(model, ours)
     theirs = _Theirs(tensors, ours, {name: old for name, old in same["dtypes"].items() if old == dtype})
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, theirs, {"format": "pt"}, shard_bytes)

@@ -7,6 +7,7 @@ from plait.model.files import save as save
 from plait.model.language_model import LanguageModel as LanguageModel
 from plait.model.listening import checking as checking
 from plait.model.listening import listening as listening
+from plait.model.lora import merge as merge
 from plait.model.loss import KL as KL
 from plait.model.loss import CrossEntropy as CrossEntropy
 from plait.model.loss import Loss as Loss

@@ -15,12 +15,15 @@ from plait.design.spec import BYTES
 from plait.design.spelling import suggest
 from plait.design.weights import FLOAT32
 from plait.files import user_path, write_atomic, write_text
+from plait.model.adapter_files import write_additions
 from plait.model.build import empty_model, to_dtype
 from plait.model.language_model import LanguageModel
+from plait.model.lora import Base, merged_tensors
 from plait.model.weight_files import SHARD_BYTES, WeightFiles, weight_files, write_weights
 from plait.run_folder import FACTS, checkpoints
 
 CONFIG, ENDS = "config.json", "generation_config.json"
+BASE_HASH = "base_hash"  # in the config beside additions: `weights_hash` of what they were trained on
 # What a tokenizer may have left in a folder: a loaded model takes it along to where it is saved next.
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -57,7 +60,8 @@ def save(
     """Write the model (and tokenizer; a loaded model has kept its own) so that `plait.load` and transformers can read it.
     Each file is replaced whole.
 
-    A model inside torch.compile, DataParallel or DistributedDataParallel is saved as itself. Weights of more than
+    A model inside torch.compile, DataParallel or DistributedDataParallel is saved as itself, one with additions (LoRA) with
+    those merged into its projections. Weights of more than
     `shard_bytes` go into several files with an index.
     """
     model, folder = bare(model), user_path(folder)
@@ -66,7 +70,21 @@ def save(
             f"the tokenizer has {tokenizer.vocab} ids, but the model was built for {model.design.vocab or 0}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, stored(model), {"format": "pt", "design": model.design.hash}, shard_bytes)
+    tensors = stored(model) if model.lora is None else merged_tensors(model, stored(model))
+    write_weights(folder, tensors, {"format": "pt", "design": model.design.hash}, shard_bytes)
+    _write_rest(model, folder, tokenizer, {})
+
+
+def save_additions(model: LanguageModel, folder: Path, tokenizer: Saves | None) -> None:
+    """Write what `adapt` has put on the model, as PEFT does, and not the weights below."""
+    assert model.lora is not None and model.base is not None
+    base = Base(*model.base)
+    write_additions(model, folder)
+    _write_rest(model, folder, tokenizer, {BASE_HASH: base.hash})
+
+
+def _write_rest(model: LanguageModel, folder: Path, tokenizer: Saves | None, more: dict[str, Any]) -> None:
+    """What a folder holds beside weights."""
     config = {
         "model_type": "plait",
         "architectures": ["PlaitForCausalLM"],
@@ -76,7 +94,7 @@ def save(
         "design": model.design.to_dict(),
         **({} if model.origin is None else {"origin": model.origin}),
     }
-    _write_json(folder / CONFIG, config)
+    _write_json(folder / CONFIG, config | more)
     write_code(folder)
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -98,7 +116,8 @@ def write_code(folder: Path) -> None:
 def _generation_config(tokenizer: Saves, vocab: int) -> dict[str, Any]:
     """Where transformers' generate reads that a text may end before max_new_tokens, and that a model's ids beyond the
     tokenizer's (a vocabulary padded to a round number) are never chosen."""
-    config: dict[str, Any] = {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+    ends = list(getattr(tokenizer, "ends", (tokenizer.eos,)))
+    config: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else tokenizer.eos, "pad_token_id": tokenizer.eos}
     beyond = list(range(tokenizer.vocab, vocab))
     return config | ({"suppress_tokens": beyond} if beyond else {})
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from plait.design import count
 from plait.design.declared import front_weights
 from plait.design.ends import Tokens
+from plait.design.lora import LoRA
 from plait.design.model import ModelConfig, nearest_place
 from plait.design.places import Node, ParallelPlace, layers, paths
 from plait.design.spec import Leaf, Memories, StateSpec, TensorSpec
@@ -58,6 +59,10 @@ class LanguageModel(nn.Module):
         self.origin: dict[str, Any] | None = (
             None  # of a model read from another library's folder; see `plait.hub.checkpoint`
         )
+        self.lora: LoRA | None = (
+            None  # what its projections have been given, and the weights below; see `plait.model.lora`
+        )
+        self.base: tuple[str, str] | None = None
         self.max_positions = self.limit(design)
 
     @staticmethod

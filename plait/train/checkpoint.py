@@ -13,7 +13,17 @@ from plait.data import Tokenizer
 from plait.design import ModelConfig
 from plait.files import naming, sync_folder
 from plait.model import LanguageModel
-from plait.run_folder import FACTS, FORMAT, checkpoint_path, checkpoints, checksum, examine, intact_before
+from plait.model.adapter_files import base_name
+from plait.run_folder import (
+    ADAPTER_CONFIG,
+    FACTS,
+    FORMAT,
+    checkpoint_path,
+    checkpoints,
+    checksum,
+    examine,
+    intact_before,
+)
 from plait.train.config import FIXED, FREE, RunConfig
 from plait.train.inputs import Batches
 from plait.train.optim import Optimizers
@@ -93,7 +103,7 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
         """Raises ValueError naming the damaged file and the newest good checkpoint before it."""
-        facts, damage = examine(path)
+        facts, damage = examine(path, leave_out=(ADAPTER_CONFIG,))
         if damage is None:
             return cls(path, facts)
         good = intact_before(path)
@@ -123,8 +133,12 @@ class Checkpoint:
                 f"{run.data.source}: this text or tokenizer is not what {self.path} was trained on; give another folder"
             )
 
-    def load_model(self, device: torch.device) -> LanguageModel:
-        return self.payload.load_model(self.path, device)
+    def load_model(self, run: RunConfig, device: torch.device) -> LanguageModel:
+        """To be trained further; additions to the weights of `run.start`, or where those lay, seen from elsewhere."""
+        if run.lora is None or run.start is None:
+            return self.payload.load_model(self.path, device, None)
+        base = run.start if Path(run.start).exists() else base_name(self.path)
+        return self.payload.load_model(self.path, device, base)
 
     def restore(self, optimizers: Optimizers, loader: Batches) -> None:
         """Put optimizers, loader and random number generators where they were."""

@@ -8,6 +8,7 @@ import msgspec
 from plait.design import ModelConfig, load_design
 from plait.design.imports import KEY, asked, located
 from plait.design.load import design_mapping, override, read_mapping
+from plait.design.lora import LoRA
 from plait.design.spelling import suggest
 from plait.design.struct import Struct, between, check_keys, convert, positive
 from plait.design.yaml_core import write_yaml
@@ -23,7 +24,8 @@ CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "preci
 class DataConfig(Struct, frozen=True, kw_only=True, tag=False):
     """The text and how it is cut.
 
-    source: "stdlib" (Python's own source), a text file, a folder, a glob, "x.jsonl:field", "hf:NAME", ...
+    source: "stdlib" (Python's own source), a text file, a folder, a glob, "x.jsonl:field", "hf:NAME", ... Of .jsonl records
+        with `messages`, or `prompt` and `completion`, only the answers are learned; each is read whole, up to `length` tokens.
     tokenizer: "bytes", a tokenizer file or folder, or {"bpe": 4096}: one of that many tokens, trained on the source.
     length: tokens in a sequence; documents are packed into sequences and never see each other.
     heldout: share of the documents that is kept for evaluation, in (0, 1).
@@ -65,6 +67,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     folder: where the run is kept; a file x.yaml that does not say gives runs/x.
     start: a saved model, run or checkpoint whose weights the run begins with, instead of new ones; its design and tokenizer
         are those of the run where nothing else is said.
+    lora: train low-rank additions to the projections of `start` alone, and keep those (see LoRA): {rank: 16}.
 
     steps: optimizer steps.                             batch: sequences in a step.
     accumulate: parts that a step's sequences are run in, to save memory; changes no number but by rounding.
@@ -93,6 +96,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     data: Any = DataConfig()
     folder: str = "runs/train"
     start: str | None = None
+    lora: Any = None
 
     steps: int = 1000
     batch: int = 8
@@ -129,6 +133,10 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
         msgspec.structs.force_setattr(self, "folder", str(user_path(self.folder)))
         if self.start is not None:
             self._set("start", str(user_path(self.start)))
+        if self.lora is not None:
+            self._set("lora", convert(self.lora, LoRA, "lora"))
+            if self.start is None:
+                raise ValueError("lora adds to a model that exists: give its folder, start=FOLDER")
         if self.design is not None and not isinstance(self.design, str | dict):
             raise ValueError(f"design: expected a pattern, a preset, a file or a mapping, got {self.design!r}")
         for name, known in CHOICES.items():
@@ -189,7 +197,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every key spelled out, so that the run means the same when defaults change."""
-        data = msgspec.structs.asdict(self) | {"data": msgspec.structs.asdict(self.data)}
+        inner = {name: value for name in ("data", "lora") if (value := getattr(self, name)) is not None}
+        data = msgspec.structs.asdict(self) | {name: msgspec.structs.asdict(value) for name, value in inner.items()}
         return msgspec.to_builtins(data | {"betas": list(self.betas)})
 
     @classmethod
@@ -208,7 +217,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
 
 
 # What must be equal for a checkpoint to be continued at all: it shapes the tensors, or what has been read already.
-FIXED = ("design", "data", "optimizer", "seed")
+FIXED = ("design", "data", "lora", "optimizer", "seed")
 # What may differ between a run and itself continued: where and how it computes, and what it reports.
 FREE = (
     *("folder", "resume", "device", "compile", "activation_checkpointing"),

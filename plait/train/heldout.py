@@ -3,6 +3,7 @@
 A document is cut into pieces of at most `length` tokens, and each piece is read from an empty state. Every token but a
 document's first is predicted once, the first of a later piece by the last of the piece before; the end of text is one of
 them. So the number depends on the text, the model and `length`, and not on how many pieces are computed together.
+Of records with answers, which are shorter than that, only the answers are scored.
 """
 
 import math
@@ -44,15 +45,8 @@ def heldout_loss(
     objective: Objective, shards: Shards, *, batch: int, length: int, tokens: int | None, precision: str = "float32"
 ) -> HeldOut:
     """Mean loss over the held-out documents, up to the piece in which `tokens` tokens have been predicted."""
-    return score(
-        objective,
-        heldout_documents(shards),
-        shards.token_bytes(),
-        size=batch * length,
-        length=length,
-        tokens=tokens,
-        precision=precision,
-    )
+    parts = heldout_answers(shards, length) if shards.meta.answers else pieces(heldout_documents(shards), length)
+    return score_pieces(objective, up_to(parts, tokens), shards.token_bytes(), batch * length, precision)
 
 
 @torch.no_grad()
@@ -78,6 +72,16 @@ def heldout_documents(shards: Shards) -> Iterator[Iterator[Ids]]:
         yield iter([ids[start:end].astype(np.int64)])
 
 
+def heldout_answers(shards: Shards, length: int) -> Iterator[tuple[Ids, Ids]]:
+    """(inputs, targets) of each held-out record, the targets of its answers alone."""
+    ids, scored = shards.tokens(), shards.scored()
+    assert scored is not None
+    for start, end in zip(*shards.documents("heldout"), strict=True):
+        document, learned = ids[start:end].astype(np.int64), scored[start:end]
+        targets = np.append(np.where(learned[1:], document[1:], NO_TARGET), NO_TARGET)
+        yield document[:length], targets[:length]
+
+
 def score(
     objective: Objective,
     documents: Iterable[Iterator[Ids]],
@@ -89,11 +93,18 @@ def score(
     precision: str = "float32",
 ) -> HeldOut:
     """Mean loss over documents, each given as runs of ids; pieces of `length` are computed about `size` tokens at a time."""
+    return score_pieces(objective, up_to(pieces(documents, length), tokens), token_bytes, size, precision)
+
+
+def score_pieces(
+    objective: Objective, pairs: Iterable[tuple[Ids, Ids]], token_bytes: NDArray[np.int32], size: int, precision: str
+) -> HeldOut:
+    """Mean loss over the targets of (inputs, targets), about `size` tokens at a time."""
     read_bytes = 0
 
     def batches() -> Iterator[Batch]:
         nonlocal read_bytes
-        for batch in packed(up_to(pieces(documents, length), tokens), token_bytes, size):
+        for batch in packed(pairs, token_bytes, size):
             read_bytes += batch.bytes
             yield batch
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from plait.data import Loader, Shards, Tokenizer, cached_bpe, load_tokenizer, prepare
+from plait.data import Loader, Shards, Tokenizer, answers_in, cached_bpe, load_tokenizer, prepare, prepare_answers
 from plait.design import ModelConfig
 from plait.model import Objective, model_folder
+from plait.opening import folder_design
 from plait.train.config import DataConfig, RunConfig, resolve_design
 from plait.train.heldout import HeldOut, heldout_loss, mean_loss
 from plait.train.ranks import Ranks
@@ -47,20 +48,46 @@ def text_inputs(
     """
     tokenizer = load_tokenizer(kept) if kept and kept.is_dir() and not names_tokenizer(run) else own_tokenizer(run)
     design = resolve_design(spec(run), tokenizer.vocab)
-    shards = prepare(run.data.source, tokenizer, run.data.cache, heldout=run.data.heldout, progress=progress)
+    shards = open_shards(run.data, tokenizer, progress)
     check_heldout(run, shards)
     loader = open_loader(run, shards, ranks)
-    reads = run.steps * run.batch * run.data.length
-    summary = (
-        f"text: {run.data.source}, {loader.tokens:,} tokens to train on; {run.steps:,} steps of "
-        f"{run.batch * run.data.length:,} read {reads:,}, {reads / loader.tokens:.3g} times the text"
-    )
+    summary = answers_summary(run, shards) if shards.meta.answers else text_summary(run, loader)
 
     def measure(objective: Objective) -> HeldOut:
         how = {"batch": run.batch, "length": run.data.length, "tokens": run.eval_tokens, "precision": run.precision}
         return heldout_loss(objective, shards, **how)
 
     return Inputs(loader, True, tokenizer, design, measure, summary)
+
+
+def open_shards(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    progress: Callable[[int, int | None], None] | None = None,
+    length: int | None = None,
+) -> Shards:
+    """A run's text or records as shards, made where they are not there yet. length: of a record; else the run's."""
+    how = {"heldout": data.heldout, "progress": progress}
+    if answers_in(data.source) is None:
+        return prepare(data.source, tokenizer, data.cache, **how)
+    return prepare_answers(data.source, tokenizer, data.cache, length=length or data.length, **how)
+
+
+def text_summary(run: RunConfig, loader: Loader) -> str:
+    reads = run.steps * run.batch * run.data.length
+    return (
+        f"text: {run.data.source}, {loader.tokens:,} tokens to train on; {run.steps:,} steps of "
+        f"{run.batch * run.data.length:,} read {reads:,}, {reads / loader.tokens:.3g} times the text"
+    )
+
+
+def answers_summary(run: RunConfig, shards: Shards) -> str:
+    meta, scored = shards.meta, shards.scored()
+    cut = f"; {meta.cut:,} lost a part of their answers to data.length {run.data.length}" if meta.cut else ""
+    return (
+        f"records: {run.data.source}, {meta.documents - meta.heldout_documents:,} to train on and {meta.heldout_documents:,} "
+        f"held out, {0 if scored is None else int(scored.sum()):,} of {meta.tokens:,} tokens in answers{cut}"
+    )
 
 
 def own_inputs(run: RunConfig, batches: Batches, heldout: Callable[[], Iterable[Any]] | None) -> Inputs:
@@ -77,7 +104,10 @@ def spec(run: RunConfig) -> Any:
     """What says the run's design: itself, or the model that it starts from."""
     if run.design is None and run.start is None:
         raise ValueError("run: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping")
-    return run.start if run.design is None else run.design
+    if run.design is not None:
+        return run.design
+    assert run.start is not None
+    return folder_design(run.start).to_dict()
 
 
 def names_tokenizer(run: RunConfig) -> bool:

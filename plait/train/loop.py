@@ -20,7 +20,7 @@ from plait.files import write_text
 from plait.layers import Channels
 from plait.model import LanguageModel, NextToken, Objective, build
 from plait.model.device import find_device
-from plait.opening import load
+from plait.opening import adaptable, load
 from plait.ops.shooting import NotConverged
 from plait.run_folder import METRICS, RUN, latest, remove_leftovers
 from plait.train.ahead import Ahead
@@ -87,7 +87,7 @@ def train(
             model, position = first_model(run, inputs.design, device), Position()
         else:
             before.check_same_run(run, inputs.batches)
-            model, position = before.load_model(device), before.position
+            model, position = before.load_model(run, device), before.position
         optimizers = Optimizers(model, run)
         if before is not None:
             before.restore(optimizers, inputs.batches)
@@ -120,7 +120,8 @@ def first_model(run: RunConfig, design: ModelConfig, device: torch.device) -> La
     """The model that step 1 begins with: new weights, or those of `run.start`."""
     if run.start is None:
         return build(design, seed=run.seed, device=device)
-    model = load(run.start, device=device, dtype=torch.float32)
+    float32 = torch.float32
+    model = load(run.start, device, float32) if run.lora is None else adaptable(run.start, run.lora, device)
     if model.design.hash != design.hash:
         raise ValueError(
             f"start: {run.start} holds {model.design.pattern!r} of hash {model.design.hash}, and the run's design is "
@@ -142,7 +143,11 @@ def introduce(
 ) -> None:
     """What is about to be done: the model, the device, the text, the folder."""
     device, count = model.device, sum(parameter.numel() for parameter in model.parameters())
-    display.note(f"{model.design.pattern}: {count:,} parameters, {run.precision} on {device}; folder {run.folder}")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    alone = f", of which {trained:,} are trained" if run.lora is not None else ""
+    display.note(
+        f"{model.design.pattern}: {count:,} parameters{alone}, {run.precision} on {device}; folder {run.folder}"
+    )
     display.note(inputs.summary)
     if run.precision == "bfloat16" and fast_dtype(device) != torch.bfloat16:
         display.note(f"precision bfloat16 is slow on this {device.type}, which has no instructions for it: use float32")
@@ -261,7 +266,8 @@ class _Training:
         lr = self.optimizers.step(position.step + 1, self.broken)
         position.step, position.tokens = position.step + 1, position.tokens + tokens
         losses, stats = dict(zip(parts, values, strict=True)), reduce_stats(channels, ranks)
-        rebalance(self.model, stats, self.broken)
+        if run.lora is None:  # else the weights below stay as they are
+            rebalance(self.model, stats, self.broken)
         numbers = Late({"loss": loss, "gradient norm": norm, "losses": losses, "stats": stats})
         seconds = time.perf_counter() - started
         return _Queued(position.step, batch, lr, tokens, position.tokens, seconds, numbers)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from plait.design import declared
-from plait.design.weights import DECAYED, ORTHOGONAL
+from plait.design.lora import lora_weights
+from plait.design.weights import DECAYED, ORTHOGONAL, Weights
 from plait.model import LanguageModel
 from plait.train.config import RunConfig
 from plait.train.muon import Muon
@@ -19,12 +20,18 @@ FUSED = ("cpu", "cuda")
 Named = list[tuple[str, nn.Parameter]]
 
 
+def all_weights(model: LanguageModel) -> Weights:
+    """As declared, additions to them included."""
+    own = declared.weights(model.design)
+    return own if model.lora is None else (*own, *lora_weights(model.design, model.lora))
+
+
 def split_parameters(model: LanguageModel, muon: bool) -> dict[str, Named]:
     """Every trained parameter with its name, in exactly one of "muon", "decay" and "plain" (no weight decay).
 
     What a weight was declared as decides: see `plait.design.weights`. Muon's are the projections and experts in the slots.
     """
-    roles = {weight.name: weight.role for weight in declared.weights(model.design)}
+    roles = {weight.name: weight.role for weight in all_weights(model)}
     groups: dict[str, Named] = {"muon": [], "decay": [], "plain": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -40,7 +47,7 @@ def split_parameters(model: LanguageModel, muon: bool) -> dict[str, Named]:
 
 def row_blocks(model: LanguageModel, named: Named) -> list[tuple[int, ...]]:
     """The rows that belong together in each weight: those of q, of k, of v in a fused one, and of every expert anew."""
-    parts = {weight.name: weight.parts for weight in declared.weights(model.design)}
+    parts = {weight.name: weight.parts for weight in all_weights(model)}
     each = [tuple(rows for _, rows in parts[name]) or (parameter.shape[-2],) for name, parameter in named]
     return [rows * parameter.shape[:-2].numel() for rows, (_, parameter) in zip(each, named, strict=True)]
 
@@ -68,9 +75,9 @@ class Optimizers:
             {"params": groups["plain"], "weight_decay": 0.0},
         ]
         self.run, self.fused = run, fused
-        self.all: list[Any] = [
-            torch.optim.AdamW([g for g in adamw if g["params"]], lr=run.lr, betas=run.betas, fused=fused)
-        ]
+        self.all: list[Any] = []
+        if own := [group for group in adamw if group["params"]]:  # none where additions alone are trained, by Muon
+            self.all.append(torch.optim.AdamW(own, lr=run.lr, betas=run.betas, fused=fused))
         if groups["muon"]:
             matrices = {"params": groups["muon"], "blocks": row_blocks(model, groups["muon"])}
             self.all.append(Muon([matrices], lr=run.lr, weight_decay=run.weight_decay))

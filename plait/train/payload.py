@@ -12,7 +12,8 @@ from plait.data import Tokenizer
 from plait.files import write_atomic
 from plait.model import LanguageModel
 from plait.model import save as save_model
-from plait.model.files import read_model
+from plait.model.files import read_model, save_additions
+from plait.opening import read_adapted
 from plait.run_folder import TENSORS
 from plait.train.optim import Optimizers
 
@@ -22,7 +23,9 @@ class Payload(Protocol):
 
     def save(self, folder: Path, model: LanguageModel, tokenizer: Tokenizer | None, optimizers: Optimizers) -> None: ...
 
-    def load_model(self, folder: Path, device: torch.device) -> LanguageModel: ...
+    def load_model(self, folder: Path, device: torch.device, base: str | None) -> LanguageModel:
+        """base: where the weights lie that additions in the folder are made for; they stay additions. None: it has none."""
+        ...
 
     def restore(self, folder: Path, optimizers: Optimizers) -> None:
         """Put optimizers and random number generators where they were."""
@@ -30,15 +33,18 @@ class Payload(Protocol):
 
 
 class Safetensors:
-    """The model as `plait.save` writes it, all else in one file."""
+    """The model as `plait.save` writes it, or its additions where those are what is trained; all else in one file."""
 
     def save(self, folder: Path, model: LanguageModel, tokenizer: Tokenizer | None, optimizers: Optimizers) -> None:
-        save_model(model, folder, tokenizer)
+        if model.lora is None:
+            save_model(model, folder, tokenizer)
+        else:
+            save_additions(model, folder, tokenizer)
         tensors = {f"optimizer.{name}": tensor.contiguous() for name, tensor in optimizers.tensors().items()}
         write_atomic(folder / TENSORS, lambda path: save_file(tensors | _random_states(), path))
 
-    def load_model(self, folder: Path, device: torch.device) -> LanguageModel:
-        return read_model(folder, device=device)
+    def load_model(self, folder: Path, device: torch.device, base: str | None) -> LanguageModel:
+        return read_model(folder, device) if base is None else read_adapted(folder, base, device)
 
     def restore(self, folder: Path, optimizers: Optimizers) -> None:
         try:

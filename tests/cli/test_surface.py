@@ -8,7 +8,11 @@ SURFACE = {
     "show": ["spec", "changes", "--context", "--letters"],
     "train": ["arguments"],
     "generate": [
-        *("run", "prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
+        *("run", "prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
+        *("--repetition-penalty", "--stop", "--seed", "--device", "--import"),
+    ],
+    "chat": [
+        *("run", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
         *("--repetition-penalty", "--stop", "--seed", "--device", "--import"),
     ],
     "export": ["run", "out", "--to", "--dtype", "--import"],

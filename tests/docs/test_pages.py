@@ -6,7 +6,8 @@ How a page is written, so that this can hold it to its word:
   in one folder and, for Python, one namespace, as a reader would paste them.
 - YAML is a run or a design; a first line `# NAME.yaml` also writes it to that file.
 - `sh` lines begin with plait, python, make or pip. `plait` lines run here; `plait train` with QUICK added, and what works
-  for minutes (SLOW) with --help. Of `python FILE` the file and its options must exist, of `make TARGET` the target.
+  for minutes or asks (SLOW) with --help; a run that starts from a model keeps its length. Of `python FILE` the file and its
+  options must exist, of `make TARGET` the target.
 - `stdlib` is a small folder here, and `book.txt` a short book.
 """
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 QUICK = ("steps=2", "batch=2", "data.length=16", "eval_tokens=64", "sample_every=0", "data.tokenizer=bytes")
-SLOW = ("demo", "selfcheck", "doctor")
+SLOW = ("demo", "selfcheck", "doctor", "chat")
 OPTION = re.compile(r"(?<!\S)--[a-z][\w-]*")
 
 
@@ -117,7 +118,7 @@ def test_snippets_run_from_top_to_bottom(page, reader):
 
 def read_design_or_run(text: str, folder: Path) -> None:
     data = read_yaml(text)
-    RunConfig.from_dict(data) if "design" in data else load_design({"vocab": 257} | data)
+    RunConfig.from_dict(data) if {"design", "start"} & data.keys() else load_design({"vocab": 257} | data)
     named = re.match(r"# ([\w-]+\.yaml)\n", text)
     if named:
         (folder / named[1]).write_text(text, encoding="utf-8")
@@ -125,8 +126,10 @@ def read_design_or_run(text: str, folder: Path) -> None:
 
 def quickly(words: list[str]) -> list[str]:
     """A training command with QUICK in place of its own settings."""
-    keys = {change.partition("=")[0] for change in QUICK}
-    return [*(word for word in words if word.partition("=")[0] not in keys), *QUICK]
+    begun = any(word.startswith("start=") for word in words)
+    quick = [change for change in QUICK if not (begun and change.startswith("data.length"))]
+    keys = {change.partition("=")[0] for change in quick}
+    return [*(word for word in words if word.partition("=")[0] not in keys), *quick]
 
 
 def run_line(words: list[str], where: str) -> None:
