@@ -5,6 +5,7 @@ from typing import Any
 
 from plait.design.ends import Logits, Tokens
 from plait.design.layers import Attention, SwiGLU
+from plait.design.layers.feed_forward import Gated
 from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm
 from plait.design.places import layers
@@ -49,20 +50,21 @@ def swiglu(f: Fields) -> SwiGLU:
 
 def transformer_design(f: Fields, letters: list[str], bound: dict[str, Any], **more: Any) -> ModelConfig:
     """Blocks of a token mixer, a letter for each, and F."""
+    norm = more.pop("norm", None) or RMSNorm(eps=f["rms_norm_eps"])
     return ModelConfig(
         vocab=f["vocab_size"],
         dim=f["hidden_size"],
         pattern=pattern(letter for mixer in letters for letter in (mixer, "F")),
         layers={letter: layer for letter, layer in bound.items() if letter in {*letters, "F"}},
-        norm=RMSNorm(eps=f["rms_norm_eps"]),
+        norm=norm,
         tie_embeddings=f["tie_word_embeddings"],
         **more,
     )
 
 
-def transformer_config(design: ModelConfig, family: str) -> dict[str, Any]:
+def transformer_config(design: ModelConfig, family: str, kind: type[Gated] = SwiGLU) -> dict[str, Any]:
     """Of a design's first attention and feed-forward layer, and its ends."""
-    a, f = first(design, Attention, family), first(design, SwiGLU, family)
+    a, f = first(design, Attention, family), first(design, kind, family)
     return {
         "vocab_size": design.vocab,
         "hidden_size": design.dim,
@@ -82,10 +84,10 @@ def mixers(design: ModelConfig) -> list[Attention]:
 
 
 def window_config(design: ModelConfig) -> dict[str, Any]:
-    """Which layers see a window, and how wide it is."""
+    """Which layers see a window, and how wide it is where some do."""
     widths = [layer.window for layer in mixers(design)]
     kinds = [FULL if width is None else SLIDING for width in widths]
-    return {"layer_types": kinds, "sliding_window": next((width for width in widths if width), None)}
+    return {"layer_types": kinds} | ({"sliding_window": max(width or 0 for width in widths)} if any(widths) else {})
 
 
 def _llama(f: Fields) -> ModelConfig:
