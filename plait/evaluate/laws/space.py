@@ -55,6 +55,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "softcap": (None, 3.0),
     "scale": (None, 0.3),
     "Attention.bias": (False, True, ("q", "v")),
+    "qk_norm": (False, True, "wide"),
     "prefix": (0, 0, 2),
     "temperature": (None, {"every": 20, "scale": 0.1}),
     "nope_dim": (3, 8),

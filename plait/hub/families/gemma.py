@@ -9,7 +9,7 @@ from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm
 from plait.design.wrap import Wrap
 from plait.hub.families.family import Family, blocks, first
-from plait.hub.families.fields import Fields, rope, rope_parameters
+from plait.hub.families.fields import Fields, rope
 from plait.hub.families.llama import (
     ATTENTION,
     FULL,
@@ -17,7 +17,7 @@ from plait.hub.families.llama import (
     SLIDING,
     SWIGLU,
     attention,
-    mixers,
+    by_type,
     transformer_config,
     transformer_design,
     window_config,
@@ -83,9 +83,7 @@ def _gemma3(f: Fields) -> ModelConfig:
 
 
 def _gemma3_config(design: ModelConfig) -> dict[str, Any]:
-    config = _config(design, "gemma3_text")
-    turns = {FULL if layer.window is None else SLIDING: layer.rope for layer in mixers(design)}
-    return config | {"rope_parameters": {kind: rope_parameters(turned) for kind, turned in turns.items() if turned}}
+    return _config(design, "gemma3_text") | by_type(design)
 
 
 def _tiny(draw: Random) -> dict[str, Any]:

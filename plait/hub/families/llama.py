@@ -90,6 +90,12 @@ def window_config(design: ModelConfig) -> dict[str, Any]:
     return {"layer_types": kinds} | ({"sliding_window": max(width or 0 for width in widths)} if any(widths) else {})
 
 
+def by_type(design: ModelConfig) -> dict[str, Any]:
+    """By what angles layers turn that see all, and those that see a window."""
+    turns = {FULL if layer.window is None else SLIDING: layer.rope for layer in mixers(design)}
+    return {"rope_parameters": {kind: rope_parameters(turned) for kind, turned in turns.items() if turned}}
+
+
 def _llama(f: Fields) -> ModelConfig:
     a = attention(f, bias=f["attention_bias"])
     return transformer_design(f, ["A"] * f["num_hidden_layers"], {"A": a, "F": swiglu(f)})
