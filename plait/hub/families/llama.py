@@ -1,5 +1,6 @@
 """Llama and what is laid out like it: Mistral, Qwen2, Qwen3, SmolLM3, Granite's dense models."""
 
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -48,14 +49,17 @@ def swiglu(f: Fields) -> SwiGLU:
     return SwiGLU(hidden=f["intermediate_size"], bias=f.get("mlp_bias", False))
 
 
-def transformer_design(f: Fields, letters: list[str], bound: dict[str, Any], **more: Any) -> ModelConfig:
-    """Blocks of a token mixer, a letter for each, and F."""
+def transformer_design(
+    f: Fields, letters: list[str], bound: dict[str, Any], channels: Sequence[str] = (), **more: Any
+) -> ModelConfig:
+    """Blocks of a token mixer and a channel mixer, a letter for each; the second is F where nothing is said."""
+    channels = channels or ["F"] * len(letters)
     norm = more.pop("norm", None) or RMSNorm(eps=f["rms_norm_eps"])
     return ModelConfig(
         vocab=f["vocab_size"],
         dim=f["hidden_size"],
-        pattern=pattern(letter for mixer in letters for letter in (mixer, "F")),
-        layers={letter: layer for letter, layer in bound.items() if letter in {*letters, "F"}},
+        pattern=pattern(letter for block in zip(letters, channels, strict=True) for letter in block),
+        layers={letter: layer for letter, layer in bound.items() if letter in {*letters, *channels}},
         norm=norm,
         tie_embeddings=f["tie_word_embeddings"],
         **more,
@@ -64,7 +68,12 @@ def transformer_design(f: Fields, letters: list[str], bound: dict[str, Any], **m
 
 def transformer_config(design: ModelConfig, family: str, kind: type[Gated] = SwiGLU) -> dict[str, Any]:
     """Of a design's first attention and feed-forward layer, and its ends."""
-    a, f = first(design, Attention, family), first(design, kind, family)
+    return attention_config(design, family) | {"intermediate_size": first(design, kind, family).hidden}
+
+
+def attention_config(design: ModelConfig, family: str) -> dict[str, Any]:
+    """The same without the feed-forward layer."""
+    a = first(design, Attention, family)
     return {
         "vocab_size": design.vocab,
         "hidden_size": design.dim,
@@ -72,7 +81,6 @@ def transformer_config(design: ModelConfig, family: str, kind: type[Gated] = Swi
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv_heads,
         "head_dim": a.head_dim,
-        "intermediate_size": f.hidden,
         "rms_norm_eps": design.norm.eps,
         "tie_word_embeddings": design.tied,
         **({} if a.rope is None else {"rope_parameters": rope_parameters(a.rope)}),
