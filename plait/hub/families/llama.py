@@ -74,16 +74,18 @@ def transformer_config(design: ModelConfig, family: str, kind: type[Gated] = Swi
 def attention_config(design: ModelConfig, family: str) -> dict[str, Any]:
     """The same without the feed-forward layer."""
     a = first(design, Attention, family)
+    heads = {"num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "head_dim": a.head_dim}
+    return size_config(design) | heads | ({} if a.rope is None else {"rope_parameters": rope_parameters(a.rope)})
+
+
+def size_config(design: ModelConfig) -> dict[str, Any]:
+    """Of all layers together."""
     return {
         "vocab_size": design.vocab,
         "hidden_size": design.dim,
         "num_hidden_layers": len(design.slots) // 2,
-        "num_attention_heads": a.heads,
-        "num_key_value_heads": a.kv_heads,
-        "head_dim": a.head_dim,
         "rms_norm_eps": design.norm.eps,
         "tie_word_embeddings": design.tied,
-        **({} if a.rope is None else {"rope_parameters": rope_parameters(a.rope)}),
     }
 
 
