@@ -1,12 +1,13 @@
 """Rotary positions, and a temperature by position."""
 
 import math
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.design.layers.rope import NTK, Linear, Llama3, RoPE, Temperature, YaRN
+from plait.design.layers.rope import NTK, Linear, Llama3, LongRoPE, RoPE, Temperature, YaRN
 from plait.layers.context import Context
 from plait.ops.kernels import cast
 from plait.ops.rotary import rotate
@@ -76,7 +77,18 @@ def frequencies(
         if factor is None:
             factor = 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
         return turns * (1 - slow + slow / scaling.factor), factor
+    if isinstance(scaling, LongRoPE):
+        factor = scaling.attention_factor
+        if factor is None:
+            factor = math.sqrt(1 + math.log(max(scaling.factor, 1.0)) / math.log(scaling.original))
+        return turns / _on(device, dtype, scaling.factors), factor
     return turns, 1.0
+
+
+@lru_cache
+def _on(device: torch.device, dtype: torch.dtype, numbers: tuple[float, ...]) -> Tensor:
+    """Copied to the device once, so that no step waits for the host."""
+    return torch.tensor(numbers, device=device, dtype=dtype)
 
 
 def _pair_that_turns(times: float, rope: RoPE, scaling: YaRN, rotated: int) -> float:

@@ -59,6 +59,8 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
             raise ValueError(
                 f"Attention: head_dim {head_dim} is odd, which RoPE cannot turn; use an even one or rope: null"
             )
+        if self.rope:
+            self.rope.check("Attention", head_dim)
         return self.replace(heads=heads, kv_heads=self.kv_heads or heads, head_dim=head_dim)
 
     def inner(self) -> int:

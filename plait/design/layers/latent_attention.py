@@ -43,6 +43,8 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
         rope = self.rope_dim or nope // 2
         if self.rope and rope % 2:
             raise ValueError(f"{name}: rope_dim {rope} is odd, which RoPE cannot turn; use an even one or rope: null")
+        if self.rope:
+            self.rope.check(name, rope)
         return self.replace(
             heads=self.heads or dim // nope,
             nope_dim=nope,

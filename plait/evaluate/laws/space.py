@@ -23,6 +23,7 @@ Choose = Callable[[Sequence[Any]], Any]
 
 DIM, VOCAB = 24, 17
 SCALED = {"scaling": {"kind": "yarn", "factor": 4.0, "original": 64}}
+LONG = {"scaling": {"kind": "longrope", "factor": 4.0, "original": 64, "factors": [1.0, 1.5]}}
 
 # What a field may be, by its name; a field of one class alone as Class.field. Small, odd, and no two alike where that can be.
 # Flags and named choices need no line. Sizes are such that no chunk, head or group comes out even.
@@ -51,7 +52,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "dt_rank": (None, 3),
     "HGRN.lower_bound": (None, 0.3),
     "window": (None, 1, 5),
-    "rope": (None, {}, {"fraction": 0.5}, {"theta": 100.0, "max_positions": 500}, SCALED),
+    "rope": (None, {}, {"fraction": 0.5}, {"theta": 100.0, "max_positions": 500}, SCALED, LONG),
     "softcap": (None, 3.0),
     "scale": (None, 0.3),
     "Attention.bias": (False, True, ("q", "v")),
