@@ -81,14 +81,16 @@ def frequencies(
         factor = scaling.attention_factor
         if factor is None:
             factor = math.sqrt(1 + math.log(max(scaling.factor, 1.0)) / math.log(scaling.original))
-        return turns / _on(device, dtype, scaling.factors), factor
+        numbers = _on if torch.compiler.is_compiling() else _kept_on
+        return turns / numbers(device, dtype, scaling.factors), factor
     return turns, 1.0
 
 
-@lru_cache
 def _on(device: torch.device, dtype: torch.dtype, numbers: tuple[float, ...]) -> Tensor:
-    """Copied to the device once, so that no step waits for the host."""
     return torch.tensor(numbers, device=device, dtype=dtype)
+
+
+_kept_on = lru_cache(_on)  # copied to the device once, so that no step waits for the host; a graph holds them itself
 
 
 def _pair_that_turns(times: float, rope: RoPE, scaling: YaRN, rotated: int) -> float:
