@@ -1,6 +1,5 @@
 """Folders of other libraries, opened as models and written again: config, weights, tokenizer, nothing lost on the way."""
 
-import copy
 import json
 import re
 from collections.abc import Iterator, Mapping

@@ -216,6 +216,7 @@ def _family(model_type: str, architecture: str, design: Any, config: Any, tiny: 
         slots=_slots,
         tiny=tiny,
         holds=(LatentAttention, SwiGLU, MixtureOfExperts),
+        alike=(("rope_parameters",), ("topk_method", "n_group", "topk_group")),
         aliases=(r".*rotary_emb\.inv_freq", r"model\.layers\.61\..*"),  # V3's layer 61 guesses further tokens
     )
 

@@ -129,5 +129,6 @@ FAMILIES = (
         slots=blocks(*RULES),
         tiny=_tiny_gemma3,
         holds=(Attention, GEGLU),
+        alike=(("rope_parameters",),),
     ),
 )

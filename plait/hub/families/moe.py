@@ -163,6 +163,7 @@ def _family(model_type: str, architecture: str, design: Any, config: Any, tiny: 
         slots=by_kind({Attention: ATTENTION, SwiGLU: SWIGLU, MixtureOfExperts: experts}, per=2),
         tiny=tiny,
         holds=(Attention, MixtureOfExperts) if model_type == "mixtral" else (Attention, SwiGLU, MixtureOfExperts),
+        alike=(("decoder_sparse_step", "mlp_only_layers"), ("head_dim",)),
         aliases=(r".*rotary_emb\.inv_freq",),
     )
 

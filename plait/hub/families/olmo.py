@@ -73,6 +73,7 @@ def _family(model_type: str, architecture: str, design: Any, config: Any, tiny: 
         slots=blocks(*RULES),
         tiny=tiny,
         holds=(Attention, SwiGLU),
+        alike=(("rope_parameters",),),
     )
 
 

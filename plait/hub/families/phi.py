@@ -96,6 +96,7 @@ FAMILIES = (
         slots=blocks(*RULES),
         tiny=_tiny,
         holds=(Attention, SwiGLU),
+        alike=(("rope_parameters", "original_max_position_embeddings"),),
         aliases=(r".*rotary_emb\.inv_freq",),
     ),
 )
