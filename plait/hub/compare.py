@@ -7,7 +7,8 @@ from plait.design.places import Node, ParallelPlace
 from plait.design.struct import Struct
 
 # what training alone asks for, how far a model may be used, what other sizes were once derived by: the same numbers come out
-SAME = frozenset({"balance_loss", "z_loss", "bias_rate", "max_positions", "expand"})
+SAME = frozenset({"balance_loss", "z_loss", "max_positions", "expand"})
+RATES = frozenset({"bias_rate"})  # how fast something moves; where it is None, that something is not there
 
 
 def first_difference(ours: ModelConfig, theirs: ModelConfig) -> str | None:
@@ -45,7 +46,9 @@ def _said(where: str, mine: Any, other: Any) -> str | None:
         return f"{where}: {_short(mine)}, it would be {_short(other)}"
     for name in mine.__struct_fields__:
         x, y = getattr(mine, name), getattr(other, name)
-        if name not in SAME and (said := _said(f"{where}.{name}", x, y)):
+        if name in SAME or (name in RATES and None not in (x, y)):
+            continue
+        if said := _said(f"{where}.{name}", x, y):
             return said
     return None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
-from plait.hub.checkpoint import export, read
+from plait.hub.checkpoint import config_of, export, read
 from plait.hub.families import NAMES, family
 
 TOLERANCE = 2e-5  # of the largest logit, in float32: sums in another order, over a few layers
@@ -102,7 +102,9 @@ def greedy(pair: Pair) -> float:
 
 
 def returned(pair: Pair) -> float:
-    """Written again: the same tensors to the bit, the same config, and transformers reads it; the largest difference."""
+    """Written again: the same tensors to the bit, the same config, and transformers reads it; the largest difference. The
+    design has a config also where it came from none."""
+    config_of(family(pair.theirs.config.model_type), pair.ours.design, {})
     folder = pair.folder / "returned"
     export(pair.ours, folder)
     before, after = load_file(pair.folder / "model.safetensors"), load_file(folder / "model.safetensors")

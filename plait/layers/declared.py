@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from plait.design.model import ModelConfig
 from plait.design.norms import Norm as NormConfig
-from plait.design.norms import inner
+from plait.design.norms import RMSNorm, inner
 from plait.design.weights import FLOAT32, Weight, Weights
 from plait.layers.norm import Norm
 from plait.layers.short_conv import ShortConv
@@ -106,7 +106,7 @@ class LayerModule(DeclaredModule):
         super().__init__()
         self.config = config
         self.assemble(design)
-        self.declare(config.weights(design.dim, self.reads(design)), inner(design.norm))
+        self.declare(config.weights(design.dim, self.reads(design)), self.norms(design))
 
     @classmethod
     def ops(cls, config: Any, call: Call) -> Sequence[tuple[str, Any]]:
@@ -116,6 +116,10 @@ class LayerModule(DeclaredModule):
 
     def assemble(self, design: ModelConfig) -> None:
         """Make the modules inside that are not simply made of their weights."""
+
+    def norms(self, design: ModelConfig) -> RMSNorm:
+        """What the layer's own norms are."""
+        return inner(design.norm)
 
     def reads(self, design: ModelConfig) -> int | None:
         """Channels that the layer reads; None: the model's width."""

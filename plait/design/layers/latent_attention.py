@@ -15,6 +15,7 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
     A head's query and key have `nope_dim` channels without positions and `rope_dim` with, whose key all heads share; its value
     has `value_dim`. query_rank: queries come from a normed latent of their own. rope: null turns nothing (Kimi Linear).
     scale: on q . k; null: 1 / sqrt(nope_dim + rope_dim).
+    norm_eps: of the latents' norms; null: that of the design's norm. DeepSeek's latents have 1e-6, whatever the others have.
 
     Pairs (i, i + r/2) turn, as in all attention here. DeepSeek's checkpoints turn neighbours, (2i, 2i + 1): their rows for q
     and k with positions, the even ones first and then the odd ones, are ours.
@@ -28,10 +29,11 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
     query_rank: int | None = None
     rope: RoPE | None = RoPE()
     scale: float | None = None
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "heads", "nope_dim", "rope_dim", "value_dim", "rank", "query_rank", "scale")
+        positive(self, "heads", "nope_dim", "rope_dim", "value_dim", "rank", "query_rank", "scale", "norm_eps")
 
     def resolve(self, dim: int) -> Self:
         name = "LatentAttention"
@@ -41,6 +43,8 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
         rope = self.rope_dim or nope // 2
         if self.rope and rope % 2:
             raise ValueError(f"{name}: rope_dim {rope} is odd, which RoPE cannot turn; use an even one or rope: null")
+        if self.rope:
+            self.rope.check(name, rope)
         return self.replace(
             heads=self.heads or dim // nope,
             nope_dim=nope,

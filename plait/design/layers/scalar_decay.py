@@ -67,6 +67,12 @@ class RetNet(ScalarDecay, frozen=True, kw_only=True, tag="retnet"):
         if self.rope is not None:
             self._set("rope", convert(self.rope, RoPE, "RetNet.rope"))
 
+    def resolve(self, dim: int) -> Self:
+        found = super().resolve(dim)
+        if found.rope is not None:
+            found.rope.check("RetNet", found.head_dim)
+        return found
+
     def default_values(self, head_dim: int) -> int:
         return 2 * head_dim
 

@@ -23,6 +23,7 @@ Choose = Callable[[Sequence[Any]], Any]
 
 DIM, VOCAB = 24, 17
 SCALED = {"scaling": {"kind": "yarn", "factor": 4.0, "original": 64}}
+LONG = {"scaling": {"kind": "longrope", "factor": 4.0, "original": 64, "factors": [1.0, 1.5]}}
 
 # What a field may be, by its name; a field of one class alone as Class.field. Small, odd, and no two alike where that can be.
 # Flags and named choices need no line. Sizes are such that no chunk, head or group comes out even.
@@ -51,10 +52,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "dt_rank": (None, 3),
     "HGRN.lower_bound": (None, 0.3),
     "window": (None, 1, 5),
-    "rope": (None, {}, {"fraction": 0.5}, {"theta": 100.0, "max_positions": 500}, SCALED),
+    "rope": (None, {}, {"fraction": 0.5}, {"theta": 100.0, "max_positions": 500}, SCALED, LONG),
     "softcap": (None, 3.0),
     "scale": (None, 0.3),
     "Attention.bias": (False, True, ("q", "v")),
+    "qk_norm": (False, True, "wide"),
     "prefix": (0, 0, 2),
     "temperature": (None, {"every": 20, "scale": 0.1}),
     "nope_dim": (3, 8),
@@ -62,6 +64,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "value_dim": (5, 8),
     "rank": (7,),
     "query_rank": (None, 9),
+    "norm_eps": (None, 1e-3),
     "key_dim": (3, 6),
     "cap": (15.0, 2.0),
     "slope": (1.0, 0.3),
@@ -70,6 +73,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "top_k": (1, 2),
     "MixtureOfExperts.groups": (1, 2),
     "top_groups": (1,),
+    "group_best": (1, 2),
     "shared_hidden": (None, 11),
     "latent_dim": (None, 10),
     "balance_loss": (0.01,),

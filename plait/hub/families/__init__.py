@@ -8,6 +8,11 @@ from plait.hub.families.family import Family as Family
 # by the file that declares it
 MODULES = {
     "llama": ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"),
+    "gemma": ("gemma2", "gemma3_text"),
+    "olmo": ("olmo2", "olmo3"),
+    "phi": ("phi3",),
+    "moe": ("qwen3_moe", "qwen2_moe", "mixtral"),
+    "deepseek": ("deepseek_v2", "deepseek_v3"),
     "bamba": ("bamba", "granitemoehybrid"),
     "jamba": ("jamba",),
     "nemotron_h": ("nemotron_h",),
