@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from plait.design.places import layers
 from plait.design.weights import FLOAT32
 from plait.files import user_path, write_atomic, write_text
 from plait.hub.compare import first_difference
-from plait.hub.families import NAMES, Family, family
+from plait.hub.families import NAMES, OUTER, Family, family
 from plait.hub.families.fields import Fields
 from plait.hub.weight_table import Piece, by_theirs, fill, made, table
 from plait.model.build import empty_model, to_dtype
@@ -27,6 +27,10 @@ from plait.model.language_model import LanguageModel
 from plait.model.lora import merged_tensors
 from plait.model.weight_files import INDEX, SHARD_BYTES, WEIGHTS, WeightFiles, weight_files, write_weights
 
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}  # a family's own may be beyond the vocabulary
 HEAD = "lm_head.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 
@@ -38,11 +42,11 @@ def read(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
     """
     raw = read_mapping(folder / CONFIG)
     found = family_of(raw, folder / CONFIG)
+    raw = text_config(raw, folder / CONFIG)
     design = design_of(found, raw, str(folder / CONFIG))
     files = _weights(folder)
     model = empty_model(design, device=device)
-    widened = _fill(model, found, files, torch.device(device))
-    model.origin = {"family": found.model_type, "config": raw, "dtypes": widened}
+    model.origin = {"family": found.model_type, "config": raw, **_fill(model, found, files, torch.device(device))}
     model.tokenizer_files = carried_files(folder)
     return model if dtype is None else to_dtype(model, dtype)
 
@@ -64,9 +68,19 @@ def family_of(raw: dict[str, Any], where: Path) -> Family:
             "model.dequantize().save_pretrained(FOLDER)) and load that"
         )
     try:
-        return family(raw["model_type"])
+        return family(OUTER.get(raw["model_type"]) or raw["model_type"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def text_config(raw: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The config itself or, of a model of several parts, that of its text model."""
+    if raw["model_type"] not in OUTER:
+        return raw
+    if not isinstance(raw.get("text_config"), dict):
+        raise ValueError(f"{where}: 'text_config' is missing; plait reads the text model of a {raw['model_type']}")
+    tied = {"tie_word_embeddings": raw["tie_word_embeddings"]} if "tie_word_embeddings" in raw else {}
+    return tied | raw["text_config"] | {"model_type": OUTER[raw["model_type"]]}
 
 
 def design_of(found: Family, raw: dict[str, Any], where: str) -> ModelConfig:
@@ -94,14 +108,14 @@ def _number(x: dict[str, Any]) -> Any:
     return float(x["__float__"]) if x.keys() == {"__float__"} else x
 
 
-def pieces(found: Family, design: ModelConfig) -> list[Piece]:
-    """Where all weights of a design lie in a folder of the family."""
+def pieces(found: Family, design: ModelConfig, known: Container[str] = ()) -> list[Piece]:
+    """Where all weights of a design lie in a folder of the family, with tensors that are `known` where there is a choice."""
     ends = (*declared.front_weights(design), *declared.head_weights(design))
     slots = declared.slot_weights(design)
     named = zip(slots, found.slots(design), strict=True)
     return [
-        *table(ends, found.ends),
-        *(piece for weights, slot in named for piece in table(weights, slot.rules, slot.ours, slot.theirs)),
+        *table(ends, found.ends, known=known),
+        *(piece for weights, slot in named for piece in table(weights, slot.rules, slot.ours, slot.theirs, known)),
     ]
 
 
@@ -116,31 +130,45 @@ def _weights(folder: Path) -> WeightFiles:
     return weight_files(folder)
 
 
-def _fill(model: LanguageModel, found: Family, files: WeightFiles, device: torch.device) -> dict[str, str]:
-    """Read tensor by tensor; each must be there, be used, and have the right shape. Gives the dtypes that were widened."""
-    tensors = by_theirs(pieces(found, model.design))
-    aliases = {name for name in files.where if name not in tensors and _is_alias(name, found, model.design)}
-    files.expect({*tensors, *aliases})
+def _fill(model: LanguageModel, found: Family, files: WeightFiles, device: torch.device) -> dict[str, Any]:
+    """Read tensor by tensor; each must be there, be used, and have the right shape. Gives what is to be known for the way back:
+    `dtypes` that were widened, and `names` that are not the family's first choice."""
+    names = {stored: found.named(stored) for stored in files.where}
+    there = set(names.values())
+    if len(there) < len(names):
+        twice = next(stored for stored, name in names.items() if stored != name and name in names)
+        raise ValueError(f"{files.path_of(twice)}: {twice} is there twice, also as {names[twice]}")
+    tensors = by_theirs(pieces(found, model.design, there))
+    aliases = {stored for stored, name in names.items() if name not in tensors and _is_alias(name, found, model.design)}
+    files.expect({stored for stored, name in names.items() if name in tensors} | (tensors.keys() - there) | aliases)
     owners = dict(model.named_parameters())
-    dtypes = _dtypes(model.design, tensors, files)
+    stored_as = {names[stored]: dtype for stored, dtype in files.dtypes().items()}
+    dtypes = _dtypes(model.design, tensors, stored_as)
     for name, parameter in owners.items():
         parameter.data = torch.empty(parameter.shape, dtype=dtypes[name], device=device)
     places = {name: parameter.detach() for name, parameter in owners.items()}
     on_meta = {name: torch.empty(place.shape, device="meta") for name, place in places.items()}
     widened: dict[str, str] = {}
-    for name, tensor in files:
-        if name in aliases:
+    for stored, tensor in files:
+        if stored in aliases:
             continue
+        name = names[stored]
         expected = made(tensors[name], on_meta).shape
         if tensor.shape != expected:
             raise ValueError(
-                f"{files.path_of(name)}: {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(expected)}"
+                f"{files.path_of(stored)}: {stored} has shape {tuple(tensor.shape)}, the config asks for {tuple(expected)}"
             )
         if dtypes[tensors[name][0].ours] != tensor.dtype:
             widened[name] = str(tensor.dtype).removeprefix("torch.")
         fill(tensors[name], tensor, places)
     _check_tied(model, files)
-    return widened
+    return {"dtypes": widened, "names": _not_first(found, model.design, tensors)}
+
+
+def _not_first(found: Family, design: ModelConfig, tensors: dict[str, list[Piece]]) -> list[str]:
+    """Names of tensors where the family's first choice is another, of the experts the first one's."""
+    first = {piece.theirs for piece in pieces(found, design)}
+    return [name for name, parts in tensors.items() if name not in first and not parts[0].index]
 
 
 def _is_alias(name: str, found: Family, design: ModelConfig) -> bool:
@@ -160,11 +188,12 @@ def _check_tied(model: LanguageModel, files: WeightFiles) -> None:
             )
 
 
-def _dtypes(design: ModelConfig, tensors: dict[str, list[Piece]], files: WeightFiles) -> dict[str, torch.dtype]:
+def _dtypes(
+    design: ModelConfig, tensors: dict[str, list[Piece]], stored: dict[str, torch.dtype]
+) -> dict[str, torch.dtype]:
     """Of each of our tensors: the widest of what it is made of, and float32 at least where rounding ruins it."""
     wide = {weight.name for weight in declared.weights(design) if weight.role in FLOAT32}
     dtypes = dict.fromkeys(wide, torch.float32)
-    stored = files.dtypes()
     for name, parts in tensors.items():
         for piece in parts:
             dtypes[piece.ours] = torch.promote_types(dtypes.get(piece.ours, stored[name]), stored[name])
@@ -204,7 +233,7 @@ def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, s
     same = origin if origin and origin["family"] == found.model_type else {"config": {}, "dtypes": {}}
     dtype = str(model.dtype).removeprefix("torch.")
     config = config_of(found, model.design, same["config"] or _end_tokens(model))
-    tensors = by_theirs(pieces(found, model.design))
+    tensors = by_theirs(pieces(found, model.design, same.get("names", ())))
     ours = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
     ours = merged_tensors(model, ours)
     theirs = _Theirs(tensors, ours, {name: old for name, old in same["dtypes"].items() if old == dtype})

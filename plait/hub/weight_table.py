@@ -4,7 +4,7 @@ A family says for each module of a slot, under our name, where its weights lie u
 the design's declared weights into one `Piece` per run of rows. `fill` reads one of their tensors by it and `made` makes one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -46,9 +46,19 @@ class Rows:
     form: Form = SAME
 
 
+Place = str | Rows | tuple[Rows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """Places of which files have one or another: the first one that is in the file; written as it was read, or as the first."""
+
+    places: tuple[Place, ...]
+
+
 # By the path of a module or weight in a slot: "mixer.qkv_proj". A path of several, joined by " + ", is of weights that their
 # tensor holds beside each other.
-Rule = str | Rows | tuple[Rows, ...]
+Rule = Place | Either
 Rules = Mapping[str, Rule]
 
 
@@ -84,17 +94,31 @@ class Piece:
         return theirs.view(self.groups, -1, *self.shape).narrow(1, self.start, self.size)
 
 
-def table(weights: Iterable[Weight], rules: Rules, ours: str = "", theirs: str = "") -> Iterator[Piece]:
-    """The pieces of the weights whose names begin with `ours`, by rules whose names are inside `theirs`. Raises KeyError for a
-    weight that no rule is about."""
+def table(
+    weights: Iterable[Weight], rules: Rules, ours: str = "", theirs: str = "", known: Container[str] = ()
+) -> Iterator[Piece]:
+    """The pieces of the weights whose names begin with `ours`, by rules whose names are inside `theirs`. known: names of their
+    tensors that there are, where a rule is `Either`. Raises KeyError for a weight that no rule is about."""
     left = {weight.name.removeprefix(ours): weight for weight in weights if weight.name.startswith(ours)}
     for path, rule in rules.items():
         for leaf in ("", ".weight", ".bias"):
             together = [left.pop(f"{name}{leaf}") for name in path.split(" + ") if f"{name}{leaf}" in left]
-            for rows in (rule if isinstance(rule, tuple) else (rule,)) if together else ():
-                yield from _pieces(together, Rows(rows) if isinstance(rows, str) else rows, theirs, leaf)
+            if together:
+                yield from _ruled(together, rule, theirs, leaf, known)
     if left:
         raise KeyError(f"no rule says where {ours}{next(iter(left))} lies")
+
+
+def _ruled(together: list[Weight], rule: Rule, inside: str, leaf: str, known: Container[str]) -> list[Piece]:
+    """Those of the weights that one rule is about."""
+    choices = []
+    for place in rule.places if isinstance(rule, Either) else (rule,):
+        parts = place if isinstance(place, tuple) else (place,)
+        named = (Rows(rows) if isinstance(rows, str) else rows for rows in parts)
+        choices.append([piece for rows in named for piece in _pieces(together, rows, inside, leaf)])
+        if choices[-1] and choices[-1][0].theirs in known:
+            return choices[-1]
+    return choices[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,10 @@ MODULES = {
     "jamba": ("jamba",),
     "nemotron_h": ("nemotron_h",),
     "mamba": ("mamba", "mamba2"),
+    "qwen_hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
 }
+# of several parts, of which plait reads the text model, by that one's family
+OUTER = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 NAMES = tuple(name for names in MODULES.values() for name in names)
 
 
