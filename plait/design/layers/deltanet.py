@@ -39,7 +39,7 @@ class DeltaNet(Mixer, frozen=True, kw_only=True, tag="deltanet"):
         rows = self.rows()
         return (
             *projection("in_proj", rows, reads or dim),
-            *short_conv(rows["q"] + rows["k"] + rows["v"], self.conv_width, bias=False),
+            *short_conv({name: rows[name] for name in "qkv"}, self.conv_width, bias=False),
             norm("norm", self.value_head_dim, plain=True),
             *self.output("out_proj", dim),
         )

@@ -12,6 +12,7 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
     """Gated DeltaNet (arXiv 2412.06464) as laid out in Qwen3-Next; `heads` and `head_dim` are those of q and k.
 
     `negative_eigenvalues`: strengths up to 2, so that a state can be turned over rather than only emptied (arXiv 2411.12537).
+    `norm_eps` is that of the heads' norm; null: the design's.
     """
 
     heads: int = DERIVED
@@ -20,10 +21,11 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
     value_head_dim: int = DERIVED
     conv_width: int = 4
     negative_eigenvalues: bool = False
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "heads", "head_dim", "value_heads", "value_head_dim", "conv_width")
+        positive(self, "heads", "head_dim", "value_heads", "value_head_dim", "conv_width", "norm_eps")
         if self.heads and self.value_heads and self.value_heads % self.heads:
             raise ValueError(f"GatedDeltaNet: heads {self.heads} does not divide value_heads {self.value_heads}")
 
@@ -48,7 +50,7 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
         rows = self.rows()
         return (
             *projection("in_proj", rows, reads or dim),
-            *short_conv(rows["q"] + rows["k"] + rows["v"], self.conv_width, bias=False),
+            *short_conv({name: rows[name] for name in "qkv"}, self.conv_width, bias=False),
             Weight("A_log", (self.value_heads,), "decay", Uniform(0.01, 16, "log")),
             Weight("dt_bias", (self.value_heads,), "decay", Constant(1.0)),
             norm("norm", self.value_head_dim, plain=True),

@@ -46,7 +46,7 @@ class KimiDeltaAttention(Mixer, frozen=True, kw_only=True, tag="kimi_delta_atten
         rows = self.rows()
         return (
             *projection("in_proj", rows, reads or dim),
-            *short_conv(rows["q"] + rows["k"] + rows["v"], self.conv_width, bias=False),
+            *short_conv({name: rows[name] for name in "qkv"}, self.conv_width, bias=False),
             *projection("decay_proj", rows["k"], self.rank),
             Weight("A_log", (self.heads,), "decay", Uniform(1, 16, "log")),
             Weight("dt_bias", (rows["k"],), "decay", Uniform(math.log(1e-3), math.log(0.1), "step")),

@@ -82,6 +82,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "gate_bias": (0.0, 2.0, (1.0, 4.0)),
     "spread": (None, 0.7),
     "clip": (None, 0.3),
+    "norm_eps": (None, 1e-3),
     "adapter_rank": (None, 2),
     "Sum.weights": ((),),
     "factor": (None, 0.3),

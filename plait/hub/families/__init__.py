@@ -17,6 +17,7 @@ MODULES = {
     "jamba": ("jamba",),
     "nemotron_h": ("nemotron_h",),
     "mamba": ("mamba", "mamba2"),
+    "kimi_linear": ("kimi_linear",),
     "qwen_hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
 }
 # of several parts, of which plait reads the text model, by that one's family
