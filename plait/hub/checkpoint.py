@@ -27,10 +27,6 @@ from plait.model.language_model import LanguageModel
 from plait.model.lora import merged_tensors
 from plait.model.weight_files import INDEX, SHARD_BYTES, WEIGHTS, WeightFiles, weight_files, write_weights
 
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}  # a family's own may be beyond the vocabulary
 HEAD = "lm_head.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 

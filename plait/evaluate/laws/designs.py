@@ -150,7 +150,7 @@ DESIGNS: dict[str, ModelConfig] = {
     "LF without positions, queries from a latent": small(
         "LF LF",
         L=LatentAttention(heads=2, nope_dim=12, rope_dim=4, value_dim=9, rank=17, query_rank=26, rope=None),
-        at={"L#1": {"rope": RoPE(), "rank": 5}},
+        at={"L#1": {"rope": RoPE(), "rank": 5, "norm_eps": 1e-3}},
     ),
     "MF groups, no bias, wide convolution": small(
         "MF", M=Mamba2(heads=6, head_dim=10, state_dim=14, groups=3, conv_bias=False, conv_width=6)
