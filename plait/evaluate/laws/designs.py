@@ -166,7 +166,7 @@ DESIGNS: dict[str, ModelConfig] = {
     "DF plain heads, convolution of two": small("DF", D=GatedDeltaNet(heads=3, head_dim=16, conv_width=2)),
     "GlF": small("GlF"),
     "KF": small("KF"),
-    "Rw2 Rf": small("Rw2 Rf", at={"Rw#0": {"value_residual": False}}),
+    "Rw2 Rf": small("Rw2 Rf", at={"Rw#0": {"value_residual": False, "norm_eps": 1e-3, "removal_eps": 1e-2}}),
     "DnF": small("DnF"),
     "HtF": small("HtF"),
     "HtF, a bound that is given": small("HtF", Ht=HGRN2(heads=2, state_dim=8, head_dim=5, lower_bound=0.3)),

@@ -83,6 +83,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "spread": (None, 0.7),
     "clip": (None, 0.3),
     "norm_eps": (None, 1e-3),
+    "RWKV7.norm_eps": (64e-5, 1e-3),
+    "removal_eps": (None, 1e-2),
     "adapter_rank": (None, 2),
     "Sum.weights": ((),),
     "factor": (None, 0.3),

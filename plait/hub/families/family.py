@@ -35,6 +35,8 @@ class Family:
     repeat others or hold no numbers of the model's own.
     alike: fields, together, that may say the same in several ways: they stay what they were where they still say it.
     tiny: fields of a small config, drawn from all that the family allows.
+    repeat others or hold no numbers of the model's own. tiny: fields of a small config, drawn from all that the family allows.
+    defaults: of the config, where transformers has no class that knows them.
     within: what names of tensors begin with in files of several parts, and what here: "model.language_model.", "model.".
     """
 
@@ -49,6 +51,7 @@ class Family:
     aliases: tuple[str, ...] = ()
     alike: tuple[tuple[str, ...], ...] = ()
     within: tuple[str, str] = ("", "")
+    defaults: Mapping[str, Any] | None = None
 
     def named(self, name: str) -> str:
         """What a tensor is called where the text model stands alone."""
