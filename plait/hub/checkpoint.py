@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from plait.files import user_path, write_atomic, write_text
 from plait.hub.compare import first_difference
 from plait.hub.families import NAMES, OUTER, Family, family
 from plait.hub.families.fields import Fields
-from plait.hub.weight_table import Piece, by_theirs, fill, made, table
+from plait.hub.weight_table import NOTHING, Piece, by_theirs, fill, made, table
 from plait.model.build import empty_model, to_dtype
 from plait.model.files import CONFIG, ENDS, bare, carried_files
 from plait.model.language_model import LanguageModel
@@ -128,13 +128,13 @@ def _weights(folder: Path) -> WeightFiles:
 
 def _fill(model: LanguageModel, found: Family, files: WeightFiles, device: torch.device) -> dict[str, Any]:
     """Read tensor by tensor; each must be there, be used, and have the right shape. Gives what is to be known for the way back:
-    `dtypes` that were widened, and `names` that are not the family's first choice."""
+    `dtypes` that were widened, and `names`, with how much is there, that are not the family's first choice."""
     names = {stored: found.named(stored) for stored in files.where}
     there = set(names.values())
     if len(there) < len(names):
         twice = next(stored for stored, name in names.items() if stored != name and name in names)
         raise ValueError(f"{files.path_of(twice)}: {twice} is there twice, also as {names[twice]}")
-    tensors = by_theirs(pieces(found, model.design, there))
+    tensors = by_theirs(pieces(found, model.design, {names[stored]: count for stored, count in files.sizes().items()}))
     aliases = {stored for stored, name in names.items() if name not in tensors and _is_alias(name, found, model.design)}
     files.expect({stored for stored, name in names.items() if name in tensors} | (tensors.keys() - there) | aliases)
     owners = dict(model.named_parameters())
@@ -161,10 +161,14 @@ def _fill(model: LanguageModel, found: Family, files: WeightFiles, device: torch
     return {"dtypes": widened, "names": _not_first(found, model.design, tensors)}
 
 
-def _not_first(found: Family, design: ModelConfig, tensors: dict[str, list[Piece]]) -> list[str]:
-    """Names of tensors where the family's first choice is another, of the experts the first one's."""
-    first = {piece.theirs for piece in pieces(found, design)}
-    return [name for name, parts in tensors.items() if name not in first and not parts[0].index]
+def _not_first(found: Family, design: ModelConfig, tensors: dict[str, list[Piece]]) -> dict[str, int]:
+    """The tensors where the family's first choice is another (of experts: of the first), and how many numbers they hold."""
+    first = {piece.theirs: piece.numel for piece in pieces(found, design)}
+    return {
+        name: parts[0].numel
+        for name, parts in tensors.items()
+        if not parts[0].index and parts[0].numel != first.get(name)
+    }
 
 
 def _is_alias(name: str, found: Family, design: ModelConfig) -> bool:
@@ -229,7 +233,7 @@ def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, s
     same = origin if origin and origin["family"] == found.model_type else {"config": {}, "dtypes": {}}
     dtype = str(model.dtype).removeprefix("torch.")
     config = config_of(found, model.design, same["config"] or _end_tokens(model))
-    tensors = by_theirs(pieces(found, model.design, same.get("names", ())))
+    tensors = by_theirs(pieces(found, model.design, same.get("names", NOTHING)))
     ours = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
     ours = merged_tensors(model, ours)
     theirs = _Theirs(tensors, ours, {name: old for name, old in same["dtypes"].items() if old == dtype})

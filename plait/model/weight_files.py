@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,14 @@ class WeightFiles:
     def tensor(self, name: str) -> Tensor:
         with _opened(self.where[name]) as file:
             return file.get_tensor(name)
+
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each tensor holds, without reading any."""
+        found: dict[str, int] = {}
+        for path in sorted(set(self.where.values())):
+            with _opened(path) as file:
+                found |= {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return found
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of every tensor, without reading any. Raises ValueError for one that holds no floating point numbers that torch

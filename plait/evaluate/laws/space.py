@@ -82,7 +82,6 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "gate_bias": (0.0, 2.0, (1.0, 4.0)),
     "spread": (None, 0.7),
     "clip": (None, 0.3),
-    "norm_eps": (None, 1e-3),
     "RWKV7.norm_eps": (64e-5, 1e-3),
     "removal_eps": (None, 1e-2),
     "adapter_rank": (None, 2),

@@ -20,6 +20,7 @@ MODULES = {
     "fla": ("gla", "retnet", "delta_net", "gated_deltanet"),
     "fla_rwkv7": ("rwkv7",),
     "kimi_linear": ("kimi_linear",),
+    "olmo_hybrid": ("olmo_hybrid",),
     "qwen_hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
 }
 # of several parts, of which plait reads the text model, by that one's family

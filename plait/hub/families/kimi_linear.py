@@ -8,13 +8,13 @@ from plait.design.layers import KimiDeltaAttention, LatentAttention, Layer, Mixt
 from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm
 from plait.design.places import layers
+from plait.hub.families.deepseek import LATENT_EPS
 from plait.hub.families.family import Family, Named, first, pattern
 from plait.hub.families.fields import Fields
 from plait.hub.families.llama import FULL
 from plait.hub.families.qwen_hybrid import LINEAR
 from plait.hub.weight_table import Either, Form, Rows, Rules
 
-LATENT_EPS = 1e-6  # of the latents' norms, whatever the config says of the others
 DECAYS = Form(lambda x: x.flatten(), lambda x: x.view(1, 1, -1, 1))
 MIXER = {"norm": "input_layernorm"}
 KDA: Rules = {
@@ -126,7 +126,7 @@ def _latent(f: Fields) -> LatentAttention:
         rank=f["kv_lora_rank"],
         query_rank=f["q_lora_rank"],
         rope=None,
-        norm_eps=LATENT_EPS,
+        norm_eps=None if f["rms_norm_eps"] == LATENT_EPS else LATENT_EPS,
     )
 
 
