@@ -50,7 +50,8 @@ def read(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
 def folder_design(folder: Path) -> ModelConfig:
     """The design of the folder's config, without reading weights."""
     raw = read_mapping(folder / CONFIG)
-    return design_of(family_of(raw, folder / CONFIG), raw, str(folder / CONFIG))
+    found = family_of(raw, folder / CONFIG)
+    return design_of(found, text_config(raw, folder / CONFIG), str(folder / CONFIG))
 
 
 def family_of(raw: dict[str, Any], where: Path) -> Family:
@@ -94,6 +95,8 @@ def normalised(found: Family, raw: dict[str, Any], where: str) -> PreTrainedConf
     """The config with transformers' defaults where it says nothing, and older spellings in the newest one."""
     numbers = json.loads(json.dumps(raw), object_hook=_number)
     try:
+        if found.defaults is not None:
+            return PreTrainedConfig.from_dict({**found.defaults, **numbers})
         return CONFIG_MAPPING[found.model_type].from_dict(numbers)
     except Exception as error:  # their validation raises whatever it likes
         raise ValueError(f"{where}: not a config of {found.model_type}: {' '.join(str(error).split())}") from None
@@ -104,7 +107,7 @@ def _number(x: dict[str, Any]) -> Any:
     return float(x["__float__"]) if x.keys() == {"__float__"} else x
 
 
-def pieces(found: Family, design: ModelConfig, known: Container[str] = ()) -> list[Piece]:
+def pieces(found: Family, design: ModelConfig, known: Mapping[str, int] = NOTHING) -> list[Piece]:
     """Where all weights of a design lie in a folder of the family, with tensors that are `known` where there is a choice."""
     ends = (*declared.front_weights(design), *declared.head_weights(design))
     slots = declared.slot_weights(design)

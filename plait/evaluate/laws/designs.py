@@ -163,7 +163,9 @@ DESIGNS: dict[str, ModelConfig] = {
             "M#1": {"dt_min": 0.02, "output_norm": "none"},
         },
     ),
-    "DF plain heads, convolution of two": small("DF", D=GatedDeltaNet(heads=3, head_dim=16, conv_width=2)),
+    "DF plain heads, convolution of two": small(
+        "DF", D=GatedDeltaNet(heads=3, head_dim=16, conv_width=2, norm_eps=1e-3)
+    ),
     "GlF": small("GlF"),
     "KF": small("KF"),
     "Rw2 Rf": small("Rw2 Rf", at={"Rw#0": {"value_residual": False, "norm_eps": 1e-3, "removal_eps": 1e-2}}),

@@ -35,7 +35,6 @@ class Family:
     repeat others or hold no numbers of the model's own.
     alike: fields, together, that may say the same in several ways: they stay what they were where they still say it.
     tiny: fields of a small config, drawn from all that the family allows.
-    repeat others or hold no numbers of the model's own. tiny: fields of a small config, drawn from all that the family allows.
     defaults: of the config, where transformers has no class that knows them.
     within: what names of tensors begin with in files of several parts, and what here: "model.language_model.", "model.".
     """

@@ -209,6 +209,7 @@ def _family(name: str, architecture: str, kind: type[Layer], layer: Callable[[Fi
         holds=(kind, SwiGLU),
         ends=ENDS,
         defaults=DEFAULTS[name],
+        alike=(("intermediate_size",), ("num_v_heads",), ("expand_k",), ("expand_v",)),
     )
 
 

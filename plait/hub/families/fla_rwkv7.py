@@ -150,5 +150,6 @@ FAMILIES = (
         holds=(RWKV7, RWKV7FeedForward),
         ends={**ENDS, "embed_norm": "model.layers.0.pre_norm"},
         defaults=DEFAULTS,
+        alike=(("intermediate_size",), ("v_low_rank_dim",)),
     ),
 )
