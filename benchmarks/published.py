@@ -129,3 +129,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], float, float | None]] = {
     "olmo-hybrid-7b": ("olmo_hybrid", {}, 7.4, None),
     "kimi-linear-48b-a3b": ("kimi_linear", {}, 48.0, 3.0),
 }  # fmt: skip
+
+
+def read(name: str) -> ModelConfig:
+    family_name, fields, _, _ = MODELS[name]
+    found = family(family_name)
+    return design_of(found, {"model_type": found.model_type, **fields}, name)
