@@ -4,14 +4,12 @@ The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md,
 """
 
 import importlib.util
+import mmap
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from plait.data.errors import DataError, NotFound, nearest
 from plait.files import user_path
@@ -37,7 +35,7 @@ class GGUF:
     path: Path
     fields: dict[str, Any]
     tensors: dict[str, Stored]
-    data: NDArray[np.uint8]  # the whole file, mapped
+    data: memoryview  # the whole file, mapped
 
     def field(self, name: str) -> Any:
         """Raises DataError for one that is missing."""
@@ -78,12 +76,15 @@ def open_gguf(path: Path) -> GGUF:
     """Read a file's header. Raises DataError for what is none, is cut short or damaged, or is of another version."""
     if _magic(path) != MAGIC:
         raise DataError(f"{path}: not a GGUF file; expected one that begins with {MAGIC.decode()}")
-    data = np.memmap(path, np.uint8, mode="r")
+    with open(path, "rb") as opened:
+        data = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
     header, fields = _Header(data, len(MAGIC)), {}
     try:
         version, count = header.scalar("I"), header.scalar("Q")
         if version not in VERSIONS:
-            raise DataError(f"{path}: GGUF version {version}; plait reads {VERSIONS[0]} and {VERSIONS[1]}, little-endian")
+            raise DataError(
+                f"{path}: GGUF version {version}; plait reads {VERSIONS[0]} and {VERSIONS[1]}, little-endian"
+            )
         for _ in range(header.scalar("Q")):
             name = header.string()
             fields[name] = header.value(header.scalar("I"))
@@ -99,8 +100,8 @@ def open_gguf(path: Path) -> GGUF:
 class _Header:
     """Values one after the other."""
 
-    def __init__(self, data: NDArray[np.uint8], at: int):
-        self.data, self.at = memoryview(data), at
+    def __init__(self, data: memoryview, at: int):
+        self.data, self.at = data, at
 
     def scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
@@ -121,8 +122,7 @@ class _Header:
         if kind == ARRAY:
             return self.array(self.scalar("I"), self.scalar("Q"))
         value = self.scalar(SCALARS[kind])
-        # the decimal that was meant: 1e-05, where its float32 is 9.999999747378752e-06
-        return float(str(np.float32(value))) if kind == FLOAT else value
+        return _decimal(value) if kind == FLOAT else value
 
     def array(self, kind: int, size: int) -> list[Any]:
         if kind == STRING:
@@ -138,3 +138,9 @@ class _Header:
         name = self.string()
         shape = self.array(10, self.scalar("I"))[::-1]  # theirs begins with the length of a row
         return name, Stored(tuple(shape), self.scalar("I"), self.scalar("Q"))
+
+
+def _decimal(value: float) -> float:
+    """The decimal that a float32 was written for: 1e-05, not 9.999999747378752e-06."""
+    shorter = (float(f"{value:.{digits}g}") for digits in range(6, 9))
+    return next((x for x in shorter if struct.pack("<f", x) == struct.pack("<f", value)), value)

@@ -83,10 +83,11 @@ def _from_json(path: Path) -> Tokenizer:
 def _from_gguf(path: Path) -> Tokenizer:
     from plait.data.tokenizer_gguf import tokenizer_files
 
-    files = tokenizer_files(open_gguf(path))
+    file = open_gguf(path)
+    files = tokenizer_files(file)
+    companions = {name: files[name] for name in COMPANIONS if name in files}
     inner = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
-    end = inner.token_to_id(json.loads(files["tokenizer_config.json"])["eos_token"])
-    return HuggingFaceTokenizer(inner, end, path.stem, {name: files[name] for name in COMPANIONS if name in files})
+    return HuggingFaceTokenizer(inner, file.field("tokenizer.ggml.eos_token_id"), path.stem, companions)
 
 
 def _from_transformers(folder: Path) -> Tokenizer:

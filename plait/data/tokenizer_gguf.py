@@ -96,7 +96,9 @@ def _tokenizer(file: GGUF, tokens: list[str], named: dict[str, str], adds: dict[
     types = file.fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     vocab = {token: id for id, token in enumerate(tokens)}
     if len(types) != len(tokens) or len(vocab) != len(tokens):
-        raise DataError(f"{file.path}: tokenizer.ggml.tokens has {len(vocab):,} tokens that differ, {len(types):,} types")
+        raise DataError(
+            f"{file.path}: tokenizer.ggml.tokens has {len(vocab):,} tokens that differ, {len(types):,} types"
+        )
     try:
         inner = kinds[kind](file, vocab, types)
     except DataError:
@@ -143,7 +145,9 @@ def _sentencepiece(file: GGUF, vocab: dict[str, int], types: list[int]) -> token
     before = [normalizers.Prepend("\u2581")] if space else []
     inner.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "\u2581")])
     strip = [decoders.Strip(" ", left=1)] if space else []
-    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return inner
 
 

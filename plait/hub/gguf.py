@@ -68,7 +68,9 @@ def _config(file: GGUF) -> tuple[Family, dict[str, Any]]:
     """The header in the words of transformers' config. Every field about the model has been read, or is an error."""
     architecture = file.field("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"{file.path}: architecture {architecture!r}; plait reads GGUF files of {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"{file.path}: architecture {architecture!r}; plait reads GGUF files of {', '.join(ARCHITECTURES)}"
+        )
     if file.fields.get("split.count", 1) > 1:
         parts = file.fields["split.count"]
         raise ValueError(f"{file.path}: one of {parts} parts; join them first: llama-gguf-split --merge FIRST NEW")
@@ -81,7 +83,9 @@ def _llama(file: GGUF) -> dict[str, Any]:
     f = Fields(given, str(file.path))
     dim, heads = f["llama.embedding_length"], f["llama.attention.head_count"]
     head_dim = f.get("llama.attention.key_length", dim // heads)
-    f.must(**{"llama.attention.value_length": head_dim, "llama.rope.dimension_count": head_dim, "llama.expert_count": 0})
+    f.must(
+        **{"llama.attention.value_length": head_dim, "llama.rope.dimension_count": head_dim, "llama.expert_count": 0}
+    )
     f.must(**{"llama.expert_used_count": 0})
     config = {
         "vocab_size": f.get("llama.vocab_size") or len(file.field("tokenizer.ggml.tokens")),
@@ -122,10 +126,13 @@ def _llama3(file: GGUF, theta: float, head_dim: int) -> dict[str, Any]:
     factor = float(slower.max())
     scaling = Llama3(factor=factor, low=LLAMA3_LOW, high=LLAMA3_HIGH, original=LLAMA3_ORIGINAL)
     plain, scaled = (
-        frequencies(RoPE(theta=theta, scaling=rule), head_dim, slower.device, torch.float32)[0] for rule in (None, scaling)
+        frequencies(RoPE(theta=theta, scaling=rule), head_dim, slower.device, torch.float32)[0]
+        for rule in (None, scaling)
     )
     if slower.shape != plain.shape or not torch.allclose(plain / scaled, slower, rtol=1e-4):
-        raise ValueError(f"{file.path}: {FREQUENCIES} is not how Llama 3.1 scales RoPE, the one way that plait knows in GGUF")
+        raise ValueError(
+            f"{file.path}: {FREQUENCIES} is not how Llama 3.1 scales RoPE, the one way that plait knows in GGUF"
+        )
     limits = {"low_freq_factor": LLAMA3_LOW, "high_freq_factor": LLAMA3_HIGH}
     return {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": LLAMA3_ORIGINAL, **limits}
 
@@ -182,13 +189,15 @@ def dequantised(file: GGUF, name: str) -> np.ndarray:
     kind = _kind(file, name)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     if not stored.shape or stored.shape[-1] % block:
-        raise ValueError(f"{file.path}: {name} has shape {stored.shape}, whose rows are not of {kind.name}'s blocks of {block}")
+        raise ValueError(
+            f"{file.path}: {name} has shape {stored.shape}, whose rows are not of {kind.name}'s blocks of {block}"
+        )
     shape = (*stored.shape[:-1], stored.shape[-1] // block * size)
-    content = file.data[stored.offset : stored.offset + prod(shape)]
-    if len(content) < prod(shape):
+    if len(file.data) < stored.offset + prod(shape):
         raise ValueError(f"{file.path}: cut short in {name}, {len(file.data):,} bytes")
-    numbers = gguf.dequantize(content.reshape(shape), kind)
-    return np.array(numbers) if kind.name == "F32" else numbers  # of their own, where they were the file's
+    content = np.frombuffer(file.data, np.uint8, prod(shape), stored.offset).reshape(shape)
+    numbers = gguf.dequantize(content, kind)
+    return numbers if numbers.flags.owndata and numbers.flags.writeable else np.array(numbers)
 
 
 def _kind(file: GGUF, name: str) -> gguf.GGMLQuantizationType:
