@@ -92,6 +92,8 @@ def open_gguf(path: Path) -> GGUF:
     except (struct.error, UnicodeDecodeError, IndexError, KeyError):
         raise DataError(f"{path}: cut short or damaged in its header, {len(data):,} bytes") from None
     alignment = fields.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise DataError(f"{path}: general.alignment is {alignment!r}; expected a number of bytes")
     start = -(-header.at // alignment) * alignment
     placed = {name: Stored(x.shape, x.type, start + x.offset) for name, x in tensors.items()}
     return GGUF(path, fields, placed, data)

@@ -79,8 +79,9 @@ def _config(file: GGUF) -> tuple[Family, dict[str, Any]]:
 
 
 def _llama(file: GGUF) -> dict[str, Any]:
-    given = {name: value for name, value in file.fields.items() if name.startswith("llama.")}
+    given = {name: _one(file, name, value) for name, value in file.fields.items() if name.startswith("llama.")}
     f = Fields(given, str(file.path))
+    f.must(**{"llama.tensor_data_layout": "Meta AI original pth", "llama.attention.causal": True})
     dim, heads = f["llama.embedding_length"], f["llama.attention.head_count"]
     head_dim = f.get("llama.attention.key_length", dim // heads)
     f.must(
@@ -108,15 +109,28 @@ def _llama(file: GGUF) -> dict[str, Any]:
     return config | {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["padding"]}
 
 
+def _one(file: GGUF, name: str, value: Any) -> Any:
+    """A header may say a number for each layer."""
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise ValueError(
+            f"{file.path}: {name} is not the same in all layers, which a Llama of transformers cannot hold"
+        )
+    return value[0]
+
+
 def _rope(f: Fields, file: GGUF, head_dim: int) -> dict[str, Any]:
     theta = f.get("llama.rope.freq_base", 10_000.0)
-    f.must(**{"llama.rope.scaling.type": ("none", "linear")})
+    f.must(**{"llama.rope.scaling.type": ("linear", "none")})
     f.carried("llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned")
-    linear = f.get("llama.rope.scaling.factor", 1.0) if f.get("llama.rope.scaling.type") == "linear" else 1.0
-    linear = f.get("llama.rope.scale_linear", linear)  # as older files say it
-    if FREQUENCIES in file.tensors:
-        return {"rope_theta": theta, **_llama3(file, theta, head_dim)}
+    factor = f.get("llama.rope.scaling.factor") or f.get("llama.rope.scale_linear") or 1.0  # the second in older files
+    linear = 1.0 if f.get("llama.rope.scaling.type") == "none" else factor
     kind = {"rope_type": "default"} if linear == 1 else {"rope_type": "linear", "factor": linear}
+    if FREQUENCIES in file.tensors:
+        if linear != 1:
+            raise ValueError(f"{file.path}: {FREQUENCIES} beside a linear scaling of RoPE, which plait does not know")
+        kind = _llama3(file, theta, head_dim)
     return {"rope_theta": theta, **kind}
 
 

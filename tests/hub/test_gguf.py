@@ -46,7 +46,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
     ),
     "biases, F16": (HALF, {"attention_bias": True, "mlp_bias": True}),
-    "linear": (Q8, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "linear, Q5_1": (TYPES.Q5_1, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "llama3": (Q8, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, **LLAMA3}}),
 }
 
@@ -203,6 +203,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "shape": ({"llama.feed_forward_length": 64}, r"has shape \(128, 96\), the config asks for \(64, 96\)"),
     "too few": ({"llama.block_count": 3}, r"missing tensors \['model\.layers\.2"),
     "too many": ({"llama.block_count": 1}, r"unused tensors \['model\.layers\.1"),
+    "uneven": ({"llama.attention.head_count": [6, 4]}, r"llama\.attention\.head_count is not the same in all layers"),
+    "alignment": ({"general.alignment": 0}, "general\\.alignment is 0"),
     "parts": ({"split.count": 2}, "one of 2 parts; join them first"),
 }
 
