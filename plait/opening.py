@@ -43,6 +43,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
 def folder_design(folder: str | Path) -> ModelConfig:
     """The design of what `load` would give, without reading weights."""
+    if (file := gguf_path(folder)) is not None:
+        from plait.hub.gguf import design_of_gguf
+
+        return design_of_gguf(file)
     folder = model_folder(folder)
     if not is_foreign(folder):
         return ModelConfig.from_dict(read_config(folder)["design"])
