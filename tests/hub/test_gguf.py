@@ -246,3 +246,12 @@ def test_files_that_are_none(small: Path, tmp_path: Path) -> None:
         plait.load(tmp_path / "old.gguf")
     with pytest.raises(FileNotFoundError, match="did you mean .*tiny.gguf"):
         plait.load(tmp_path / "tiny2.gguf")
+
+
+def test_a_run_starts_from_a_file(small: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ab and 12 more\n" * 200)
+    size = ("steps=1", "batch=2", "data.length=16", "eval_tokens=32", "sample_every=0", "warmup=0", "device=cpu")
+    data = (f"data.source={text}", f"data.cache={tmp_path}/cache", f"folder={tmp_path}/run")
+    assert run(("train", f"start={small}", *data, *size)) == 0
+    assert plait.load_tokenizer(tmp_path / "run").hash == plait.load_tokenizer(small).hash
