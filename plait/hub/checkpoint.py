@@ -25,7 +25,7 @@ from plait.model.build import empty_model, to_dtype
 from plait.model.files import CONFIG, ENDS, bare, carried_files
 from plait.model.language_model import LanguageModel
 from plait.model.lora import merged_tensors
-from plait.model.weight_files import INDEX, SHARD_BYTES, WEIGHTS, WeightFiles, weight_files, write_weights
+from plait.model.weight_files import INDEX, SHARD_BYTES, WEIGHTS, WeightFiles, WeightSource, weight_files, write_weights
 
 HEAD = "lm_head.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
@@ -42,7 +42,7 @@ def read(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
     design = design_of(found, raw, str(folder / CONFIG))
     files = _weights(folder)
     model = empty_model(design, device=device)
-    model.origin = {"family": found.model_type, "config": raw, **_fill(model, found, files, torch.device(device))}
+    model.origin = {"family": found.model_type, "config": raw, **fill_model(model, found, files, torch.device(device))}
     model.tokenizer_files = carried_files(folder)
     return model if dtype is None else to_dtype(model, dtype)
 
@@ -129,7 +129,7 @@ def _weights(folder: Path) -> WeightFiles:
     return weight_files(folder)
 
 
-def _fill(model: LanguageModel, found: Family, files: WeightFiles, device: torch.device) -> dict[str, Any]:
+def fill_model(model: LanguageModel, found: Family, files: WeightSource, device: torch.device) -> dict[str, Any]:
     """Read tensor by tensor; each must be there, be used, and have the right shape. Gives what is to be known for the way back:
     `dtypes` that were widened, and `names`, with how much is there, that are not the family's first choice."""
     names = {stored: found.named(stored) for stored in files.where}
@@ -179,7 +179,7 @@ def _is_alias(name: str, found: Family, design: ModelConfig) -> bool:
     return (design.tied and name == HEAD) or any(re.fullmatch(alias, name) for alias in found.aliases)
 
 
-def _check_tied(model: LanguageModel, files: WeightFiles) -> None:
+def _check_tied(model: LanguageModel, files: WeightSource) -> None:
     """Some files hold the tied matrix twice."""
     if model.design.tied and HEAD in files.where:
         given = files.tensor(HEAD)
