@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 # published models and systems, made and counted by benchmarks/published.py
-PUBLISHED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+PUBLISHED: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_name("published.json").read_text(encoding="utf-8")
+)
 
 OWN: dict[str, dict[str, Any]] = {
     # runs on anything: two megabytes of weights over bytes

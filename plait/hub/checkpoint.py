@@ -20,7 +20,7 @@ from plait.files import user_path, write_atomic, write_text
 from plait.hub.compare import first_difference
 from plait.hub.families import NAMES, OUTER, Family, family
 from plait.hub.families.fields import Fields
-from plait.hub.weight_table import NOTHING, Piece, by_theirs, fill, made, table
+from plait.hub.weight_table import NOTHING, Piece, by_theirs, fill, made, table, torn
 from plait.model.build import empty_model, to_dtype
 from plait.model.files import CONFIG, ENDS, bare, carried_files
 from plait.model.language_model import LanguageModel
@@ -138,7 +138,7 @@ def fill_model(model: LanguageModel, found: Family, files: WeightSource, device:
         twice = next(stored for stored, name in names.items() if stored != name and name in names)
         raise ValueError(f"{files.path_of(twice)}: {twice} is there twice, also as {names[twice]}")
     tensors = by_theirs(pieces(found, model.design, {names[stored]: count for stored, count in files.sizes().items()}))
-    aliases = {stored for stored, name in names.items() if name not in tensors and _is_alias(name, found, model.design)}
+    aliases = {stored for stored, name in names.items() if name not in tensors and is_alias(name, found, model.design)}
     files.expect({stored for stored, name in names.items() if name in tensors} | (tensors.keys() - there) | aliases)
     owners = dict(model.named_parameters())
     stored_as = {names[stored]: dtype for stored, dtype in files.dtypes().items()}
@@ -174,7 +174,7 @@ def _not_first(found: Family, design: ModelConfig, tensors: dict[str, list[Piece
     }
 
 
-def _is_alias(name: str, found: Family, design: ModelConfig) -> bool:
+def is_alias(name: str, found: Family, design: ModelConfig) -> bool:
     """Whether a tensor repeats another or is computed anew: older files hold some."""
     return (design.tied and name == HEAD) or any(re.fullmatch(alias, name) for alias in found.aliases)
 
@@ -236,9 +236,12 @@ def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, s
     same = origin if origin and origin["family"] == found.model_type else {"config": {}, "dtypes": {}}
     dtype = str(model.dtype).removeprefix("torch.")
     config = config_of(found, model.design, same["config"] or _end_tokens(model))
-    tensors = by_theirs(pieces(found, model.design, same.get("names", NOTHING)))
+    where = pieces(found, model.design, same.get("names", NOTHING))
+    tensors = by_theirs(where)
     ours = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
     ours = merged_tensors(model, ours)
+    if apart := torn(where, ours):
+        raise ValueError(f"{to} cannot hold this model: {' and '.join(apart)} are one tensor there, and differ here")
     theirs = _Theirs(tensors, ours, {name: old for name, old in same["dtypes"].items() if old == dtype})
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, theirs, {"format": "pt"}, shard_bytes)
@@ -261,14 +264,17 @@ def _write_bytes(content: bytes, path: Path) -> None:
 
 
 def config_of(found: Family, design: ModelConfig, carried: dict[str, Any]) -> PreTrainedConfig:
-    """The config that describes a design, with what was `carried` where that says nothing about it. Raises ValueError where the
-    family has no config that does."""
+    """The config that describes a design: the one that was `carried` where it does, since a design may be said in several ways;
+    else one of the family's, with what was carried where that says nothing about the design. Raises ValueError where the family
+    has none that does."""
     name = found.model_type
     for place in layers(design.slots):
         if not isinstance(place.layer, found.holds):
             kinds = ", ".join(str(kind.__struct_config__.tag) for kind in found.holds)
             tag = place.layer.__struct_config__.tag
             raise ValueError(f"{name} cannot hold {place.address}: it is a {tag}, and {name} has {kinds}")
+    if "model_type" in carried and design_of(found, carried, name).hash == design.hash:
+        return normalised(found, carried, name)
     given = found.config(design)
     for fields in found.alike:
         rest = {field: value for field, value in given.items() if field not in fields}

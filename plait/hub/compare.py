@@ -1,5 +1,6 @@
 """Where two designs that ought to be one part ways."""
 
+import math
 from typing import Any
 
 from plait.design.model import ModelConfig
@@ -40,7 +41,7 @@ def _node(mine: Node, other: Node) -> str | None:
 
 def _said(where: str, mine: Any, other: Any) -> str | None:
     """The first field in which two values differ."""
-    if mine == other:
+    if _equal(mine, other):
         return None
     if not isinstance(mine, Struct) or type(mine) is not type(other):
         return f"{where}: {_short(mine)}, it would be {_short(other)}"
@@ -51,6 +52,15 @@ def _said(where: str, mine: Any, other: Any) -> str | None:
         if said := _said(f"{where}.{name}", x, y):
             return said
     return None
+
+
+def _equal(mine: Any, other: Any) -> bool:
+    """But for float64's last digits: some numbers are kept as one over, or times, others."""
+    if isinstance(mine, tuple) and isinstance(other, tuple):
+        return len(mine) == len(other) and all(map(_equal, mine, other))
+    if isinstance(mine, float) and isinstance(other, float):
+        return math.isclose(mine, other, rel_tol=1e-12)
+    return mine == other
 
 
 def _short(value: Any) -> str:

@@ -202,6 +202,17 @@ def by_theirs(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
     return named
 
 
+def torn(pieces: Iterable[Piece], ours: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Two of our weights that lie in one place of theirs, norms of a shared block's uses, and are not what they should be:
+    equal."""
+    first: dict[tuple[str, int, int | None], Piece] = {}
+    for piece in pieces:
+        other = first.setdefault((piece.theirs, piece.start, piece.index), piece)
+        if other is not piece and not torch.equal(other.target(ours[other.ours]), piece.target(ours[piece.ours])):
+            return other.ours, piece.ours
+    return None
+
+
 def made(pieces: list[Piece], ours: Mapping[str, Tensor]) -> Tensor:
     """One of their tensors, of its pieces; on the device "meta" where ours are, without values."""
     first, example = pieces[0], ours[pieces[0].ours]

@@ -80,13 +80,14 @@ class RetNet(ScalarDecay, frozen=True, kw_only=True, tag="retnet"):
 class LightningAttention(ScalarDecay, frozen=True, kw_only=True, tag="lightning_attention"):
     """Lightning attention as in MiniMax-01 (arXiv 2501.08313): silu of q, k and v; head i of h, from 0, forgets at
     exp(-s 2^(-8 (i + 1) / h)); all heads are normed together and times the sigmoid of the gate. `slope` is s, which MiniMax
-    gives layer l of L as 1 - l / (L - 1)."""
+    gives layer l of L as 1 - l / (L - 1). `norm_eps` is that norm's; null: the design's."""
 
     slope: float = 1.0
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "slope")
+        positive(self, "slope", "norm_eps")
 
     def normed(self) -> int:
         return self.inner()

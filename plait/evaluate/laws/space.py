@@ -47,6 +47,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "dt_max": (None, 0.05),
     "multipliers": (None, (0.5, 2.0, 0.3, 1.5, 0.7)),
     "hidden": (20, 33),
+    "gate_scale": (1.0, 0.6),
     "width": (None, 13, 22),
     "inner_dim": (None, 15, 26),
     "dt_rank": (None, 3),
@@ -87,6 +88,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "adapter_rank": (None, 2),
     "Sum.weights": ((),),
     "factor": (None, 0.3),
+    "keep": (None, None, 0.8),
+    "gives": (None, None, "next", "next_added"),
     "eps": (1e-4,),
     "positions": (None, 300),
     "meta": (0, 2),
@@ -99,7 +102,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 # Fields that say how something is computed, or that are drawn apart
-APART = {"wrap", "shared", "adapter_rank", "out_proj", "norm", "solver", "tol", "max_passes", "strict"}
+APART = {"wrap", "shared", "adapter_rank", "adapted", "out_proj", "norm", "solver", "tol", "max_passes", "strict"}
 
 PATTERNS = ("X", "XY", "XYX", "XYZ", "[X|Y]", "[X|Y]Z", "[XZ|Y]X", "[X|Y|Z]", "[X[Y|Z]|Y]", "X[Y|Z]")
 MOST = 1000  # draws until one fits: options that exclude each other are drawn again
@@ -137,7 +140,7 @@ def drawn(choose: Choose) -> ModelConfig:
         layers=layers,
         merge=merge,
         norm=_any(choose, NORM_KINDS),
-        wrap=_wrap(choose),
+        wrap=_wrap(choose).replace(gives=None),
         front=front,
         head=head,
         tie_embeddings=choose((True, False)),

@@ -7,6 +7,12 @@ from plait.hub.families.family import Family as Family
 
 # by the file that declares it
 MODULES = {
+    "lfm2": ("lfm2",),
+    "recurrent_gemma": ("recurrent_gemma",),
+    "xlstm": ("xlstm",),
+    "minimax": ("minimax",),
+    "falcon_h1": ("falcon_h1",),
+    "zamba2": ("zamba2",),
     "llama": ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"),
     "gemma": ("gemma2", "gemma3_text"),
     "olmo": ("olmo2", "olmo3"),
