@@ -39,7 +39,8 @@ def sizes(dim: int, layers: int, heads: int, kv_heads: int, hidden: int, **more:
 
 
 def llama3(factor: float) -> dict[str, Any]:
-    return {"rope_parameters": {**LLAMA3, "factor": factor}, "rms_norm_eps": 1e-5, "vocab_size": 128_256, "max_position_embeddings": 131_072}
+    rope = {"rope_parameters": {**LLAMA3, "factor": factor}, "max_position_embeddings": 131_072}
+    return {**rope, "rms_norm_eps": 1e-5, "vocab_size": 128_256}
 
 
 # name: (family, fields, total, active where a token passes some alone)
@@ -185,7 +186,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], float, float | None]] = {
         1.170,
         None,
     ),
-    "recurrentgemma-2b": ("recurrent_gemma", {"num_key_value_heads": 1}, 2.683, None),
+    "recurrentgemma-2b": ("recurrent_gemma", {"num_key_value_heads": 1, "intermediate_size": 15_360}, 2.683, None),
     "xlstm-7b": ("xlstm", {}, 6.865, None),
     "minimax-text-01": (
         "minimax",

@@ -88,6 +88,7 @@ class Resolver:
         self.bound: dict[str, Layer] = LETTERS | design.layers
         self.seen: Counter[str] = Counter()
         self.left = dict(design.at)
+        self.resolved: dict[tuple[str, bool, bool], Layer] = {}
 
     def slots(self) -> tuple[Node, ...]:
         slots = tuple(self._node(item, None) for item in self.design.chain)
@@ -112,21 +113,27 @@ class Resolver:
 
     def _place(self, letter: Letter, within: Merge | None) -> Place:
         address = self._address(letter.name)
-        where, change = f"layer {letter.name!r}", self.left.pop(address, None)
-        layer = self._bound(letter)
+        change = self.left.pop(address, None)
         if change is not None:
-            layer, where = overridden(layer, change, f"at.{address}"), f"at.{address}"
+            layer = overridden(self._bound(letter), change, f"at.{address}")
+            return Place(address, letter.name, self._resolved(layer, within, f"at.{address}"))
+        key = letter.name, within is not None, within is not None and within.at == "inner"
+        if key not in self.resolved:  # a letter is one layer wherever nothing is changed
+            self.resolved[key] = self._resolved(self._bound(letter), within, f"layer {letter.name!r}")
+        return Place(address, letter.name, self.resolved[key])
+
+    def _resolved(self, layer: Layer, within: Merge | None, where: str) -> Layer:
+        """All its numbers and its wrap filled in. Raises ValueError where they do not fit."""
         asked = layer.wrap
         wrap = (asked or Wrap()).over(self.design.full_wrap)
         try:
             layer = layer.replace(wrap=_fitting(layer, wrap, within is not None)).resolve(self.design.dim)
             layer = _before_merge(layer, asked, within is not None and within.at == "inner")
-            layer.adapters(
-                self.design.dim, layer.wrap.width(self.design.dim)
-            )  # raises for what is adapted and not there
+            # raises for what is adapted and not there
+            layer.adapters(self.design.dim, layer.wrap.width(self.design.dim))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        return Place(address, letter.name, layer)
+        return layer
 
     def _bound(self, letter: Letter) -> Layer:
         if letter.name in self.bound:
