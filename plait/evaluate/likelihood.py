@@ -5,7 +5,7 @@ only where something is scored, and a recurrent model's memory does not grow wit
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from plait.engine.decode import evaluating
-from plait.engine.prefill import advance, prefill
+from plait.engine.prefill import CHUNK, advance, prefill
 from plait.engine.sampling import check_finite
 from plait.model import LanguageModel
 from plait.model.loss import SLICE
@@ -126,10 +126,10 @@ def _score(
     firsts = _compare(model, hidden[[row for row, _ in pairs]], [choice[0] for _, choice in pairs])
     total, greedy = (part.tolist() for part in firsts)
     later = [i for i, (_, choice) in enumerate(pairs) if len(choice) > 1]
-    for some in _within(later, [len(group[row].context) for row, _ in pairs]):
-        inputs = [pairs[i][1][:-1] for i in some]
-        after, cuts = _read_packed(model, inputs, state.select([pairs[i][0] for i in some]))
-        ln_p, likeliest = _compare(model, after, [token for i in some for token in pairs[i][1][1:]])
+    for some in _within(later, [len(group[row].context) + len(choice) for row, choice in pairs]):
+        choices = [pairs[i][1] for i in some]
+        ln_p, likeliest = _follow(model, choices, state.select([pairs[i][0] for i in some]))
+        cuts = accumulate((len(choice) - 1 for choice in choices), initial=0)
         for i, (start, end) in zip(some, pairwise(cuts), strict=True):
             total[i] += ln_p[start:end].sum().item()
             greedy[i] = greedy[i] and bool(likeliest[start:end].all())
@@ -150,14 +150,24 @@ def _within(items: list[int], sizes: list[int]) -> Iterator[list[int]]:
         yield run
 
 
-def _read_packed(model: LanguageModel, inputs: list[Ids], state: ModelState) -> tuple[Float[Tensor, "n d"], list[int]]:
-    """Features of all tokens end to end, each row going on from its own state; where rows begin, and the end."""
-    cuts = [0]
-    for row in inputs:
-        cuts.append(cuts[-1] + len(row))
-    tokens = torch.tensor([[token for row in inputs for token in row]], device=model.device)
-    hidden, _ = advance(model, tokens, state, torch.tensor(cuts, dtype=torch.int32))
-    return hidden[0], cuts
+def _follow(
+    model: LanguageModel, choices: list[Ids], state: ModelState
+) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+    """As `_compare`, of each choice's tokens but the first, end to end, each choice going on from its own row of the state. A
+    choice alone may be long, and is read a chunk at a time."""
+    if len(choices) > 1:
+        rows = [choice[:-1] for choice in choices]
+        cuts = torch.tensor([0, *accumulate(map(len, rows))], dtype=torch.int32, device="cpu")
+        tokens = torch.tensor([[token for row in rows for token in row]], device=model.device)
+        hidden, _ = advance(model, tokens, state, cuts)
+        return _compare(model, hidden[0], [token for choice in choices for token in choice[1:]])
+    found, choice = [], choices[0]
+    for start in range(0, len(choice) - 1, CHUNK):
+        end = min(start + CHUNK, len(choice) - 1)
+        hidden, state = advance(model, torch.tensor([choice[start:end]], device=model.device), state)
+        found.append(_compare(model, hidden[0], choice[start + 1 : end + 1]))
+    ln_p, likeliest = zip(*found, strict=True)
+    return torch.cat(ln_p), torch.cat(likeliest)
 
 
 def _compare(

@@ -30,6 +30,7 @@ TAKEN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", 
 class PlaitLM(TemplateLM):
     """pretrained: a run's folder, a saved model's, or one of transformers whose family plait opens.
     batch_size: contexts read at once; "auto": as many as have 8,192 tokens together. dtype: else as in the file.
+    max_length: tokens of a window of loglikelihood_rolling; else as positions go, and the whole text where they have no end.
     A text's first token follows the end of a text. Chat templates are not applied."""
 
     def __init__(
@@ -39,6 +40,7 @@ class PlaitLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        max_length: int | None = None,
     ):
         super().__init__()
         del max_batch_size  # lm-eval gives it to every model
@@ -47,6 +49,7 @@ class PlaitLM(TemplateLM):
         self.model = load(folder, device=self._device, dtype=find_dtype(dtype) if dtype else None)
         self.ids = load_tokenizer(folder)
         check_vocab(self.model, self.ids)
+        self.most = int(max_length) if max_length else self.model.max_positions
         self.rows = None if str(batch_size).startswith("auto") else int(batch_size)
 
     @property
@@ -78,7 +81,7 @@ class PlaitLM(TemplateLM):
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int], str]]:
         ids = self.ids.encode(text)
-        most = self.model.max_positions or max(1, len(ids))
+        most = self.most or max(1, len(ids))
         for window in get_rolling_token_windows(ids, self.eot_token_id, most, 1):
             yield (*make_disjoint_window(window), _name((text,)))
 
