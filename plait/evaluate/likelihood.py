@@ -19,7 +19,8 @@ from plait.model import LanguageModel
 from plait.model.loss import SLICE
 from plait.state import ModelState
 
-TOKENS = 8192  # of contexts whose states are held at once; a longer one is alone
+TOKENS = CHUNK  # of contexts whose states are held at once; a longer one is alone
+ON_GPU = 8 * TOKENS  # there, where few rows are slow
 
 Ids = Sequence[int]
 
@@ -57,11 +58,11 @@ def answers(
     """An answer to each question, in order.
 
     write: tokens that the model writes after each context, among the first `vocab` ids (all: None); rows: how many
-    contexts are read at once (None: as many as together have `TOKENS` tokens).
+    contexts are read at once (None: as many as together have `TOKENS` tokens, on a GPU `ON_GPU`).
     Raises ValueError naming a question that is longer than the model's positions go, or has nothing to score.
     """
     checked = (_checked(model, question, write) for question in questions)
-    for group in _groups(checked, rows):
+    for group in _groups(checked, rows, held(model)):
         with evaluating(model), torch.inference_mode():
             found = _answer(model, group, write, vocab)
         yield from found
@@ -93,11 +94,16 @@ def _checked(model: LanguageModel, question: Question, write: int) -> Question:
     return question
 
 
-def _groups(questions: Iterable[Question], rows: int | None) -> Iterator[list[Question]]:
-    """Neighbours whose contexts together have at most `TOKENS` tokens, or `rows` of them."""
+def held(model: LanguageModel) -> int:
+    """Tokens of contexts whose states are held at once."""
+    return TOKENS if model.device.type == "cpu" else ON_GPU
+
+
+def _groups(questions: Iterable[Question], rows: int | None, most: int) -> Iterator[list[Question]]:
+    """Neighbours whose contexts together have at most `most` tokens, or `rows` of them."""
     group, used = list[Question](), 0
     for question in questions:
-        full = used + len(question.context) > TOKENS if rows is None else len(group) == rows
+        full = used + len(question.context) > most if rows is None else len(group) == rows
         if group and full:
             yield group
             group, used = [], 0
@@ -126,7 +132,7 @@ def _score(
     firsts = _compare(model, hidden[[row for row, _ in pairs]], [choice[0] for _, choice in pairs])
     total, greedy = (part.tolist() for part in firsts)
     later = [i for i, (_, choice) in enumerate(pairs) if len(choice) > 1]
-    for some in _within(later, [len(group[row].context) + len(choice) for row, choice in pairs]):
+    for some in _within(later, [len(group[row].context) + len(choice) for row, choice in pairs], held(model)):
         choices = [pairs[i][1] for i in some]
         ln_p, likeliest = _follow(model, choices, state.select([pairs[i][0] for i in some]))
         cuts = accumulate((len(choice) - 1 for choice in choices), initial=0)
@@ -137,11 +143,11 @@ def _score(
     return [[next(scored) for _ in question.choices] for question in group]
 
 
-def _within(items: list[int], sizes: list[int]) -> Iterator[list[int]]:
-    """Runs of items whose states have at most `TOKENS` tokens, or one item."""
+def _within(items: list[int], sizes: list[int], most: int) -> Iterator[list[int]]:
+    """Runs of items whose states have at most `most` tokens, or one item."""
     run, used = list[int](), 0
     for item in items:
-        if run and used + sizes[item] > TOKENS:
+        if run and used + sizes[item] > most:
             yield run
             run, used = [], 0
         run.append(item)

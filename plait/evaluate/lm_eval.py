@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from plait.data import load_tokenizer
 from plait.engine import generate
@@ -29,7 +29,7 @@ TAKEN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", 
 @register_model("plait")
 class PlaitLM(TemplateLM):
     """pretrained: a run's folder, a saved model's, or one of transformers whose family plait opens.
-    batch_size: contexts read at once; "auto": as many as have 8,192 tokens together. dtype: else as in the file.
+    batch_size: contexts read at once; "auto": as `plait.evaluate.likelihood.answers`. dtype: else as in the file.
     max_length: tokens of a window of loglikelihood_rolling; else as positions go, and the whole text where they have no end.
     A text's first token follows the end of a text. Chat templates are not applied."""
 
@@ -121,6 +121,6 @@ def _name(texts: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     cli_evaluate()

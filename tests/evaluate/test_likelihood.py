@@ -5,6 +5,7 @@ import torch
 
 import plait
 from plait.engine import generate_tokens
+from plait.engine.prefill import CHUNK
 from plait.evaluate import likelihood
 from plait.evaluate.likelihood import Question, answers, loglikelihoods
 
@@ -98,3 +99,21 @@ def test_what_cannot_be_scored():
             list(answers(limited, [question]))
     with pytest.raises(ValueError, match="33 tokens are longer"):
         list(answers(limited, [Question(ids(0, 30), [])], write=4))
+
+
+def test_a_long_text_is_never_read_or_scored_in_one_piece():
+    """No call has more tokens, and no logits more positions, than a chunk."""
+    recurrent = plait.build(plait.ModelConfig(vocab=61, dim=64, pattern="D"))
+    calls, logits = [], []
+    recurrent.embed.register_forward_pre_hook(lambda _, given: calls.append(given[0].numel()))
+    head = type(recurrent.head).__call__
+
+    def watched(self, hidden):
+        logits.append(len(hidden))
+        return head(self, hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(recurrent.head), "__call__", watched)
+        list(answers(recurrent, [Question(ids(0, 2 * CHUNK + 1), [ids(1, 2 * CHUNK + 1)])]))
+    assert max(calls) == CHUNK
+    assert max(logits) == CHUNK
