@@ -15,6 +15,7 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from plait.data import load_tokenizer
+from plait.data.gguf_file import gguf_path
 from plait.engine import generate
 from plait.engine.decode import check_vocab
 from plait.evaluate.likelihood import loglikelihoods
@@ -22,13 +23,14 @@ from plait.model import model_folder
 from plait.model.device import find_device, find_dtype
 from plait.opening import load
 
+UNSAID = "cuda:0"  # the device that lm-eval's command gives where its user names none
 MOST = 256  # new tokens where a task does not say, as lm-eval's own models
 TAKEN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
 
 @register_model("plait")
 class PlaitLM(TemplateLM):
-    """pretrained: a run's folder, a saved model's, or one of transformers whose family plait opens.
+    """pretrained: what `plait.load` opens, as a run's folder, a saved model's, one of transformers, a GGUF file.
     batch_size: contexts read at once; "auto": as `plait.evaluate.likelihood.answers`. dtype: else as in the file.
     max_length: tokens of a window of loglikelihood_rolling; else as positions go, and the whole text where they have no end.
     A text's first token follows the end of a text. Chat templates are not applied."""
@@ -44,8 +46,8 @@ class PlaitLM(TemplateLM):
     ):
         super().__init__()
         del max_batch_size  # lm-eval gives it to every model
-        folder = model_folder(pretrained)
-        self._device = find_device(device or "auto")
+        folder = gguf_path(pretrained) or model_folder(pretrained)
+        self._device = find_device("auto" if device in (None, UNSAID) else device)
         self.model = load(folder, device=self._device, dtype=find_dtype(dtype) if dtype else None)
         self.ids = load_tokenizer(folder)
         check_vocab(self.model, self.ids)

@@ -72,3 +72,9 @@ def test_generate_until(lm):
     assert got == plait.generate(lm.model, lm.ids, contexts, max_tokens=5, stop="\n\n")
     with pytest.raises(ValueError, match="generation option 'num_beams': plait takes do_sample, "):
         lm.generate_until(requests(("One", {"num_beams": 2})), disable_tqdm=True)
+
+
+def test_where_no_device_is_named(folder):
+    """lm-eval's command then says cuda:0, on any machine."""
+    lm = get_model("plait")(folder, device="cuda:0")
+    assert lm.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
