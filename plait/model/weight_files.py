@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,17 @@ from plait.files import write_atomic, write_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # as transformers
+HELD = 64 * 2**20  # bytes of a file in memory beside what is made of them
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+WHOLE = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+CODES = {dtype: code for code, dtype in (FLOATS | WHOLE).items()}
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], shard_bytes: int) -> None:
@@ -27,13 +38,14 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[st
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    facts = {name: (x.dtype, tuple(x.shape), x.nbytes) for name, x in tensors.items()}
+    sizes = {name: size for name, (_, _, size) in facts.items()}
     groups = _groups(sizes, shard_bytes)
     names = [WEIGHTS] if len(groups) == 1 else [_shard(i, len(groups)) for i in range(len(groups))]
     before = {path.name for path in folder.glob("model*.safetensors")} | {INDEX}
     for file, group in zip(names, groups, strict=True):
-        contents = {name: tensors[name].contiguous() for name in group}
-        write_atomic(folder / file, lambda path, c=contents: safetensors.torch.save_file(c, path, metadata))
+        here = {name: facts[name] for name in group}
+        write_atomic(folder / file, lambda path, here=here: _write_file(path, tensors, here, metadata))
     if len(groups) > 1:
         where = {name: file for file, group in zip(names, groups, strict=True) for name in group}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
@@ -41,6 +53,23 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[st
         names.append(INDEX)
     for stale in before - set(names):
         (folder / stale).unlink(missing_ok=True)
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    """A safetensors file, one tensor in memory at a time (the library's own writer takes all of them): the length of a header,
+    the header, and the tensors' bytes end to end, those of wider numbers first, so that all are aligned."""
+    order = sorted(facts, key=lambda name: -facts[name][0].itemsize)
+    ends = list(accumulate(facts[name][2] for name in order))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    for name, start, end in zip(order, [0, *ends], ends, strict=False):
+        dtype, shape, _ = facts[name]
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _groups(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -196,7 +225,15 @@ class WeightFiles:
         return found
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """A file is opened anew every so many bytes: what was read of it stays in memory as long as it is open."""
         for path in sorted(set(self.where.values())):
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    yield name, file.get_tensor(name)
+            left = _names(path)
+            while left:
+                with _opened(path) as file:
+                    read = 0
+                    while left and read < HELD:
+                        name = left.pop(0)
+                        tensor = file.get_tensor(name)
+                        read += tensor.nbytes
+                        yield name, tensor
+                        del tensor

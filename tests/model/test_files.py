@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_the_old_model(folder, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weight_files.safetensors.torch, "save_file", full)
+    monkeypatch.setattr(weight_files, "_write_file", full)
     with pytest.raises(OSError, match="No space left"):
         plait.save(plait.build(DESIGN, seed=9), folder)
     assert torch.equal(plait.load(folder).embed.weight, old)
