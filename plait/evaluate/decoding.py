@@ -67,7 +67,7 @@ def decode_speeds(
     """One for each batch and context, by `steps` greedy steps each. Raises ValueError for what does not fit."""
     cases = [(batch, context) for batch in batches for context in contexts]
     for batch, context in cases:
-        check_state(model, batch, context + steps + WARM_UP)
+        check_state(model, batch, context, steps + WARM_UP)
     with evaluating(model):
         return [decode_speed(model, batch, context, can, steps) for batch, context in cases]
 
@@ -117,31 +117,29 @@ def stepping(
     return Step(model, pool, [sampling] * len(rows), range(len(rows))), pool.at(rows)
 
 
-def check_state(model: LanguageModel, batch: int, context: int) -> None:
-    """Raise ValueError where weights and states alone are more than all memory of the device."""
+def check_state(model: LanguageModel, batch: int, context: int, more: int) -> None:
+    """Raise ValueError where weights alone and states, of `context` tokens and `more`, are beyond all memory of the device."""
     design, dtype, have = model.design, name_of(model.dtype), memory(model.device)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    each = state_bytes(design, context, dtype)
+    each = state_bytes(design, context + more, dtype)
     if have is None or weights + batch * each <= have:
         return
-    rows, less = (have - weights) // each, longest(design, dtype, have - weights)
+    rows = (have - weights) // each
+    less = 0 if rows > 0 else longest(design, dtype, have - weights, more)
     fits = (
-        f"--batch {rows} would fit"
-        if rows > 0
-        else f"--batch 1 --context {less} would fit"
-        if less
-        else "no context fits"
+        f"--batch {rows} would fit" if rows > 0 else f"--batch 1 --context {less} would" if less else "no context fits"
     )
     raise ValueError(
-        f"{batch} sequences of {context:,} tokens remember {size(batch * each)}, and beside {size(weights)} of weights that is "
-        f"more than the {size(have)} of {model.device}; {fits}"
+        f"{batch} x {context:,} tokens are {size(batch * each)} of state, and beside {size(weights)} of weights that is more "
+        f"than the {size(have)} of {model.device}; {fits}"
     )
 
 
-def longest(design: ModelConfig, dtype: str, room: int) -> int:
-    """The longest power of two of tokens whose state fits into so many bytes, where longer ones' do not; 0 where none does."""
+def longest(design: ModelConfig, dtype: str, room: int, more: int) -> int:
+    """The longest power of two of tokens whose state, with `more` after them, fits into so many bytes, where longer ones' do
+    not; 0 where none does."""
     context = 1
-    while state_bytes(design, context, dtype) <= room:
+    while state_bytes(design, context + more, dtype) <= room:
         context *= 2
     return context // 2
 
