@@ -10,7 +10,6 @@ The floor is what must be read: weights, and the state of every row, over the ca
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +18,17 @@ import torch
 import plait
 from plait.engine import Sampling
 from plait.engine.step import Step
+from plait.evaluate.clock import seconds
+from plait.evaluate.decoding import decode_speed, remembering, stepping
+from plait.evaluate.kernels import kernels
+from plait.evaluate.limits import Limits, limits
 from plait.evaluate.machine import machine
 from plait.state import ModelState, PoolRows
 
 VOCAB, DIM = 32_000, 1024
 PATTERNS = ("(AF)24", "((DF)3 AF)6", "((MF)3 AF)6", "((GF)3 AF)6")
 CASES = ((1, 64), (1, 16_384), (32, 64))  # rows, tokens that each has seen
-CHECKED, TIMED = 24, 200
-
-
-def bandwidth() -> float:
-    """Bytes a second of a large copy, read and written."""
-    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    times = []
-    for _ in range(8):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        y.copy_(x)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 2 * x.nbytes / statistics.median(times)
-
-
-def after(model: plait.LanguageModel, rows: int, context: int) -> ModelState:
-    """What `rows` rows remember after `context` random tokens each."""
-    states = []
-    for seed in range(rows):
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(VOCAB, (1, context), generator=generator).cuda()
-        state = model.init_state(1, context)
-        for chunk in tokens.split(2048, 1):
-            _, state = model.features(chunk, state)
-        states.append(state)
-    return ModelState.join(states)
-
-
-def stepping(model: plait.LanguageModel, state: ModelState, context: int, sampling: Sampling) -> tuple[Step, Any]:
-    pool = model.init_pool(state.batch, context + CHECKED + 3 * TIMED, page=256)
-    rows = pool.join(state)
-    return Step(model, pool, [sampling] * len(rows), range(len(rows))), pool.at(rows)
+CHECKED, TIMED, EAGER = 24, 200, 10
 
 
 def not_replayed(step: Step, at: PoolRows) -> torch.Tensor:
@@ -71,7 +40,7 @@ def not_replayed(step: Step, at: PoolRows) -> torch.Tensor:
 
 def check(model: plait.LanguageModel, state: ModelState, context: int, sampling: Sampling) -> None:
     """Replayed steps are steps: the same tokens, and no question to the device."""
-    (replayed, at), (run, beside) = (stepping(model, state, context, sampling) for _ in range(2))
+    (replayed, at), (run, beside) = (stepping(model, state, context + 3 * CHECKED, sampling) for _ in range(2))
     replayed(at), not_replayed(run, beside)  # captured; kernels compiled
     for _ in range(CHECKED):
         torch.cuda.set_sync_debug_mode("error")
@@ -83,54 +52,35 @@ def check(model: plait.LanguageModel, state: ModelState, context: int, sampling:
             raise SystemExit(f"WRONG: replayed {got.tolist()[:8]}, run {want.tolist()[:8]}")
 
 
-def measure(model: plait.LanguageModel, rows: int, context: int, speed: float) -> dict[str, Any]:
-    state = after(model, rows, context)
+def measure(model: plait.LanguageModel, rows: int, context: int, can: Limits) -> dict[str, Any]:
+    state = remembering(model, rows, context)
     for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9)):
         check(model, state, context, sampling)
-    started = time.perf_counter()
-    step, at = stepping(model, state, context, Sampling())
-    bytes_read = sum(p.nbytes for p in model.parameters()) - (0 if model.lm_head is None else model.embed.weight.nbytes)
-    bytes_read += sum(x.nbytes for x in state.tensors().values())
-    step(at)
-    torch.cuda.synchronize()
-    first = time.perf_counter() - started
-    times = []
-    for _ in range(TIMED):
-        begun = time.perf_counter()
-        step(at)
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - begun))
-    eager = []
-    for _ in range(10):
-        begun = time.perf_counter()
-        not_replayed(step, at)
-        torch.cuda.synchronize()
-        eager.append(1e3 * (time.perf_counter() - begun))
+    speed = decode_speed(model, rows, context, can, TIMED)
+    step, at = stepping(model, state, context + 3 * EAGER)
+    eager = seconds(lambda: not_replayed(step, at), model.device, EAGER)
     return {
         "rows": rows,
         "context": context,
-        "ms": statistics.median(times),
-        "worst_ms": max(times),
-        "not_captured_ms": statistics.median(eager),
-        "capture_s": first,
-        "floor_ms": 1e3 * bytes_read / speed,
+        "ms": speed.ms,
+        "worst_ms": speed.worst_ms,
+        "not_captured_ms": 1e3 * statistics.median(eager),
+        "capture_s": speed.first_s,
+        "floor_ms": speed.floor_ms,
         "pool_bytes": step.pool.nbytes,
     }
 
 
 def profile(model: plait.LanguageModel) -> None:
     """The kernels of one step, by time."""
-    step, at = stepping(model, after(model, 1, 64), 64, Sampling())
+    step, at = stepping(model, remembering(model, 1, 64), 128)
     step(at)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(10):
-            step(at)
-        torch.cuda.synchronize()
-    rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
-    total = sum(row.self_device_time_total for row in rows)
-    print(f"  {total / 10:.0f} us of kernels a step, {sum(row.count for row in rows) / 10:.0f} launches")
+    rows = kernels(lambda: step(at), model.device, 10)
+    print(
+        f"  {1e3 * sum(row.ms for row in rows):.0f} us of kernels a step, {sum(row.calls for row in rows):.0f} launches"
+    )
     for row in rows[:22]:
-        print(f"  {row.self_device_time_total / 10:8.1f} us {row.count / 10:6.0f} x  {row.key[:90]}")
+        print(f"  {1e3 * row.ms:8.1f} us {row.calls:6.0f} x  {row.name[:90]}")
 
 
 def main() -> None:
@@ -139,8 +89,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    speed, results = bandwidth(), []
-    print(f"{torch.cuda.get_device_name()}: copies at {speed / 1e12:.2f} TB/s")
+    can, results = limits(torch.device("cuda"), torch.bfloat16), []
+    print(f"{torch.cuda.get_device_name()}: copies at {can.copies / 1e12:.2f} TB/s")
     for pattern in args.patterns.split(","):
         model = plait.build(
             plait.ModelConfig(vocab=VOCAB, dim=DIM, pattern=pattern), device="cuda", dtype=torch.bfloat16
@@ -148,7 +98,7 @@ def main() -> None:
         size = sum(p.numel() for p in model.parameters())
         with torch.inference_mode():
             for rows, context in CASES:
-                row = {"pattern": pattern, "parameters": size} | measure(model, rows, context, speed)
+                row = {"pattern": pattern, "parameters": size} | measure(model, rows, context, can)
                 results.append(row)
                 print(
                     f"{pattern:14} {size / 1e6:5.0f}M  batch {rows:3} context {context:6}  {row['ms']:6.2f} ms (worst "
@@ -161,7 +111,7 @@ def main() -> None:
         del model
         torch.cuda.empty_cache()
     if args.out:
-        result = {"machine": machine(), "torch": torch.__version__, "bandwidth": speed, "results": results}
+        result = {"machine": machine(), "torch": torch.__version__, "bandwidth": can.copies, "results": results}
         args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

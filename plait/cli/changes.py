@@ -7,10 +7,21 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
+from plait.design import ModelConfig, load_design
+from plait.design.imports import asked, load_modules
 from plait.design.layers import LETTERS
+from plait.design.load import find_design
 from plait.design.yaml_core import read_yaml
 
 KEY = re.compile(r"[^\W\d]\w*(\.\w+)*")
+
+
+def changed_design(spec: str, arguments: Iterable[str]) -> ModelConfig:
+    """A design by any of its names (`load_design`) with `key=value` changes to it."""
+    given = read_changes(arguments, ModelConfig)
+    load_modules(asked(given))
+    bound = find_design(spec)[0].get("layers") or ()
+    return load_design(spec, **reach_letters(given, bound))
 
 
 def read_changes(arguments: Iterable[str], config: type, inside: dict[str, type] | None = None) -> dict[str, Any]:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import plait
-from plait.cli.changes import reach_letters, read_changes
+from plait.cli.changes import changed_design
 from plait.cli.command import Outcome, shell
-from plait.design import ModelConfig, load_design
-from plait.design.imports import asked, load_modules
+from plait.design import ModelConfig
 from plait.design.layers import LETTERS, Layer
-from plait.design.load import find_design
 from plait.design.places import layers
 
 PACKAGES = (
@@ -97,10 +95,7 @@ def of_design(screen: "Console", spec: str, changes: list[str], device: str) -> 
     """Every op that a design calls, on one device."""
     from plait.model.device import find_device
 
-    given = read_changes(changes, ModelConfig)
-    load_modules(asked(given))
-    bound = find_design(spec)[0].get("layers") or ()
-    design, place = load_design(spec, **reach_letters(given, bound)), find_device(device)
+    design, place = changed_design(spec, changes), find_device(device)
     rows = kernels([(node.letter, node.layer) for node in layers(design.slots)], str(place))
     screen.print(table(rows))
     graphs = buckets(design, place)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from plait.design import declared
 from plait.design.model import ModelConfig
 from plait.design.places import Node, Place
-from plait.design.spec import Memories, Memory, StateSpec
-from plait.design.weights import active, total
+from plait.design.spec import BYTES, Memories, Memory, StateSpec
+from plait.design.weights import FLOAT32, active, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,18 @@ def flops_per_token(design: ModelConfig, context: int) -> int:
 def state_bytes(design: ModelConfig, context: int, dtype: str = "float32") -> int:
     """What one sequence of `context` tokens leaves behind."""
     return state_spec(design, 1, context, dtype).nbytes
+
+
+def weights_read(design: ModelConfig, batch: int, dtype: str = "float32") -> int:
+    """Bytes of the weights that one token each of `batch` sequences is multiplied with, each once: without tables of which rows
+    are looked up, but for one that is the head's too; of experts, as many as the tokens choose at most."""
+    read = 0
+    for weight in declared.weights(design):
+        if weight.role == "embedding" and not (design.tied and weight.name == "embed.weight"):
+            continue
+        width = max(BYTES[dtype], BYTES["float32"]) if weight.role in FLOAT32 else BYTES[dtype]
+        read += round(weight.numel * min(1.0, batch * weight.used)) * width
+    return read
 
 
 def transformer_beside(design: ModelConfig) -> ModelConfig | None:

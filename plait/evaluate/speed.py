@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from plait.design.count import state_bytes
+from plait.evaluate.clock import now
 from plait.model import LanguageModel
 from plait.state import ModelState
 
@@ -50,13 +50,13 @@ def speeds(
     dtype = str(model.dtype).removeprefix("torch.")
     results, seen, spent = [], 0, 0.0
     for context in ordered:
-        started = _now(model)
+        started = now(model.device)
         for part in text[:, seen:context].split(chunk, 1):
             if part.shape[1]:
                 _, after = model.features(part, state)
                 assert after is not None  # one was given
                 state = after
-        spent += _now(model) - started
+        spent += now(model.device) - started
         seen = context
         time = _decode(model, state, text[:, context - 1 : context], tokens)
         results.append(Speed(context, 1e3 * time, 1e3 * spent, state_bytes(model.design, context, dtype)))
@@ -67,16 +67,10 @@ def _decode(model: LanguageModel, state: ModelState, token: Tensor, tokens: int)
     """Median seconds a call. The state given stays valid: what is decoded here is overwritten by whoever goes on."""
     times = []
     for _ in range(WARM_UP + tokens):
-        started = _now(model)
+        started = now(model.device)
         logits, after = model(token, state)
         token = logits.argmax(-1)
-        times.append(_now(model) - started)
+        times.append(now(model.device) - started)
         assert after is not None  # one was given
         state = after
     return median(times[WARM_UP:])
-
-
-def _now(model: LanguageModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return perf_counter()

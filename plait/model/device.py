@@ -36,7 +36,7 @@ def check_room(design: ModelConfig, device: torch.device, dtype: torch.dtype) ->
     if have is not None and count * BYTES[name] > have:
         raise ValueError(
             f"a design of {si(count)} parameters needs {size(count * BYTES[name])} in {name}, and {device} has "
-            f"{size(have)}; choose a smaller dim, vocab or pattern"
+            f"{size(have)}: fewer than {si(have / BYTES[name])} would fit; choose a smaller dim, vocab or pattern"
         )
 
 

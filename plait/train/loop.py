@@ -42,7 +42,7 @@ from plait.train.ranks import One, Ranks, reduce_stats
 from plait.train.result import Result
 from plait.train.signals import Signals
 from plait.train.solver import STAT, as_data, records
-from plait.train.step import backward
+from plait.train.step import backward, compile_slots
 
 Sample = Callable[[LanguageModel, Tokenizer, str], str]
 
@@ -197,7 +197,7 @@ class _Training:
         run, position, heldout, begun = self.run, self.position, None, self.position.step
         self.model.activation_checkpointing = run.activation_checkpointing
         if run.compile:
-            self.compile()
+            compile_slots(self.model)
         self.objective.train()
         while position.step < run.steps:
             with without(self.model, asleep(self.delayed, position.step)):
@@ -225,14 +225,6 @@ class _Training:
             heldout,
             position.step - begun,
         )
-
-    def compile(self) -> None:
-        """Equal slots share their graphs, in training and in evaluation; all are kept in one place, which is made for a single
-        function: without more room the slots that come last would run as they are."""
-        config: Any = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 4 * len(self.model.slots))
-        for slot in self.model.slots:
-            slot.compile()
 
     def due(self, every: int, *, at_end: bool) -> bool:
         step = self.position.step

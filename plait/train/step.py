@@ -7,12 +7,21 @@ import torch
 from torch import Tensor
 
 from plait.layers import Channels
-from plait.model import Objective
+from plait.model import LanguageModel, Objective
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """bfloat16 matrix multiplications where the run asks for them; weights and what accumulates stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def compile_slots(model: LanguageModel) -> None:
+    """Equal slots share their graphs, in training and in evaluation; all are kept in one place, which is made for a single
+    function: without more room the slots that come last would run as they are."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(model.slots))
+    for slot in model.slots:
+        slot.compile()
 
 
 def split(batch: Any, parts: int) -> list[Any]:

@@ -20,6 +20,10 @@ SURFACE = {
         *("run", "measures", "--text", "--context", "--tokens", "--lengths", "--pairs", "--depths", "--questions"),
         *("--seed", "--data", "--device", "--import"),
     ],
+    "bench train": [
+        *("design", "changes", "--batch", "--length", "--precision", "--compile", "--packed", "--steps", "--device"),
+    ],
+    "bench decode": ["design", "changes", "--context", "--batch", "--precision", "--steps", "--device"],
     "demo": ["--text", "--out", "--fresh"],
     "doctor": ["spec", "changes", "--device"],
     "selfcheck": ["--device", "--pattern", "--law", "--dtype", "--all", "--jobs", "--families", "--import"],
@@ -30,15 +34,23 @@ def names(command) -> list[str]:
     return [p.opts[0] if p.param_type_name == "option" else p.name for p in command.params]
 
 
+def commands(group, prefix: str = "") -> dict:
+    """By what is typed for them."""
+    found = {}
+    for name, command in group.commands.items():
+        inner = getattr(command, "commands", None)
+        found |= commands(command, f"{prefix}{name} ") if inner else {prefix + name: command}
+    return found
+
+
 def test_the_commands_and_their_flags():
-    commands = get_command(app).commands
-    assert {name: names(command) for name, command in commands.items()} == {
+    assert {name: names(command) for name, command in commands(get_command(app)).items()} == {
         name: [*flags, "--json", "--debug"] for name, flags in SURFACE.items()
     }
 
 
 def test_every_command_says_what_it_does():
-    for name, command in get_command(app).commands.items():
+    for name, command in commands(get_command(app)).items():
         assert command.help, name
         for parameter in command.params:
             if parameter.param_type_name == "option":

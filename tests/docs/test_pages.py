@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 QUICK = ("steps=2", "batch=2", "data.length=16", "eval_tokens=64", "sample_every=0", "data.tokenizer=bytes")
-SLOW = ("demo", "selfcheck", "doctor", "chat")
+SLOW = ("bench", "demo", "selfcheck", "doctor", "chat")
 OPTION = re.compile(r"(?<!\S)--[a-z][\w-]*")
 
 
@@ -154,9 +154,11 @@ def targets() -> set[str]:
 def check_options(program: str, words: list[str], where: str) -> None:
     """The options among `words` are some that `plait COMMAND`, or the script's own text, knows."""
     if program == "plait":
-        commands = get_command(app).commands
-        assert words[0] in commands, f"{where}: plait {words[0]}"
-        known = {name for parameter in commands[words[0]].params for name in parameter.opts} | {"--help"}
+        command, rest = get_command(app), list(words)
+        while rest and hasattr(command, "commands"):
+            assert rest[0] in command.commands, f"{where}: plait {' '.join(words)}"
+            command = command.commands[rest.pop(0)]
+        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
     else:
         assert (ROOT / program).is_file(), f"{where}: {program}"
         known = set(re.findall(r'"(--[\w-]+)"', (ROOT / program).read_text(encoding="utf-8")))

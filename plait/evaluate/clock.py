@@ -1,0 +1,47 @@
+"""Seconds on a device: of single calls, and between calls that are given to it without waiting."""
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the host's clock, when all that the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(run: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
+    """What each of `rounds` calls takes, from the moment when everything before it is done."""
+    times = []
+    for _ in range(rounds):
+        started = now(device)
+        run()
+        times.append(now(device) - started)
+    return times
+
+
+class Marks:
+    """Moments of a device's work. A GPU is not waited for: it notes the time when it gets there, as training lets it run on."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._marks = device, list[Any]()
+
+    def mark(self) -> None:
+        if self._device.type != "cuda":
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._marks.append(event)
+
+    def between(self) -> list[float]:
+        """Seconds from each mark to the next."""
+        if self._device.type != "cuda":
+            return [after - before for before, after in pairwise(self._marks)]
+        torch.cuda.synchronize(self._device)
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
