@@ -17,7 +17,8 @@ def to_attention(old: AttentionLayer, new: AttentionLayer) -> None:
     if not gate:
         return
     width = sum(old.config.rows().values())
-    new.qkv_proj.weight.data[:width] = old.qkv_proj.weight
-    new.qkv_proj.weight.data[width:] = 0
-    if new.o_proj is not None:
-        new.o_proj.weight.data.mul_(2)
+    weight = new.qkv_proj.weight.data
+    weight[:width], weight[width:] = old.qkv_proj.weight.data, 0
+    output = getattr(new, new.projection)
+    if output is not None:
+        output.weight.data.mul_(2)
