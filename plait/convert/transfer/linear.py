@@ -14,7 +14,7 @@ from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.mlstm import MLSTMLayer
 from plait.layers.scalar_decay import ScalarDecayLayer
 
-TAP = 1.0
+TAP = 0.1
 
 
 def to_delta(old: AttentionLayer, new: GatedDeltaNetLayer | DeltaNetLayer | KimiDeltaAttentionLayer) -> None:

@@ -17,8 +17,10 @@ def to_attention(old: AttentionLayer, new: AttentionLayer) -> None:
     if not gate:
         return
     width = sum(old.config.rows().values())
-    weight = new.qkv_proj.weight.data
+    weight, bias = new.qkv_proj.weight.data, new.qkv_proj.bias
     weight[:width], weight[width:] = old.qkv_proj.weight.data, 0
+    if bias is not None and old.qkv_proj.bias is not None:
+        bias.data[: len(old.qkv_proj.bias)] = old.qkv_proj.bias.data
     output = getattr(new, new.projection)
     if output is not None:
         output.weight.data.mul_(2)
