@@ -3,6 +3,7 @@
 from typing import Self
 
 from plait.design.layers.layer import Mixer, head_sizes, wide_head_dim
+from plait.design.layers.rope import RoPE
 from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import Constant, Uniform, Weight, Weights, norm, projection, short_conv
@@ -12,6 +13,7 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
     """Gated DeltaNet (arXiv 2412.06464) as laid out in Qwen3-Next; `heads` and `head_dim` are those of q and k.
 
     `negative_eigenvalues`: strengths up to 2, so that a state can be turned over rather than only emptied (arXiv 2411.12537).
+    rope: turns queries and keys by position, as layers that take attention's place do (HypeNet, arXiv 2601.22156).
     """
 
     heads: int = DERIVED
@@ -20,6 +22,7 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
     value_head_dim: int = DERIVED
     conv_width: int = 4
     negative_eigenvalues: bool = False
+    rope: RoPE | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

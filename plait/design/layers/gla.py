@@ -3,6 +3,7 @@
 from typing import Self
 
 from plait.design.layers.layer import Mixer, divided
+from plait.design.layers.rope import RoPE
 from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import Weights, norm, projection
@@ -10,13 +11,15 @@ from plait.design.weights import Weights, norm, projection
 
 class GLA(Mixer, frozen=True, kw_only=True, tag="gla"):
     """Gated linear attention (arXiv 2312.06635): a decay per key channel, sigmoid of a low-rank projection to the power of
-    1 / `temper`. `heads` defaults to 4, keys to half the model's width, values to all of it."""
+    1 / `temper`. `heads` defaults to 4, keys to half the model's width, values to all of it. rope: turns queries and keys by
+    position."""
 
     heads: int = DERIVED
     head_dim: int = DERIVED
     value_head_dim: int = DERIVED
     gate_rank: int = 16
     temper: float = 16.0
+    rope: RoPE | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
