@@ -23,8 +23,10 @@ MIXER_RATE, BODY_RATE = 1e-4, 7e-6  # of KL-guided GA-S2 (arXiv 2512.20569), sta
 def gates(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None) -> Scores:
     """FlashMorph (arXiv 2606.30562): every layer gives g attention + (1 - g) mixer, all weights are frozen, and the g, which
     sum to as many as stay, are learned by KL to the teacher. The score is g."""
-    base = student(teacher, request)
-    with timed(Scores()) as out, unchanged(teacher, base):
+    scores = Scores()
+    with timed(scores):
+        base = student(teacher, request, data, scores)
+    with timed(scores) as out, unchanged(teacher, base):
         shares = Shares(len(places_of(teacher)), request.keep, teacher.device)
         model = _blended(teacher, base, shares)
         optimiser = torch.optim.Adam([shares.logits], lr=request.rate or GATE_RATE)
@@ -38,8 +40,8 @@ def ga_s2(teacher: LanguageModel, request: Request, data: Sequence[Batch], score
     """KL-guided GA-S2 (arXiv 2512.20569): by how much KL after a short distillation is below the worst layer's, where this
     layer alone stays attention. The last fifth of the data measures; the others train."""
     held = max(1, len(data) // 5)
-    base, found = student(teacher, request), {}
     with timed(Scores()) as out, unchanged(teacher):
+        base, found = student(teacher, request, data, out), {}
         for address, index in places_of(teacher).items():
             model = copy.deepcopy(with_one(base, teacher, index))
             optimiser = torch.optim.AdamW(_groups(model, teacher, request), betas=(0.9, 0.95), weight_decay=0.0)

@@ -24,7 +24,7 @@ MOST = 50.0  # HALO's largest score, of a layer that costs no commonsense at all
 def kl(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None) -> Scores:
     """AMD's SMART (Zebra-Llama): by how much KL(teacher || all-recurrent student) falls when this layer alone is restored."""
     with timed(Scores()) as out:
-        base = student(teacher, request)
+        base = student(teacher, request, data, out)
         restored = {a: with_one(base, teacher, i) for a, i in places_of(teacher).items()}
         found = divergences(teacher, {BASE: base, **restored}, data, out)
         out.scores = {address: found[BASE] - found[address] for address in restored}
@@ -44,7 +44,9 @@ def recall(teacher: LanguageModel, request: Request, data: Sequence[Batch], scor
     score = asked(score, "recall")
     with timed(Scores()) as out:
         whole = _counted(score, teacher, out)
-        out.scores = {a: whole - _counted(score, model, out) for a, model in _replaced(teacher, request).items()}
+        out.scores = {
+            a: whole - _counted(score, model, out) for a, model in _replaced(teacher, request, data, out).items()
+        }
     return out
 
 
@@ -52,7 +54,7 @@ def halo(teacher: LanguageModel, request: Request, data: Sequence[Batch], score:
     """HALO (arXiv 2601.22156): retrieval lost where this layer alone is replaced, for each point of commonsense lost."""
     score, other = asked(score, "halo"), asked(request.commonsense, "halo")
     with timed(Scores()) as out:
-        models = _replaced(teacher, request)
+        models = _replaced(teacher, request, data, out)
         retrieval = {a: _counted(score, model, out) for a, model in models.items()}
         commonsense = {a: _counted(other, model, out) for a, model in models.items()}
         most, best = max(retrieval.values()), max(commonsense.values())
@@ -66,9 +68,9 @@ def places_of(teacher: LanguageModel) -> dict[str, int]:
     return {address: places.index(address) for address in attention_places(teacher.design)}
 
 
-def _replaced(teacher: LanguageModel, request: Request) -> dict[str, LanguageModel]:
+def _replaced(teacher: LanguageModel, request: Request, data: Sequence[Batch], out: Scores) -> dict[str, LanguageModel]:
     """By address, the teacher with that layer alone replaced."""
-    base = student(teacher, request)
+    base = student(teacher, request, data, out)
     return {a: with_one(teacher, base, i) for a, i in places_of(teacher).items()}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.convert.plan import Plan, attention_places
-from plait.convert.transfer import student_of, transfer
+from plait.convert.transfer import some_text, student_of, transfer
 from plait.model.language_model import LanguageModel
 from plait.model.loss import KL
 from plait.model.objective import Batch
@@ -24,8 +24,8 @@ class Request:
     """What layers are scored for.
 
     mixer: takes an attention layer's place. keep: how many stay. student: the teacher with all its attention replaced and
-    aligned; None: as the transfer leaves it. listed: of the rule `list`. window: of the rule `window`. commonsense: what the
-    rule `halo` divides by. steps, rate: of the rules that learn, an AdamW step a batch.
+    aligned; None: as the transfer leaves it, calibrated. listed: of the rule `list`. window: of the rule `window`.
+    commonsense: what the rule `halo` divides by. steps, rate: of the rules that learn, an AdamW step a batch.
     """
 
     mixer: Any
@@ -67,13 +67,15 @@ def asked(score: Score | None, rule: str) -> Score:
     return score
 
 
-def student(teacher: LanguageModel, request: Request) -> LanguageModel:
-    """The teacher with all attention replaced."""
+def student(teacher: LanguageModel, request: Request, data: Sequence[Batch], scores: Scores) -> LanguageModel:
+    """The teacher with all attention replaced, calibrated on the first of the data where it is not given."""
     if request.student is not None:
         return request.student
     places = attention_places(teacher.design)
     plan = Plan.of(teacher, "", dict.fromkeys(places, request.mixer), seed=request.seed)
-    return student_of(teacher, plan)
+    text = some_text(data)
+    scores.tokens += 0 if text is None else text.shape[:2].numel()
+    return student_of(teacher, plan, text=text)
 
 
 def with_one(model: LanguageModel, other: LanguageModel, index: int) -> LanguageModel:

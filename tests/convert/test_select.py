@@ -95,17 +95,18 @@ def divergence(teacher, model, data):
 def test_kl_is_what_restoring_a_layer_takes_away():
     teacher, data = teacher_of(), some_data()
     places = [f"A#{i}" for i in range(4)]
-    everything = student_of(teacher, Plan.of(teacher, "", dict.fromkeys(places, "gated_deltanet")))
+    calibrated = {"text": torch.cat([batch.inputs for batch in data])}
+    everything = student_of(teacher, Plan.of(teacher, "", dict.fromkeys(places, "gated_deltanet")), **calibrated)
     base = divergence(teacher, everything, data)
     scores = RULES["kl"](teacher, request(), data, None)
     assert (
         list(scores.scores) == places
-        and scores.tokens == 6 * sum(b.inputs.numel() for b in data)
+        and scores.tokens == 7 * sum(b.inputs.numel() for b in data)
         and scores.seconds > 0
     )
     for address in places:
         but_one = {place: "gated_deltanet" for place in places if place != address}
-        restored = divergence(teacher, student_of(teacher, Plan.of(teacher, "", but_one)), data)
+        restored = divergence(teacher, student_of(teacher, Plan.of(teacher, "", but_one), **calibrated), data)
         assert scores.scores[address] == pytest.approx(base - restored, abs=1e-12)
 
 

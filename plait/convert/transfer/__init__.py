@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from plait.convert.plan import Plan
 from plait.convert.transfer.calibrate import calibrate
+from plait.convert.transfer.calibrate import some_text as some_text
 from plait.convert.transfer.latent import to_latent
 from plait.convert.transfer.linear import to_delta, to_gla, to_kimi_delta, to_mamba2, to_mlstm, to_scalar_decay
 from plait.convert.transfer.recurrent import to_cell

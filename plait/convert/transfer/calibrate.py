@@ -1,12 +1,15 @@
-"""What weights alone do not say of a recurrent layer's start, read off what the old layer does with some text.
+"""What weights alone do not say of a new layer's start, read off what the old layer does with some text.
 
 The normed stream that layers read has a direction along which it hardly varies (of a byte model of 4 layers 0.01 to 0.13 of its
 mean): a gate without a bias, whose rows lie along it, is open to the same degree for all tokens. Then decays are tried, and
 each head gets the one by which its outputs say most of the old head's; and the output projection is solved for.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from plait.convert.transfer.parts import matrix
@@ -37,6 +40,21 @@ def calibrate(old: AttentionLayer, new: MixerModule, x: Tokens) -> None:
     output = getattr(new, new.projection)
     if output is not None:
         output.weight.data.copy_(solved(_inner(new, x), theirs, matrix(output), heads))
+
+
+def some_text(batches: Iterable[Any], tokens: int = 16_384, length: int = 512) -> Shaped[Tensor, "b t ..."] | None:
+    """What `batches` (of `plait.model.objective`) hold first, in rows of `length` at most; None where there are no batches."""
+    parts, rows = [], 0
+    for batch in batches:
+        x = batch.inputs.flatten(0, 1)
+        size = min(length, len(x)) if batch.cu_seqlens is not None else min(length, batch.inputs.shape[1])
+        if parts and size != parts[0].shape[1]:
+            continue
+        parts.append(x[: len(x) // size * size].unflatten(0, (-1, size)))
+        rows += len(parts[-1])
+        if rows * size >= tokens:
+            break
+    return torch.cat(parts)[: max(1, tokens // parts[0].shape[1])] if parts else None
 
 
 def constant(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:

@@ -17,6 +17,7 @@ from plait.design.layers import (
     DeltaNet,
     GatedDeltaNet,
     KimiDeltaAttention,
+    LatentAttention,
     Layer,
     LightningAttention,
     Mamba2,
@@ -43,8 +44,8 @@ def _rows(new: Any, u: Direction, gate: str | None, still: tuple[str, ...]) -> N
 
 
 def _by_step(new: Any, rates: Rates) -> None:
-    """A head forgets at exp(A_log) softplus(dt_bias), of all its channels on average."""
-    step = F.softplus(new.dt_bias.double()).view(len(rates), -1).mean(1)
+    """A head forgets at exp(A_log) softplus(dt_bias)."""
+    step = F.softplus(new.dt_bias.double()).view(len(rates), -1)[:, 0]
     new.A_log.data.copy_((rates / step).log())
 
 
@@ -54,7 +55,9 @@ def _open_mamba2(new: Any, u: Direction) -> None:
 
 
 def _open_kimi(new: Any, u: Direction) -> None:
+    """All channels of a head forget at one rate, as of gated DeltaNet: spread as drawn, they keep less of attention."""
     _rows(new, u, None, ("b",))
+    new.dt_bias.data.fill_(1.0)
     new.decay_proj.weight.data.zero_()
     new.gate_proj.weight.data.zero_()  # a sigmoid: half open
 
@@ -101,6 +104,7 @@ def _gla_bias(new: Any, rates: Rates) -> None:
 
 
 STARTS: dict[type[Layer], Start] = {
+    LatentAttention: Start(lambda new, u: None),
     GatedDeltaNet: Start(lambda new, u: _rows(new, u, "z", ("a", "b")), _by_step),
     DeltaNet: Start(lambda new, u: _rows(new, u, None, ("b",))),
     KimiDeltaAttention: Start(_open_kimi, _by_step),
