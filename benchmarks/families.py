@@ -2,7 +2,7 @@
 
     python benchmarks/families.py [--only falcon_h1,bamba] [--out benchmarks/results/families.json]
 
-Random weights, about 4 to 12 million parameters, float32, on the CPU. Training: forward and backward of 2 x 512 tokens.
+Random weights, about 4 to 12 million parameters, float32, on the CPU. Training: forward and backward of 2 x 256 tokens.
 Decoding: one row, a token at a time after 64 others, greedy, under torch.no_grad. Ratios are transformers' time over ours,
 medians of turns.
 """
@@ -27,7 +27,7 @@ from plait.hub.parity import quiet
 from plait.model import token_loss
 
 HERE = Path(__file__).parent
-BATCH, LENGTH, PROMPT, TOKENS, TURNS = 2, 512, 64, 16, 5
+BATCH, LENGTH, PROMPT, TOKENS, TURNS = 2, 256, 64, 16, 3
 CACHES = ("past_key_values", "cache_params")
 SHAPE = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 704}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from plait.cli.parity import by_family, said
-from plait.hub.families import NAMES
+from plait.hub.families import TRANSFORMERS
 from plait.hub.parity import LAWS, TOLERANCE, parity
 
 HERE = Path(__file__).parent
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     seeds = range(parser.parse_args().seeds)
-    results = list(parity(NAMES, seeds))
+    results = list(parity(TRANSFORMERS, seeds))
     for result in results:
         if result.message:
             print(f"{result.family}, seed {result.seed}, {result.law}: {result.message}")

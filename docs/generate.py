@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from pkgutil import resolve_name
 
-from plait.design import PRESETS, ModelConfig, RoPE, Temperature, Wrap, load_design
+from plait.design import ModelConfig, RoPE, Temperature, Wrap, load_design
 from plait.design.count import parameters
 from plait.design.ends import FRONT_KINDS, HEAD_KINDS
 from plait.design.layers import KINDS, LETTERS
@@ -15,6 +15,7 @@ from plait.design.layers.rope import SCALINGS
 from plait.design.lora import LoRA
 from plait.design.merges import MERGE_KINDS
 from plait.design.norms import NORM_KINDS
+from plait.design.presets import OWN
 from plait.design.summary import si
 from plait.train.config import DataConfig, RunConfig
 
@@ -112,9 +113,9 @@ def main() -> None:
         lines += [f"## {title}", ""]
         for kind, cls in kinds.items():
             lines += describe(f"{cls.__name__}, kind: {kind}", cls)
-    lines += ["## Presets", "", "| name | parameters | design |", "|---|---|---|"]
+    lines += ["## Presets", "", "Published models too: [presets](presets.md).", "", "| name | parameters | design |", "|---|---|---|"]
     lines += [
-        f"| `{name}` | {si(parameters(load_design(name)))} | `{json.dumps(data)}` |" for name, data in PRESETS.items()
+        f"| `{name}` | {si(parameters(load_design(name)))} | `{json.dumps(data)}` |" for name, data in OWN.items()
     ]
     lines += [
         "",

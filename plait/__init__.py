@@ -20,12 +20,14 @@ from plait.design import Attention as Attention
 from plait.design import Average as Average
 from plait.design import DeltaNet as DeltaNet
 from plait.design import Gated as Gated
+from plait.design import GatedConv as GatedConv
 from plait.design import GatedDeltaNet as GatedDeltaNet
 from plait.design import KimiDeltaAttention as KimiDeltaAttention
 from plait.design import LatentAttention as LatentAttention
 from plait.design import Layer as Layer
 from plait.design import LayerNorm as LayerNorm
 from plait.design import LightningAttention as LightningAttention
+from plait.design import Linear as Linear
 from plait.design import Logits as Logits
 from plait.design import Mamba as Mamba
 from plait.design import Mamba2 as Mamba2

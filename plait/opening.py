@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from plait.data.gguf_file import gguf_path
 from plait.design.load import is_foreign
 from plait.design.lora import LoRA
 from plait.design.model import ModelConfig
@@ -17,13 +18,18 @@ from plait.run_folder import ADAPTER_CONFIG, check_model
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
-    """Read a saved model, the newest checkpoint of a training run's folder, or a folder of transformers whose family
-    `plait.hub.families` has.
+    """Read a saved model, the newest checkpoint of a training run's folder, a folder of transformers whose family
+    `plait.hub.families` has, or a GGUF file of a Llama: by its path, or by the name of a model that an installed package ships
+    ("smollm2").
 
-    Every tensor has the dtype that it has in the file, unless `dtype` says otherwise. Additions (LoRA) are merged, in float32,
-    into the weights that they were trained on. Raises ValueError naming what is wrong, and the newest whole checkpoint where
-    this one is damaged.
+    Every tensor has the dtype that it has in the file, unless `dtype` says otherwise; those of a GGUF file, which are
+    quantised, are float32 then. Additions (LoRA) are merged, in float32, into the weights that they were trained on. Raises
+    ValueError naming what is wrong, and the newest whole checkpoint where this one is damaged.
     """
+    if (file := gguf_path(folder)) is not None:
+        from plait.hub.gguf import read_gguf
+
+        return read_gguf(file, device, dtype)
     folder = check_model(model_folder(folder))
     if (folder / ADAPTER_CONFIG).is_file():
         model = merge(read_adapted(folder, base_name(folder), device))
@@ -37,6 +43,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
 def folder_design(folder: str | Path) -> ModelConfig:
     """The design of what `load` would give, without reading weights."""
+    if (file := gguf_path(folder)) is not None:
+        from plait.hub.gguf import design_of_gguf
+
+        return design_of_gguf(file)
     folder = model_folder(folder)
     if not is_foreign(folder):
         return ModelConfig.from_dict(read_config(folder)["design"])

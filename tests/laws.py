@@ -71,8 +71,9 @@ COMPILED = {
         at={"F#1": {"wrap": {"reads": "stream_and_embeddings"}}},
     ),
     "scalar decays and experts": small(
-        "RnX LiSg E",
+        "RnX LiSg CE",
         E=MixtureOfExperts(experts=6, top_k=2, hidden=20, groups=3, top_groups=2, shared_hidden=28, bias_rate=1e-3),
+        at={"Li#0": {"wrap": {"keep": 1.3, "residual": "normed"}}},
     ),
     "layer norms, biases, a front and a head with everything": small(
         "AF",

@@ -82,6 +82,14 @@ def say(screen: Any, text: str) -> None:
     screen.print(text, markup=False, soft_wrap=True)
 
 
+def progress_bar(screen: Any) -> Any:
+    """Of rich; shows nothing where there is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+
+
 def shell(*words: str) -> str:
     """A command line of these words, quoted where a shell needs it."""
     return " ".join(f'"{word}"' if set(word) & set(" ()[]|*;&<>") else shlex.quote(word) for word in words)

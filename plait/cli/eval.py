@@ -1,4 +1,4 @@
-"""`plait eval`: how good a trained model is."""
+"""`plait eval`: how good a trained model is. What it says of perplexity is here, the rest in `plait.cli.eval_found`."""
 
 import math
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.cli.command import Outcome, say, shell
+from plait.cli.eval_found import LM, answer, checked_plan, find
 from plait.cli.options import Device, Run
 from plait.cli.trained import Imports, load_imports, trained
-from plait.design.spelling import suggest
 from plait.train import RunConfig, load_run
 
 if TYPE_CHECKING:
@@ -20,29 +20,49 @@ if TYPE_CHECKING:
     from plait.model import LanguageModel
     from plait.train.solver import SolverRecord
 
-MEASURES = ("ppl",)
-
 
 def command(
     screen: "Console",
     run: Run,
     measures: Annotated[
-        list[str] | None, typer.Argument(metavar="[MEASURE]...", help="ppl: perplexity and bits per byte.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[MEASURE]...",
+            help="ppl: perplexity and bits per byte; recall, needle: facts found again in long texts; lm:TASK: a set of "
+            "lm-eval's, as lm:arc_easy.",
+        ),
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="Text to measure on, as data.source names it; else the run's held-out text.")
+        str | None,
+        typer.Option(
+            help="Text, as data.source names it: to measure on [the run's held-out text], to hide facts in [stdlib]."
+        ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of context at most. [default: as in training, where that is known]")
+        int | None, typer.Option(help="ppl: tokens of context at most. [default: as in training, where that is known]")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="ppl: stop after this many tokens.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="recall, needle: tokens of the texts, as 512,2048. [default: 512,1024,2048]")
+    ] = None,
+    pairs: Annotated[str | None, typer.Option(help="recall: facts in a text. [default: 4,16]")] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="needle: percent of the text before the fact. [default: 0,25,50,75,100]")
+    ] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(
+            help="recall, needle: questions of a kind [default: 20]; lm: the first of the file [default: all]."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="recall, needle: equal seeds ask equal questions.")] = 0,
+    data: Annotated[str | None, typer.Option(help="lm: the folder of the sets' files.")] = None,
     device: Device = "auto",
     imports: Imports = None,
 ) -> Outcome:
-    """Measure a trained model on text that it was not trained on."""
-    for measure in measures or MEASURES:
-        if measure not in MEASURES:
-            raise ValueError(f"unknown measure {measure!r}; {suggest(measure, MEASURES)}")
+    """Measure a trained model: on text that it was not trained on, on facts in long texts, on lm-eval's sets."""
+    asked = tuple(dict.fromkeys(measures or ("ppl",)))
+    plan = checked_plan(asked, lengths, pairs, depths, questions, seed, data)
     for name, value in (("--context", context), ("--tokens", tokens)):
         if value is not None and value < 2:
             raise ValueError(f"{name} must be at least 2, got {value}")
@@ -52,9 +72,31 @@ def command(
 
     again, folder = load_imports(imports), trained(run)
     made_by = run_of(folder)
-    if text is None and made_by is None:
+    if "ppl" in asked and text is None and made_by is None:
         raise ValueError(f"{folder} is not part of a training run, so it has no held-out text: give --text")
     model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
+    result: dict[str, Any] = {"model": str(folder)}
+    for measure in asked:
+        if measure == "ppl":
+            result |= perplexity(screen, model, tokenizer, made_by, text, context, tokens)
+        elif measure.startswith(LM):
+            task = measure.removeprefix(LM)
+            result.setdefault("lm", {})[task] = answer(screen, model, tokenizer, task, plan)
+        else:
+            result[measure] = find(screen, model, tokenizer, measure, plan, text or "stdlib")
+    return Outcome(result, next=[shell("plait", "generate", run, made_by.sample_prompt if made_by else "The ", *again)])
+
+
+def perplexity(
+    screen: "Console",
+    model: "LanguageModel",
+    tokenizer: "Tokenizer",
+    made_by: RunConfig | None,
+    text: str | None,
+    context: int | None,
+    tokens: int | None,
+) -> dict[str, Any]:
+    """Measure and say it; gives what the JSON line holds of it."""
     context = context or (made_by.data.length if made_by else model.max_positions)
     with screen.status("reading"):
         if text is not None:
@@ -67,7 +109,6 @@ def command(
     source = text or f"held-out part of {made_by.data.source if made_by else ''}"
     way = how(context, tokens)
     data: dict[str, Any] = {
-        "model": str(folder),
         "text": source,
         "how": way,
         "context": context,
@@ -89,7 +130,7 @@ def command(
         calls = {address: {"calls": record.calls} for address, record in result.layers.items()}
         data["solver"] = {address: calls[address] | record for address, record in as_data(result.layers).items()}
         screen.print(solver_table(result.layers))
-    return Outcome(data, next=[shell("plait", "generate", run, made_by.sample_prompt if made_by else "The ", *again)])
+    return data
 
 
 def solver_table(layers: "dict[str, SolverRecord]") -> Any:

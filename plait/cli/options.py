@@ -4,7 +4,9 @@ from typing import Annotated
 
 import typer
 
-Run = Annotated[str, typer.Argument(help="A run's folder or file, a checkpoint, or a saved model's folder.")]
+Run = Annotated[
+    str, typer.Argument(help="A run's folder or file, a checkpoint, a saved model's folder, a GGUF file, or smollm2.")
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopK = Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among the fewest tokens of this total probability.")]

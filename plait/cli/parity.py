@@ -18,20 +18,20 @@ def check_families(screen: "Console") -> Outcome:
     """Every law on small random models of each family."""
     from rich.progress import track
 
-    from plait.hub.families import NAMES
+    from plait.hub.families import TRANSFORMERS
     from plait.hub.parity import LAWS, parity
 
     results: list[Parity] = []
-    total = len(NAMES) * len(SEEDS) * len(LAWS)
+    total = len(TRANSFORMERS) * len(SEEDS) * len(LAWS)
     for result in track(
-        parity(NAMES, SEEDS), "checking", total, console=screen, transient=True, disable=not screen.is_terminal
+        parity(TRANSFORMERS, SEEDS), "checking", total, console=screen, transient=True, disable=not screen.is_terminal
     ):
         results.append(result)
         if result.message:
             say(screen, f"broken: {result.family}, seed {result.seed}, {result.law}: {result.message}")
     screen.print(table(results))
     broken = [result for result in results if result.message]
-    say(screen, f"{len(results) - len(broken)} of {len(results)} checks passed, {len(NAMES)} families")
+    say(screen, f"{len(results) - len(broken)} of {len(results)} checks passed, {len(TRANSFORMERS)} families")
     data = {"passed": not broken, "families": by_family(results), "broken": [asdict(result) for result in broken]}
     return Outcome(data, next=["plait show"], failed=bool(broken))
 

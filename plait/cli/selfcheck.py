@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.command import Outcome, say
+from plait.cli.command import Outcome, progress_bar, say
 from plait.cli.parity import check_families
 from plait.cli.trained import Imports, load_imports
 
@@ -80,13 +80,6 @@ def command(
         "results": [as_data(result) for result in results],
     }
     return Outcome(data, next=["plait doctor"] if broken else ["plait demo"], failed=bool(broken), line=everything)
-
-
-def progress_bar(screen: "Console") -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
 
 
 def table(results: Sequence["LawResult"]) -> Any:

@@ -1,12 +1,14 @@
 """`plait show`: a design's slots, parameters, FLOPs and state, without building it."""
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from plait.cli.changes import reach_letters, read_changes
 from plait.cli.command import Outcome, say, shell
+from plait.data.gguf_file import gguf_path
 from plait.design import PRESETS, ModelConfig, load_design, render
 from plait.design.count import (
     active_parameters,
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 def command(
     screen: "Console",
     spec: Annotated[
-        str | None, typer.Argument(help="A preset, a pattern, a YAML or JSON file, or a model's or run's folder.")
+        str | None,
+        typer.Argument(help="A preset, a pattern, a YAML, JSON or GGUF file, smollm2, or a model's or run's folder."),
     ] = None,
     changes: Annotated[
         list[str] | None,
@@ -57,12 +60,10 @@ def command(
         return overview(screen)
     given = read_changes(changes or [], ModelConfig)
     load_modules(asked(given))
-    run, path = run_of(spec), user_path(spec or " ")
-    source = spec if run is None else sized(run, given)
-    if path.is_dir() and is_foreign(path):
-        from plait.hub.checkpoint import folder_design
-
-        source = folder_design(path).to_dict()
+    file, path = gguf_path(spec or " "), user_path(spec or " ")
+    foreign = foreign_design(file or path)
+    run = run_of(spec) if foreign is None else None
+    source = foreign or (spec if run is None else sized(run, given))
     bound = (source if isinstance(source, dict) else find_design(source)[0]).get("layers") or ()
     design = load_design(source, **reach_letters(given, bound))
     screen.print(table(design, context))
@@ -72,9 +73,22 @@ def command(
         say(screen, f"{run.steps:,} steps of {run.batch} x {run.data.length:,} tokens: {si(tokens)} tokens of training")
         data["run"] = {"steps": run.steps, "batch": run.batch, "length": run.data.length, "tokens": tokens}
     inside = [x if x.startswith(f"{KEY}=") else f"design.{x}" for x in changes or [] if not x.startswith("vocab=")]
-    if path.is_dir() and (design_file(path).parent / "tokenizer.json").is_file() and not inside:
+    if not inside and (file or (path.is_dir() and (design_file(path).parent / "tokenizer.json").is_file())):
         return Outcome(data, next=[shell("plait", "generate", spec, "The ")])
     return Outcome(data, next=[shell("plait", "train", spec if run is not None else f"design={spec}", *inside)])
+
+
+def foreign_design(path: Path) -> dict[str, Any] | None:
+    """Of a GGUF file or another library's folder."""
+    if path.is_file() and gguf_path(path):
+        from plait.hub.gguf import design_of_gguf
+
+        return design_of_gguf(path).to_dict()
+    if path.is_dir() and is_foreign(path):
+        from plait.hub.checkpoint import folder_design
+
+        return folder_design(path).to_dict()
+    return None
 
 
 def run_of(spec: str) -> RunConfig | None:

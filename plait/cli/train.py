@@ -11,6 +11,7 @@ import typer
 
 from plait.cli.changes import reach_letters, read_changes
 from plait.cli.command import Outcome, say, shell
+from plait.data.gguf_file import gguf_path
 from plait.design import PRESETS, ModelConfig
 from plait.design.imports import asked, load_modules
 from plait.design.load import design_mapping, find_design, is_foreign, override, read_mapping
@@ -121,10 +122,10 @@ def run_config(arguments: list[str]) -> RunConfig:
     bound = design.get("layers", ()) if isinstance(design, dict) else ()
     changes = reach_letters(changes, bound, "design.")
     run = load_run(file, **changes) if file else RunConfig.from_dict(override({}, changes))
-    if run.design is not None or not is_foreign(user_path(run.start or "")):
-        resolve_design(
-            run.design or run.start or "", vocab=1
-        )  # a design that cannot be is said before the text is read
+    start = run.start or " "
+    if run.design is not None or not (gguf_path(start) or is_foreign(user_path(start))):
+        # a design that cannot be is said before the text is read
+        resolve_design(run.design or run.start or "", vocab=1)
     return run
 
 

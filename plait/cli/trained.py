@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from plait.cli.command import shell
+from plait.data.gguf_file import gguf_path
 from plait.design import load_design
 from plait.design.imports import KEY, asked, load_modules
 from plait.design.load import SAVED, read_mapping
@@ -26,10 +27,12 @@ def load_imports(imports: list[str] | None) -> list[str]:
 
 
 def trained(spec: str) -> Path:
-    """The folder that holds weights: of a run's folder or file, a checkpoint, or a saved model. Raises ValueError or
-    FileNotFoundError that says what there is instead."""
+    """The folder that holds weights: of a run's folder or file, a checkpoint, or a saved model; of GGUF the file. Raises
+    ValueError or FileNotFoundError that says what there is instead."""
     from plait.model import model_folder
 
+    if (file := gguf_path(spec)) is not None:
+        return file
     path = user_path(spec)
     if path.is_file():
         path = _of_file(path)

@@ -20,6 +20,7 @@ from plait.design.layers import (
     RetNet,
     SimpleGLA,
 )
+from plait.design.layers.rope import LongRoPE
 from plait.design.places import read_layer
 from plait.design.spelling import suggest
 from plait.design.struct import Struct
@@ -78,6 +79,8 @@ def _latent(a: Attention, data: Mapping[str, Any]) -> Sizes:
         return both | {"rope": None, "nope_dim": a.head_dim, "rope_dim": NOPE_KEY}
     here = data.get("rope_dim") or max(2, turned // 4 * 2)
     speeds = a.rope.replace(theta=a.rope.theta ** min(1.0, here / turned))
+    if isinstance(speeds.scaling, LongRoPE):
+        speeds = speeds.replace(scaling=speeds.scaling.replace(factors=speeds.scaling.factors[: here // 2]))
     return both | {"rope": speeds, "rope_dim": here, "nope_dim": max(1, a.head_dim - here)}
 
 

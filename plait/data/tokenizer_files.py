@@ -10,6 +10,7 @@ from plait.data.cache import cached
 from plait.data.chat_template import TEMPLATE
 from plait.data.corpus import Source, open_source, texts
 from plait.data.errors import DataError, NotFound, first_line, nearest
+from plait.data.gguf_file import gguf_path, open_gguf
 from plait.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
 from plait.data.tokenizer_hf import ENDS, HuggingFaceTokenizer, PythonTokenizer, bpe_size, train_bpe
 from plait.files import read_text, user_path
@@ -22,12 +23,15 @@ USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[S
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """`bytes`, or the Hugging Face tokenizer in a folder or a tokenizer.json; a plait run's folder holds one too.
+    """`bytes`, the Hugging Face tokenizer in a folder or a tokenizer.json (a plait run's folder holds one too), or that of a
+    GGUF file: by its path, or by the name of a model that an installed package ships ("smollm2").
 
     Nothing is fetched. Raises NotFound or DataError, in one line.
     """
     if str(spec) == "bytes":
         return ByteTokenizer()
+    if (file := gguf_path(spec)) is not None:
+        return _from_gguf(file)
     path = user_path(spec)
     if not path.exists():
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
@@ -74,6 +78,16 @@ def _from_json(path: Path) -> Tokenizer:
         raise DataError(f"{path}: not a Hugging Face tokenizer.json ({first_line(error)})") from None
     name = path.parent.resolve().name if path.name == "tokenizer.json" else path.stem
     return HuggingFaceTokenizer(inner, _end_of_text(inner, path, config, companions), name, companions)
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    from plait.data.tokenizer_gguf import tokenizer_files
+
+    file = open_gguf(path)
+    files = tokenizer_files(file)
+    companions = {name: files[name] for name in COMPANIONS if name in files}
+    inner = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    return HuggingFaceTokenizer(inner, file.field("tokenizer.ggml.eos_token_id"), path.stem, companions)
 
 
 def _from_transformers(folder: Path) -> Tokenizer:

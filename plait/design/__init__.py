@@ -18,11 +18,13 @@ from plait.design.layers import RWKV7 as RWKV7
 from plait.design.layers import SLSTM as SLSTM
 from plait.design.layers import Attention as Attention
 from plait.design.layers import DeltaNet as DeltaNet
+from plait.design.layers import GatedConv as GatedConv
 from plait.design.layers import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers import KimiDeltaAttention as KimiDeltaAttention
 from plait.design.layers import LatentAttention as LatentAttention
 from plait.design.layers import Layer as Layer
 from plait.design.layers import LightningAttention as LightningAttention
+from plait.design.layers import Linear as Linear
 from plait.design.layers import Mamba as Mamba
 from plait.design.layers import Mamba2 as Mamba2
 from plait.design.layers import MinGRU as MinGRU

@@ -88,6 +88,7 @@ class Resolver:
         self.bound: dict[str, Layer] = LETTERS | design.layers
         self.seen: Counter[str] = Counter()
         self.left = dict(design.at)
+        self.resolved: dict[tuple[str, bool, bool], Layer] = {}
 
     def slots(self) -> tuple[Node, ...]:
         slots = tuple(self._node(item, None) for item in self.design.chain)
@@ -98,6 +99,7 @@ class Resolver:
             known = [node.address for node in nodes(slots)]
             raise ValueError(f"at: there is no place {address!r}; {nearest_place(address, known)}")
         self._check_shared(slots)
+        _check_given(slots)
         _check_values(slots)
         return slots
 
@@ -111,18 +113,27 @@ class Resolver:
 
     def _place(self, letter: Letter, within: Merge | None) -> Place:
         address = self._address(letter.name)
-        where, change = f"layer {letter.name!r}", self.left.pop(address, None)
-        layer = self._bound(letter)
+        change = self.left.pop(address, None)
         if change is not None:
-            layer, where = overridden(layer, change, f"at.{address}"), f"at.{address}"
+            layer = overridden(self._bound(letter), change, f"at.{address}")
+            return Place(address, letter.name, self._resolved(layer, within, f"at.{address}"))
+        key = letter.name, within is not None, within is not None and within.at == "inner"
+        if key not in self.resolved:  # a letter is one layer wherever nothing is changed
+            self.resolved[key] = self._resolved(self._bound(letter), within, f"layer {letter.name!r}")
+        return Place(address, letter.name, self.resolved[key])
+
+    def _resolved(self, layer: Layer, within: Merge | None, where: str) -> Layer:
+        """All its numbers and its wrap filled in. Raises ValueError where they do not fit."""
         asked = layer.wrap
         wrap = (asked or Wrap()).over(self.design.full_wrap)
         try:
             layer = layer.replace(wrap=_fitting(layer, wrap, within is not None)).resolve(self.design.dim)
             layer = _before_merge(layer, asked, within is not None and within.at == "inner")
+            # raises for what is adapted and not there
+            layer.adapters(self.design.dim, layer.wrap.width(self.design.dim))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        return Place(address, letter.name, layer)
+        return layer
 
     def _bound(self, letter: Letter) -> Layer:
         if letter.name in self.bound:
@@ -191,6 +202,18 @@ class Resolver:
                 )
 
 
+def _check_given(slots: tuple[Node, ...]) -> None:
+    """What a slot gives to the next one, that one must be there for, and read as it reads the stream."""
+    for here, after in zip(slots, (*slots[1:], None), strict=True):
+        if here.wrap.gives != "stream" and (
+            after is None or (after.wrap.reads, after.wrap.residual) != ("stream",) * 2
+        ):
+            reason = (
+                "there is none" if after is None else f"{after.address} has a wrap.reads or wrap.residual of its own"
+            )
+            raise ValueError(f"{here.address} gives what comes out to the next slot (wrap.gives), but {reason}")
+
+
 def _check_values(slots: tuple[Node, ...]) -> None:
     """Values are mixed with the first layer's of their kind, number by number."""
     attention: dict[str, Any] = {}
@@ -252,9 +275,19 @@ def _fitting(layer: Layer, wrap: Wrap, inside: bool) -> Wrap:
         raise ValueError(f"{name} has no values to mix with another layer's, so wrap.value_residual is for Attention")
     if inside and own.reads not in (None, "stream"):
         raise ValueError("a layer inside a branch reads what its branch reads; wrap.reads is for slots")
+    if inside and (own.keep not in (None, 1.0) or own.residual not in (None, "stream")):
+        raise ValueError("what layers inside a branch add is summed; wrap.keep and wrap.residual are for slots")
+    if inside and own.gives not in (None, "stream"):
+        raise ValueError("a layer inside a branch gives to its branch; wrap.gives is for slots")
+    if not inside and wrap.gives != "stream" and (wrap.keep != 1 or wrap.residual != "stream"):
+        raise ValueError("wrap.keep and wrap.residual say what is added to; with wrap.gives next nothing is")
+    if not inside and wrap.reads != "stream" and wrap.residual == "normed":
+        raise ValueError(
+            "the embeddings beside the stream are no stream to add to: wrap.residual normed wants wrap.reads stream"
+        )
     changes: dict[str, Any] = {}
     if not isinstance(layer, Attention):
         changes["value_residual"] = False
     if inside:
-        changes["reads"] = "stream"
+        changes |= {"reads": "stream", "keep": 1.0, "residual": "stream", "gives": "stream"}
     return wrap.replace(**changes)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection
 from decimal import Decimal
+from functools import lru_cache
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
@@ -17,6 +18,12 @@ from plait.design.spelling import suggest
 T = TypeVar("T", bound="Struct")
 
 DERIVED: Any = None  # the default of a number that `resolve` fills in: a plain int from there on
+
+
+@lru_cache(None)
+def fields_of(cls: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """Asked for once for a class: working out its annotations takes longer than all else that is done with them."""
+    return msgspec.structs.fields(cls)
 
 
 class _Checked(type(msgspec.Struct)):
@@ -51,7 +58,7 @@ class Struct(msgspec.Struct, metaclass=_Checked, frozen=True, kw_only=True, omit
 
 def non_defaults(config: Struct, base: Struct | None = None) -> dict[str, Any]:
     """The kind and the fields that are not as in `base` (else: not at their defaults) and say what is built."""
-    base_values = {f.name: f.default for f in msgspec.structs.fields(config)} if base is None else {}
+    base_values = {f.name: f.default for f in fields_of(type(config))} if base is None else {}
     data: dict[str, Any] = {"kind": type(config).__struct_config__.tag or type(config).__name__}
     for name in config.__struct_fields__:
         value = getattr(config, name)
@@ -91,7 +98,7 @@ def words(kind: Any) -> tuple[Any, ...]:
 
 def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str, also: Collection[str] = ()) -> None:
     """Raise ValueError for a key, or for one of a few words, that `cls` or a struct inside it does not have."""
-    types = {field.name: field.type for field in msgspec.structs.fields(cls)}
+    types = {field.name: field.type for field in fields_of(cls)}
     for key, value in fields.items():
         if key not in types and key != "kind" and key not in also:
             raise ValueError(f"{where}: unknown key {key!r}; {suggest(str(key), [*types, *also])}")
@@ -143,7 +150,7 @@ def convert(data: Any, cls: type[T], where: str) -> T:
         raise ValueError(f"{where}: expected a mapping, got {data!r}")
     data = plain(data)
     check_keys(data, cls, where)
-    defaults = {field.name: field.default for field in msgspec.structs.fields(cls)}
+    defaults = {field.name: field.default for field in fields_of(cls)}
     data = {key: value for key, value in data.items() if value is not None or defaults.get(key, 0) is not None}
     data = exact(data, cls)
     check_finite(data, where)
@@ -166,7 +173,7 @@ def exact(value: Any, kind: Any) -> Any:
         return value
     for option in options:
         if isinstance(option, type) and issubclass(option, msgspec.Struct):
-            types = {field.name: field.type for field in msgspec.structs.fields(option)}
+            types = {field.name: field.type for field in fields_of(option)}
             return {key: exact(inner, types.get(key)) for key, inner in value.items()}
         if get_origin(option) is dict:
             return {key: exact(inner, get_args(option)[1]) for key, inner in value.items()}

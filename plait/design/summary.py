@@ -11,7 +11,7 @@ CONTEXTS = (4_096, 131_072)
 def si(value: float) -> str:
     """1234567 -> "1.23M"."""
     for unit in ("", "k", "M", "G", "T"):
-        if abs(value) < 1000:
+        if abs(value) < 999.5:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}P"

@@ -120,11 +120,13 @@ def norm(name: str, width: int, *, plain: bool = False) -> Weight:
     return Weight(f"{name}.weight", (width,), "norm", Constant(1.0) if plain else None)
 
 
-def short_conv(channels: int, width: int, bias: bool) -> Weights:
-    """A depthwise causal convolution, uniform in +-1/sqrt(width) as torch's."""
+def short_conv(channels: int | Mapping[str, int], width: int, bias: bool) -> Weights:
+    """A depthwise causal convolution, uniform in +-1/sqrt(width) as torch's, of channels or of named runs of them."""
+    parts = tuple(channels.items()) if isinstance(channels, Mapping) else ()
+    total = sum(channels.values()) if isinstance(channels, Mapping) else channels
     start = Uniform(-(width**-0.5), width**-0.5)
-    weight = Weight("conv1d.weight", (channels, width), "conv", start)
-    return (weight, Weight("conv1d.bias", (channels,), "bias", start)) if bias else (weight,)
+    weight = Weight("conv1d.weight", (total, width), "conv", start, parts)
+    return (weight, Weight("conv1d.bias", (total,), "bias", start, parts)) if bias else (weight,)
 
 
 def total(weights: Weights) -> int:

@@ -9,10 +9,13 @@ from plait.design.struct import Struct
 
 
 class Wrap(Struct, frozen=True, kw_only=True, tag=False):
-    """x + factor * after(f(before(x))). What a layer's own `wrap` leaves out is the design's.
+    """keep * x + factor * after(f(before(x))). What a layer's own `wrap` leaves out is the design's.
 
     norms: where the norms stand: "before" (the default), "after" (OLMo-2), "both" (Gemma-2) or "none".
     norm: which norm that is; else the design's.     factor: on what is added (Granite's residual multiplier).
+    keep: the factor on what it is added to.     residual: which is the "stream" x, or the "normed" one, before(x) (MiniMax-01).
+    gives: to the "stream"; or the stream stays as it is, and what comes out is what the next slot reads, alone ("next") or
+    added to the stream ("next_added"; both Zamba2).
     reads: "stream", or "stream_and_embeddings": x beside the embeddings x0, 2 dim channels (Zamba2).
     value_residual: attention's values are l1 v + l2 v0, v0 the model's first attention layer's (arXiv 2410.17897).
     """
@@ -20,6 +23,9 @@ class Wrap(Struct, frozen=True, kw_only=True, tag=False):
     norms: Literal["before", "after", "both", "none"] | None = None
     norm: Any = None
     factor: float | None = None
+    keep: float | None = None
+    residual: Literal["stream", "normed"] | None = None
+    gives: Literal["stream", "next", "next_added"] | None = None
     reads: Literal["stream", "stream_and_embeddings"] | None = None
     value_residual: bool | None = None
 
@@ -45,4 +51,13 @@ class Wrap(Struct, frozen=True, kw_only=True, tag=False):
         return 2 * dim if self.reads == "stream_and_embeddings" else dim
 
 
-PLAIN = Wrap(norms="before", norm=RMSNorm(), factor=1.0, reads="stream", value_residual=False)
+PLAIN = Wrap(
+    norms="before",
+    norm=RMSNorm(),
+    factor=1.0,
+    keep=1.0,
+    residual="stream",
+    gives="stream",
+    reads="stream",
+    value_residual=False,
+)

@@ -4,7 +4,8 @@ A graph is captured for a number of rows, the bucket; a step of fewer rows fills
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,8 @@ class Step:
 
     def run(self, at: PoolRows) -> Int[Tensor, " b"]:
         """The step itself: asks the device nothing."""
-        return self.choose(self.model.step(self.tokens[at.index][:, None], at)[:, -1], at)
+        with _products(self.model, at.batch):
+            return self.choose(self.model.step(self.tokens[at.index][:, None], at)[:, -1], at)
 
     def choose(self, hidden: Float[Tensor, "b d"], at: PoolRows) -> Int[Tensor, " b"]:
         """Next tokens from what the head reads."""
@@ -127,3 +129,17 @@ class Step:
             tokens = self.run(at)
             self.pool.starts[self.pool.rows :] = 0  # nobody's row stays short
         return Captured(graph, index, tokens)
+
+
+@contextmanager
+def _products(model: LanguageModel, rows: int) -> Iterator[None]:
+    """torch's own products of one bfloat16 row and a matrix on a CPU: oneDNN's take nearly twice as long (docs/log.md)."""
+    mkldnn = torch.backends.mkldnn
+    if rows > 1 or model.device.type != "cpu" or model.dtype != torch.bfloat16 or not mkldnn.enabled:
+        yield
+        return
+    mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        mkldnn.enabled = True

@@ -18,14 +18,14 @@ from plait.design.places import layers
 from plait.design.weights import FLOAT32
 from plait.files import user_path, write_atomic, write_text
 from plait.hub.compare import first_difference
-from plait.hub.families import NAMES, Family, family
+from plait.hub.families import NAMES, OUTER, Family, family
 from plait.hub.families.fields import Fields
-from plait.hub.weight_table import Piece, by_theirs, fill, made, table
+from plait.hub.weight_table import NOTHING, Piece, by_theirs, fill, made, table, torn
 from plait.model.build import empty_model, to_dtype
 from plait.model.files import CONFIG, ENDS, bare, carried_files
 from plait.model.language_model import LanguageModel
 from plait.model.lora import merged_tensors
-from plait.model.weight_files import INDEX, SHARD_BYTES, WEIGHTS, WeightFiles, weight_files, write_weights
+from plait.model.weight_files import INDEX, SHARD_BYTES, WEIGHTS, WeightFiles, WeightSource, weight_files, write_weights
 
 HEAD = "lm_head.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
@@ -38,11 +38,11 @@ def read(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
     """
     raw = read_mapping(folder / CONFIG)
     found = family_of(raw, folder / CONFIG)
+    raw = text_config(raw, folder / CONFIG)
     design = design_of(found, raw, str(folder / CONFIG))
     files = _weights(folder)
     model = empty_model(design, device=device)
-    widened = _fill(model, found, files, torch.device(device))
-    model.origin = {"family": found.model_type, "config": raw, "dtypes": widened}
+    model.origin = {"family": found.model_type, "config": raw, **fill_model(model, found, files, torch.device(device))}
     model.tokenizer_files = carried_files(folder)
     return model if dtype is None else to_dtype(model, dtype)
 
@@ -50,7 +50,8 @@ def read(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
 def folder_design(folder: Path) -> ModelConfig:
     """The design of the folder's config, without reading weights."""
     raw = read_mapping(folder / CONFIG)
-    return design_of(family_of(raw, folder / CONFIG), raw, str(folder / CONFIG))
+    found = family_of(raw, folder / CONFIG)
+    return design_of(found, text_config(raw, folder / CONFIG), str(folder / CONFIG))
 
 
 def family_of(raw: dict[str, Any], where: Path) -> Family:
@@ -64,9 +65,19 @@ def family_of(raw: dict[str, Any], where: Path) -> Family:
             "model.dequantize().save_pretrained(FOLDER)) and load that"
         )
     try:
-        return family(raw["model_type"])
+        return family(OUTER.get(raw["model_type"]) or raw["model_type"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def text_config(raw: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The config itself or, of a model of several parts, that of its text model."""
+    if raw["model_type"] not in OUTER:
+        return raw
+    if not isinstance(raw.get("text_config"), dict):
+        raise ValueError(f"{where}: 'text_config' is missing; plait reads the text model of a {raw['model_type']}")
+    tied = {"tie_word_embeddings": raw["tie_word_embeddings"]} if "tie_word_embeddings" in raw else {}
+    return tied | raw["text_config"] | {"model_type": OUTER[raw["model_type"]]}
 
 
 def design_of(found: Family, raw: dict[str, Any], where: str) -> ModelConfig:
@@ -84,6 +95,8 @@ def normalised(found: Family, raw: dict[str, Any], where: str) -> PreTrainedConf
     """The config with transformers' defaults where it says nothing, and older spellings in the newest one."""
     numbers = json.loads(json.dumps(raw), object_hook=_number)
     try:
+        if found.defaults is not None:
+            return PreTrainedConfig.from_dict({**found.defaults, **numbers})
         return CONFIG_MAPPING[found.model_type].from_dict(numbers)
     except Exception as error:  # their validation raises whatever it likes
         raise ValueError(f"{where}: not a config of {found.model_type}: {' '.join(str(error).split())}") from None
@@ -94,14 +107,14 @@ def _number(x: dict[str, Any]) -> Any:
     return float(x["__float__"]) if x.keys() == {"__float__"} else x
 
 
-def pieces(found: Family, design: ModelConfig) -> list[Piece]:
-    """Where all weights of a design lie in a folder of the family."""
+def pieces(found: Family, design: ModelConfig, known: Mapping[str, int] = NOTHING) -> list[Piece]:
+    """Where all weights of a design lie in a folder of the family, with tensors that are `known` where there is a choice."""
     ends = (*declared.front_weights(design), *declared.head_weights(design))
     slots = declared.slot_weights(design)
     named = zip(slots, found.slots(design), strict=True)
     return [
-        *table(ends, found.ends),
-        *(piece for weights, slot in named for piece in table(weights, slot.rules, slot.ours, slot.theirs)),
+        *table(ends, found.ends, known=known),
+        *(piece for weights, slot in named for piece in table(weights, slot.rules, slot.ours, slot.theirs, known)),
     ]
 
 
@@ -116,39 +129,57 @@ def _weights(folder: Path) -> WeightFiles:
     return weight_files(folder)
 
 
-def _fill(model: LanguageModel, found: Family, files: WeightFiles, device: torch.device) -> dict[str, str]:
-    """Read tensor by tensor; each must be there, be used, and have the right shape. Gives the dtypes that were widened."""
-    tensors = by_theirs(pieces(found, model.design))
-    aliases = {name for name in files.where if name not in tensors and _is_alias(name, found, model.design)}
-    files.expect({*tensors, *aliases})
+def fill_model(model: LanguageModel, found: Family, files: WeightSource, device: torch.device) -> dict[str, Any]:
+    """Read tensor by tensor; each must be there, be used, and have the right shape. Gives what is to be known for the way back:
+    `dtypes` that were widened, and `names`, with how much is there, that are not the family's first choice."""
+    names = {stored: found.named(stored) for stored in files.where}
+    there = set(names.values())
+    if len(there) < len(names):
+        twice = next(stored for stored, name in names.items() if stored != name and name in names)
+        raise ValueError(f"{files.path_of(twice)}: {twice} is there twice, also as {names[twice]}")
+    tensors = by_theirs(pieces(found, model.design, {names[stored]: count for stored, count in files.sizes().items()}))
+    aliases = {stored for stored, name in names.items() if name not in tensors and is_alias(name, found, model.design)}
+    files.expect({stored for stored, name in names.items() if name in tensors} | (tensors.keys() - there) | aliases)
     owners = dict(model.named_parameters())
-    dtypes = _dtypes(model.design, tensors, files)
+    stored_as = {names[stored]: dtype for stored, dtype in files.dtypes().items()}
+    dtypes = _dtypes(model.design, tensors, stored_as)
     for name, parameter in owners.items():
         parameter.data = torch.empty(parameter.shape, dtype=dtypes[name], device=device)
     places = {name: parameter.detach() for name, parameter in owners.items()}
     on_meta = {name: torch.empty(place.shape, device="meta") for name, place in places.items()}
     widened: dict[str, str] = {}
-    for name, tensor in files:
-        if name in aliases:
+    for stored, tensor in files:
+        if stored in aliases:
             continue
+        name = names[stored]
         expected = made(tensors[name], on_meta).shape
         if tensor.shape != expected:
             raise ValueError(
-                f"{files.path_of(name)}: {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(expected)}"
+                f"{files.path_of(stored)}: {stored} has shape {tuple(tensor.shape)}, the config asks for {tuple(expected)}"
             )
         if dtypes[tensors[name][0].ours] != tensor.dtype:
             widened[name] = str(tensor.dtype).removeprefix("torch.")
         fill(tensors[name], tensor, places)
     _check_tied(model, files)
-    return widened
+    return {"dtypes": widened, "names": _not_first(found, model.design, tensors)}
 
 
-def _is_alias(name: str, found: Family, design: ModelConfig) -> bool:
+def _not_first(found: Family, design: ModelConfig, tensors: dict[str, list[Piece]]) -> dict[str, int]:
+    """The tensors where the family's first choice is another (of experts: of the first), and how many numbers they hold."""
+    first = {piece.theirs: piece.numel for piece in pieces(found, design)}
+    return {
+        name: parts[0].numel
+        for name, parts in tensors.items()
+        if not parts[0].index and parts[0].numel != first.get(name)
+    }
+
+
+def is_alias(name: str, found: Family, design: ModelConfig) -> bool:
     """Whether a tensor repeats another or is computed anew: older files hold some."""
     return (design.tied and name == HEAD) or any(re.fullmatch(alias, name) for alias in found.aliases)
 
 
-def _check_tied(model: LanguageModel, files: WeightFiles) -> None:
+def _check_tied(model: LanguageModel, files: WeightSource) -> None:
     """Some files hold the tied matrix twice."""
     if model.design.tied and HEAD in files.where:
         given = files.tensor(HEAD)
@@ -160,11 +191,12 @@ def _check_tied(model: LanguageModel, files: WeightFiles) -> None:
             )
 
 
-def _dtypes(design: ModelConfig, tensors: dict[str, list[Piece]], files: WeightFiles) -> dict[str, torch.dtype]:
+def _dtypes(
+    design: ModelConfig, tensors: dict[str, list[Piece]], stored: dict[str, torch.dtype]
+) -> dict[str, torch.dtype]:
     """Of each of our tensors: the widest of what it is made of, and float32 at least where rounding ruins it."""
     wide = {weight.name for weight in declared.weights(design) if weight.role in FLOAT32}
     dtypes = dict.fromkeys(wide, torch.float32)
-    stored = files.dtypes()
     for name, parts in tensors.items():
         for piece in parts:
             dtypes[piece.ours] = torch.promote_types(dtypes.get(piece.ours, stored[name]), stored[name])
@@ -204,9 +236,12 @@ def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, s
     same = origin if origin and origin["family"] == found.model_type else {"config": {}, "dtypes": {}}
     dtype = str(model.dtype).removeprefix("torch.")
     config = config_of(found, model.design, same["config"] or _end_tokens(model))
-    tensors = by_theirs(pieces(found, model.design))
+    where = pieces(found, model.design, same.get("names", NOTHING))
+    tensors = by_theirs(where)
     ours = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
     ours = merged_tensors(model, ours)
+    if apart := torn(where, ours):
+        raise ValueError(f"{to} cannot hold this model: {' and '.join(apart)} are one tensor there, and differ here")
     theirs = _Theirs(tensors, ours, {name: old for name, old in same["dtypes"].items() if old == dtype})
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, theirs, {"format": "pt"}, shard_bytes)
@@ -229,14 +264,17 @@ def _write_bytes(content: bytes, path: Path) -> None:
 
 
 def config_of(found: Family, design: ModelConfig, carried: dict[str, Any]) -> PreTrainedConfig:
-    """The config that describes a design, with what was `carried` where that says nothing about it. Raises ValueError where the
-    family has no config that does."""
+    """The config that describes a design: the one that was `carried` where it does, since a design may be said in several ways;
+    else one of the family's, with what was carried where that says nothing about the design. Raises ValueError where the family
+    has none that does."""
     name = found.model_type
     for place in layers(design.slots):
         if not isinstance(place.layer, found.holds):
             kinds = ", ".join(str(kind.__struct_config__.tag) for kind in found.holds)
             tag = place.layer.__struct_config__.tag
             raise ValueError(f"{name} cannot hold {place.address}: it is a {tag}, and {name} has {kinds}")
+    if "model_type" in carried and design_of(found, carried, name).hash == design.hash:
+        return normalised(found, carried, name)
     given = found.config(design)
     for fields in found.alike:
         rest = {field: value for field, value in given.items() if field not in fields}

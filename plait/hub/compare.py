@@ -1,5 +1,6 @@
 """Where two designs that ought to be one part ways."""
 
+import math
 from typing import Any
 
 from plait.design.model import ModelConfig
@@ -7,7 +8,8 @@ from plait.design.places import Node, ParallelPlace
 from plait.design.struct import Struct
 
 # what training alone asks for, how far a model may be used, what other sizes were once derived by: the same numbers come out
-SAME = frozenset({"balance_loss", "z_loss", "bias_rate", "max_positions", "expand"})
+SAME = frozenset({"balance_loss", "z_loss", "max_positions", "expand"})
+RATES = frozenset({"bias_rate"})  # how fast something moves; where it is None, that something is not there
 
 
 def first_difference(ours: ModelConfig, theirs: ModelConfig) -> str | None:
@@ -39,15 +41,26 @@ def _node(mine: Node, other: Node) -> str | None:
 
 def _said(where: str, mine: Any, other: Any) -> str | None:
     """The first field in which two values differ."""
-    if mine == other:
+    if _equal(mine, other):
         return None
     if not isinstance(mine, Struct) or type(mine) is not type(other):
         return f"{where}: {_short(mine)}, it would be {_short(other)}"
     for name in mine.__struct_fields__:
         x, y = getattr(mine, name), getattr(other, name)
-        if name not in SAME and (said := _said(f"{where}.{name}", x, y)):
+        if name in SAME or (name in RATES and None not in (x, y)):
+            continue
+        if said := _said(f"{where}.{name}", x, y):
             return said
     return None
+
+
+def _equal(mine: Any, other: Any) -> bool:
+    """But for float64's last digits: some numbers are kept as one over, or times, others."""
+    if isinstance(mine, tuple) and isinstance(other, tuple):
+        return len(mine) == len(other) and all(map(_equal, mine, other))
+    if isinstance(mine, float) and isinstance(other, float):
+        return math.isclose(mine, other, rel_tol=1e-12)
+    return mine == other
 
 
 def _short(value: Any) -> str:

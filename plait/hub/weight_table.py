@@ -27,6 +27,7 @@ def _turned(x: Tensor) -> Tensor:
 
 
 SAME = Form(lambda x: x, lambda x: x)
+NOTHING: Mapping[str, int] = {}
 CONV = Form(lambda x: x.squeeze(1), lambda x: x.unsqueeze(1))  # (channels, 1, width) and (channels, width)
 TRANSPOSED = Form(_turned, _turned)
 
@@ -36,7 +37,8 @@ class Rows:
     """Their tensor `name` holds these `parts` of ours, in this order, all of it where none is named.
 
     groups: it does so group by group, each with its share of every part: q and gate of the first head, then of the second.
-    both: and so does ours. A name may have "{part}", for a tensor each, and "{expert}", for the matrices of a stack.
+    both: and so does ours. chunk: it holds chunk i of n of all rows, as torch.chunk cuts them, whatever they are.
+    A name may have "{part}", for a tensor each, and "{expert}", for the matrices of a stack.
     """
 
     name: str
@@ -44,11 +46,23 @@ class Rows:
     groups: int = 1
     both: bool = False
     form: Form = SAME
+    chunk: tuple[int, int] | None = None
+
+
+Place = str | Rows | tuple[Rows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """Places of which files have one or another: the first one whose tensor is in the file and as large as it says; written as
+    it was read, or as the first."""
+
+    places: tuple[Place, ...]
 
 
 # By the path of a module or weight in a slot: "mixer.qkv_proj". A path of several, joined by " + ", is of weights that their
 # tensor holds beside each other.
-Rule = str | Rows | tuple[Rows, ...]
+Rule = Place | Either
 Rules = Mapping[str, Rule]
 
 
@@ -72,6 +86,11 @@ class Piece:
     index: int | None
     form: Form
 
+    @property
+    def numel(self) -> int:
+        """Of all of their tensor."""
+        return self.total * prod(self.shape)
+
     def target(self, ours: Tensor) -> Tensor:
         """The rows of ours, as a view (groups, size, ...)."""
         matrix = ours if self.index is None else ours[self.index]
@@ -84,17 +103,32 @@ class Piece:
         return theirs.view(self.groups, -1, *self.shape).narrow(1, self.start, self.size)
 
 
-def table(weights: Iterable[Weight], rules: Rules, ours: str = "", theirs: str = "") -> Iterator[Piece]:
-    """The pieces of the weights whose names begin with `ours`, by rules whose names are inside `theirs`. Raises KeyError for a
-    weight that no rule is about."""
+def table(
+    weights: Iterable[Weight], rules: Rules, ours: str = "", theirs: str = "", known: Mapping[str, int] = NOTHING
+) -> Iterator[Piece]:
+    """The pieces of the weights whose names begin with `ours`, by rules whose names are inside `theirs`. known: the
+    tensors that there are, and how many numbers they hold, where a rule is `Either`. Raises KeyError for a weight that no rule
+    is about."""
     left = {weight.name.removeprefix(ours): weight for weight in weights if weight.name.startswith(ours)}
     for path, rule in rules.items():
         for leaf in ("", ".weight", ".bias"):
             together = [left.pop(f"{name}{leaf}") for name in path.split(" + ") if f"{name}{leaf}" in left]
-            for rows in (rule if isinstance(rule, tuple) else (rule,)) if together else ():
-                yield from _pieces(together, Rows(rows) if isinstance(rows, str) else rows, theirs, leaf)
+            if together:
+                yield from _ruled(together, rule, theirs, leaf, known)
     if left:
         raise KeyError(f"no rule says where {ours}{next(iter(left))} lies")
+
+
+def _ruled(together: list[Weight], rule: Rule, inside: str, leaf: str, known: Mapping[str, int]) -> list[Piece]:
+    """Those of the weights that one rule is about."""
+    choices = []
+    for place in rule.places if isinstance(rule, Either) else (rule,):
+        parts = place if isinstance(place, tuple) else (place,)
+        named = (Rows(rows) if isinstance(rows, str) else rows for rows in parts)
+        choices.append([piece for rows in named for piece in _pieces(together, rows, inside, leaf)])
+        if choices[-1] and choices[-1][0].numel == known.get(choices[-1][0].theirs):
+            return choices[-1]
+    return choices[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +145,8 @@ def _pieces(together: list[Weight], rows: Rows, inside: str, leaf: str) -> Itera
     """Those of the weights that one `Rows` is about: of one weight, or of several that it holds beside each other."""
     each = "{expert}" in rows.name
     runs = [run for weight in together for run in _runs(weight, rows.parts, each)]
+    if rows.chunk is not None:
+        runs = [_chunk(together[0], *rows.chunk)]
     name = f"{inside}{rows.name}{leaf}"
     for index in range(together[0].shape[0]) if each else (None,):
         here = name.replace("{expert}", str(index))
@@ -122,6 +158,12 @@ def _pieces(together: list[Weight], rows: Rows, inside: str, leaf: str) -> Itera
             for run in runs:
                 yield _piece(here, run, start, total, rows, index)
                 start += run.size // rows.groups
+
+
+def _chunk(weight: Weight, index: int, count: int) -> _Run:
+    rows = weight.shape[0]
+    size = -(-rows // count)
+    return _Run("", weight, index * size, min(size, rows - index * size))
 
 
 def _piece(theirs: str, run: _Run, start: int, total: int, rows: Rows, index: int | None) -> Piece:
@@ -158,6 +200,17 @@ def by_theirs(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
     for piece in pieces:
         named.setdefault(piece.theirs, []).append(piece)
     return named
+
+
+def torn(pieces: Iterable[Piece], ours: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Two of our weights that lie in one place of theirs, norms of a shared block's uses, and are not what they should be:
+    equal."""
+    first: dict[tuple[str, int, int | None], Piece] = {}
+    for piece in pieces:
+        other = first.setdefault((piece.theirs, piece.start, piece.index), piece)
+        if other is not piece and not torch.equal(other.target(ours[other.ours]), piece.target(ours[piece.ours])):
+            return other.ours, piece.ours
+    return None
 
 
 def made(pieces: list[Piece], ours: Mapping[str, Tensor]) -> Tensor:

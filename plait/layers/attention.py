@@ -66,11 +66,9 @@ class AttentionLayer(MixerModule):
     ) -> tuple[Float[Tensor, "b t d"], KV | Window | Pages | None]:
         c, (b, t, _) = self.config, x.shape
         qk, v, *gate = self.qkv_proj(x).split_with_sizes(self.widths, -1)
-        qk, v = qk.view(b, t, c.heads + c.kv_heads, -1), v.view(b, t, c.kv_heads, -1)
+        qk, v = self.normed(qk.view(b, t, c.heads + c.kv_heads, -1)), v.view(b, t, c.kv_heads, -1)
         if self.value_mix is not None:
             v = self.with_first(v, self.value_mix, context)
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, : c.heads]), self.k_norm(qk[:, :, c.heads :])], 2)
         if c.rope is not None:
             qk = turn(qk, c.rope, context)
         q, k = qk.split_with_sizes((c.heads, c.kv_heads), 2)
@@ -88,6 +86,15 @@ class AttentionLayer(MixerModule):
             raise TypeError(f"attention has no use for a state of kind {state.kind!r}")
         o = o.flatten(2)
         return o * torch.sigmoid(gate[0]) if gate else o, state
+
+    def normed(self, qk: Float[Tensor, "b t h k"]) -> Float[Tensor, "b t h k"]:
+        """Queries and keys, where they are normed: each head, or all of them together."""
+        if self.q_norm is None or self.k_norm is None:
+            return qk
+        q, k = qk.split_with_sizes((self.config.heads, self.config.kv_heads), 2)
+        if self.config.qk_norm != "wide":
+            return torch.cat([self.q_norm(q), self.k_norm(k)], 2)
+        return torch.cat([self.q_norm(q.flatten(2)), self.k_norm(k.flatten(2))], -1).view(qk.shape)
 
     def with_first(self, v: Tensor, mix: Tensor, context: Context) -> Tensor:
         """l1 v + l2 v0, v0 the values of the model's first attention layer (arXiv 2410.17897); in that layer v0 is v."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from plait.design.model import ModelConfig
 from plait.design.norms import Norm as NormConfig
-from plait.design.norms import inner
+from plait.design.norms import RMSNorm, inner
 from plait.design.weights import FLOAT32, Weight, Weights
 from plait.layers.norm import Norm
 from plait.layers.short_conv import ShortConv
@@ -33,12 +33,31 @@ class Projection(nn.Linear):
         some = biased and len(biased) < len(weight.parts)
         self.unbiased = tuple((size, name in biased) for name, size in weight.parts) if some else ()
         self.adapter_down = self.adapter_up = None
+        self.adapted: frozenset[str] = frozenset()  # parts that have an addition each
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         y = F.linear(x, self.weight, self._bias() if self.unbiased else self.bias)
         if self.adapter_down is None or self.adapter_up is None:
             return y
-        return y + F.linear(F.linear(x, self.adapter_down), self.adapter_up)
+        low = F.linear(x, self.adapter_down)
+        return y + (self._by_part(low, self.adapter_up) if self.adapted else F.linear(low, self.adapter_up))
+
+    def adapt(self, name: str, weight: Weight) -> None:
+        """Take one of the two matrices of an addition of this use's own."""
+        setattr(self, name, empty(weight))
+        self.adapted = frozenset(part for part, _ in weight.parts)
+
+    def _by_part(self, low: Float[Tensor, "*n r"], up: Float[Tensor, "o k"]) -> Float[Tensor, "*n o"]:
+        """The additions to the parts that have one, zeros to the others."""
+        lows = iter(low.chunk(len(self.adapted), -1))
+        ups = iter(up.split([size for part, size in self.parts if part in self.adapted]))
+        return torch.cat(
+            [
+                F.linear(next(lows), next(ups)) if part in self.adapted else low.new_zeros(*low.shape[:-1], size)
+                for part, size in self.parts
+            ],
+            -1,
+        )
 
     def _bias(self) -> Tensor | None:
         """The bias of every row, zeros where a part has none."""
@@ -106,7 +125,7 @@ class LayerModule(DeclaredModule):
         super().__init__()
         self.config = config
         self.assemble(design)
-        self.declare(config.weights(design.dim, self.reads(design)), inner(design.norm))
+        self.declare(config.weights(design.dim, self.reads(design)), self.norms(design))
 
     @classmethod
     def ops(cls, config: Any, call: Call) -> Sequence[tuple[str, Any]]:
@@ -116,6 +135,10 @@ class LayerModule(DeclaredModule):
 
     def assemble(self, design: ModelConfig) -> None:
         """Make the modules inside that are not simply made of their weights."""
+
+    def norms(self, design: ModelConfig) -> RMSNorm:
+        """What the layer's own norms are."""
+        return inner(design.norm)
 
     def reads(self, design: ModelConfig) -> int | None:
         """Channels that the layer reads; None: the model's width."""
@@ -132,7 +155,7 @@ class LayerModule(DeclaredModule):
         """Add this use's own low-rank additions."""
         for weight in self.config.adapters(design.dim, self.reads(design)):
             path, _, leaf = weight.name.rpartition(".")
-            setattr(self.get_submodule(path), leaf, empty(weight))
+            self.get_submodule(path).adapt(leaf, weight)  # type: ignore[operator]  # a Projection
 
 
 class MixerModule(LayerModule):

@@ -38,7 +38,7 @@ class GatedDeltaNetLayer(MixerModule):
     def assemble(self, design: ModelConfig) -> None:
         # queries are scaled by 1/sqrt(k); here outputs stay that much larger, and the bound inside the norm grows with them
         c = self.config
-        self.norm = GatedNorm(c.value_head_dim, inner(design.norm).eps * c.head_dim)
+        self.norm = GatedNorm(c.value_head_dim, (c.norm_eps or inner(design.norm).eps) * c.head_dim)
 
     def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None

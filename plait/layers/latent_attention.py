@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from plait.design.layers import LatentAttention
 from plait.design.model import ModelConfig
+from plait.design.norms import RMSNorm
 from plait.layers.attention import over_all
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
@@ -51,6 +52,10 @@ class LatentAttentionLayer(MixerModule):
         if not config.latent_norm:
             self.kv_norm = None
         self.scale = config.key_dim**-0.5 if config.scale is None else config.scale
+
+    def norms(self, design: ModelConfig) -> RMSNorm:
+        found, eps = super().norms(design), self.config.norm_eps
+        return found if eps is None else found.replace(eps=eps)
 
     def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Latent | Pages | None

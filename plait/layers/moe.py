@@ -53,6 +53,7 @@ class MixtureOfExpertsLayer(LayerModule):
                 bias=self.router_bias,
                 groups=c.groups,
                 top_groups=c.top_groups,
+                group_best=c.group_best,
                 renormalize=c.renormalize,
                 scale=c.scale,
             )

@@ -1,12 +1,13 @@
 """Rotary positions, and a temperature by position."""
 
 import math
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.design.layers.rope import NTK, Linear, Llama3, RoPE, Temperature, YaRN
+from plait.design.layers.rope import NTK, Linear, Llama3, LongRoPE, RoPE, Temperature, YaRN
 from plait.layers.context import Context
 from plait.ops.kernels import cast
 from plait.ops.rotary import rotate
@@ -86,7 +87,20 @@ def frequencies(
         if factor is None:
             factor = 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
         return turns * (1 - slow + slow / scaling.factor), factor
+    if isinstance(scaling, LongRoPE):
+        factor = scaling.attention_factor
+        if factor is None:
+            factor = math.sqrt(1 + math.log(max(scaling.factor, 1.0)) / math.log(scaling.original))
+        numbers = _on if torch.compiler.is_compiling() else _kept_on
+        return turns / numbers(device, dtype, scaling.factors), factor
     return turns, 1.0
+
+
+def _on(device: torch.device, dtype: torch.dtype, numbers: tuple[float, ...]) -> Tensor:
+    return torch.tensor(numbers, device=device, dtype=dtype)
+
+
+_kept_on = lru_cache(_on)  # copied to the device once, so that no step waits for the host; a graph holds them itself
 
 
 def _pair_that_turns(times: float, rope: RoPE, scaling: YaRN, rotated: int) -> float:

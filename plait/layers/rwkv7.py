@@ -15,10 +15,10 @@ from plait.layers.declared import LayerModule, MixerModule
 from plait.ops.conv import causal_conv
 from plait.ops.gla import dplr
 from plait.ops.kernels import Call, cast, wide
+from plait.ops.rms_norm import l2norm
 from plait.state import Recurrent, Shifted, recurrent
 
 FASTEST = -math.exp(-0.5)  # the log of the smallest decay
-EPS = 64e-5  # of the norm of heads, in all published models
 
 
 class RWKV7Layer(MixerModule):
@@ -49,7 +49,7 @@ class RWKV7Layer(MixerModule):
         return [("conv", None), ("gla", None)]
 
     def assemble(self, design: ModelConfig) -> None:
-        self.norm = HeadNorm(self.config.heads, self.config.inner())
+        self.norm = HeadNorm(self.config.heads, self.config.inner(), self.config.norm_eps)
 
     def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
@@ -66,7 +66,8 @@ class RWKV7Layer(MixerModule):
         removed = k * self.k_k.to(k.dtype)
         k = k * (1 + (a - 1) * self.k_a.to(k.dtype))
         r, k, v, a, logs, removed = (y.unflatten(-1, (self.config.heads, -1)) for y in (r, k, v, a, logs, removed))
-        removed = F.normalize(wide(removed), dim=-1)
+        eps = self.config.removal_eps
+        removed = F.normalize(wide(removed), dim=-1) if eps is None else l2norm(wide(removed), eps)
         o, s = dplr(
             r, k, v, logs, -removed, removed * a,
             state=state and state.s, rows=context.rows, packing=context.packing,
@@ -96,13 +97,13 @@ class RWKV7FeedForwardLayer(LayerModule):
 class HeadNorm(nn.Module):
     """A LayerNorm of each head alone, weight and bias per channel."""
 
-    def __init__(self, heads: int, width: int):
+    def __init__(self, heads: int, width: int, eps: float):
         super().__init__()
-        self.heads = heads
+        self.heads, self.eps = heads, eps
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Float[Tensor, "b t h v"]) -> Float[Tensor, "b t h v"]:
-        y = F.layer_norm(x, x.shape[-1:], eps=EPS)
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps)
         weight, bias = (p.to(x.dtype).view(self.heads, -1) for p in (self.weight, self.bias))
         return torch.addcmul(bias, y, weight)
 

@@ -85,7 +85,7 @@ class LightningAttentionLayer(FixedDecayLayer):
     norm: Norm
 
     def assemble(self, design: ModelConfig) -> None:
-        self.norm = Norm(self.config.inner(), RMSNorm(eps=inner(design.norm).eps))
+        self.norm = Norm(self.config.inner(), RMSNorm(eps=self.config.norm_eps or inner(design.norm).eps))
 
     @property
     def scale(self) -> float | None:

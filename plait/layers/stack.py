@@ -16,11 +16,13 @@ from plait.design.layers import (
     RWKV7,
     Attention,
     DeltaNet,
+    GatedConv,
     GatedDeltaNet,
     KimiDeltaAttention,
     LatentAttention,
     Layer,
     LightningAttention,
+    Linear,
     Mamba,
     Mamba2,
     MixtureOfExperts,
@@ -41,11 +43,13 @@ from plait.layers.declared import LayerModule
 from plait.layers.deltanet import DeltaNetLayer
 from plait.layers.elementwise import HGRNLayer, MinGRULayer, MinLSTMLayer
 from plait.layers.feed_forward import FeedForwardLayer
+from plait.layers.gated_conv import GatedConvLayer
 from plait.layers.gated_deltanet import GatedDeltaNetLayer
 from plait.layers.gla import GLALayer
 from plait.layers.hgrn2 import HGRN2Layer
 from plait.layers.kimi_delta import KimiDeltaAttentionLayer
 from plait.layers.latent_attention import LatentAttentionLayer
+from plait.layers.linear import LinearLayer
 from plait.layers.mamba import MambaLayer
 from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merges import MERGES
@@ -74,6 +78,7 @@ LAYERS: dict[type[Layer], type[LayerModule]] = {
     KimiDeltaAttention: KimiDeltaAttentionLayer,
     RWKV7: RWKV7Layer,
     RWKV7FeedForward: RWKV7FeedForwardLayer,
+    GatedConv: GatedConvLayer,
     RNN: RecurrentLayer,
     GRU: RecurrentLayer,
     LSTM: RecurrentLayer,
@@ -86,14 +91,17 @@ LAYERS: dict[type[Layer], type[LayerModule]] = {
     GEGLU: FeedForwardLayer,
     GELU: FeedForwardLayer,
     ReLU2: FeedForwardLayer,
+    Linear: LinearLayer,
     MixtureOfExperts: MixtureOfExpertsLayer,
 }
 
 Hidden = Float[Tensor, "b t d"]
+GIVEN = "given"  # in `context.shared`, to the next slot
 
 
 class Sublayer(nn.Module):
-    """One residual step of the model, x + factor * after(f(norm(x))); `wrap` says which of these there are."""
+    """One residual step of the model, keep * x + factor * after(f(norm(x))); `wrap` says which of these there are, and whether
+    x is the stream or what the norm made of it. What the slot before it gave to this one is what f reads."""
 
     norm: Norm | None
     after: Norm | None
@@ -103,17 +111,28 @@ class Sublayer(nn.Module):
         self.norm = Norm(wrap.width(dim), wrap.before) if wrap.before else None
         self.mixer = mixer
         self.after = Norm(dim, wrap.after) if wrap.after else None
-        self.factor, self.reads_both = full(wrap.factor), wrap.reads == "stream_and_embeddings"
+        self.factor, self.keep = full(wrap.factor), full(wrap.keep)
+        self.reads_both, self.onto_normed = wrap.reads == "stream_and_embeddings", wrap.residual == "normed"
+        self.gives = wrap.gives
 
     def forward(self, x: Hidden, context: Context, state: SlotState | None) -> tuple[Hidden, SlotState | None]:
-        u = x
+        u = context.shared.get(GIVEN)
+        if u is None:
+            u = x
+        else:
+            context.shared[GIVEN] = None
         if self.reads_both:
             u = torch.cat([x, context.shared["x0"]], -1)  # which the model leaves where a slot reads it
-        y, state = self.mixer(u if self.norm is None else self.norm(u), context, state)
+        u = u if self.norm is None else self.norm(u)
+        y, state = self.mixer(u, context, state)
         y = y if context.out is None else context.tap("output", y)
         if self.after is not None or self.factor != 1:
             y = added(y, self.after, self.factor)
-        return x + y, state
+        if self.gives != "stream":
+            context.shared[GIVEN] = y if self.gives == "next" else x + y
+            return x, state
+        x = u if self.onto_normed else x
+        return (x if self.keep == 1 else self.keep * x) + y, state
 
 
 def full(factor: float | None) -> float:

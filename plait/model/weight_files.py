@@ -1,10 +1,11 @@
 """Weights on disk: one safetensors file, or several with an index as transformers writes them, read tensor by tensor."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import safetensors.torch
@@ -124,6 +125,26 @@ class _opened:  # noqa: N801 (a function with an exit)
         self.file.__exit__(*error)
 
 
+class WeightSource(Protocol):
+    """Tensors by name, in whatever file; iterating reads them one by one."""
+
+    @property
+    def where(self) -> Mapping[str, Path]: ...
+    def expect(self, expected: set[str]) -> None: ...
+    def path_of(self, name: str) -> Path: ...
+    def tensor(self, name: str) -> Tensor: ...
+    def sizes(self) -> dict[str, int]: ...
+    def dtypes(self) -> dict[str, torch.dtype]: ...
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def expect(named: Path, found: Set[str], expected: Set[str]) -> None:
+    """Raise ValueError for missing and unused tensors."""
+    missing, unused = sorted(expected - found), sorted(found - expected)
+    if missing or unused:
+        raise ValueError(f"{named}: missing tensors {missing[:3]}, unused tensors {unused[:3]} (first three of each)")
+
+
 @dataclass(frozen=True)
 class WeightFiles:
     """Which file holds each tensor; iterating reads them one by one. `named`: the file that errors about all speak of."""
@@ -144,11 +165,7 @@ class WeightFiles:
 
     def expect(self, expected: set[str]) -> None:
         """Raise ValueError for missing and unused tensors."""
-        missing, unused = sorted(expected - self.where.keys()), sorted(self.where.keys() - expected)
-        if missing or unused:
-            raise ValueError(
-                f"{self.named}: missing tensors {missing[:3]}, unused tensors {unused[:3]} (first three of each)"
-            )
+        expect(self.named, self.where.keys(), expected)
 
     def path_of(self, name: str) -> Path:
         return self.where[name]
@@ -156,6 +173,14 @@ class WeightFiles:
     def tensor(self, name: str) -> Tensor:
         with _opened(self.where[name]) as file:
             return file.get_tensor(name)
+
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each tensor holds, without reading any."""
+        found: dict[str, int] = {}
+        for path in sorted(set(self.where.values())):
+            with _opened(path) as file:
+                found |= {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return found
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of every tensor, without reading any. Raises ValueError for one that holds no floating point numbers that torch

@@ -2,6 +2,7 @@
 no more than the input."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from plait.ops.token import few_rows
 
 aten: Any = torch.ops.aten
 
+EXACT = "none"  # gelu's other form is an approximation
+
 
 def swiglu(hidden: Float[Tensor, "*n 2*h"]) -> Float[Tensor, "*n h"]:
     """silu(gate) up, where gate and up are the halves of the last axis."""
@@ -26,12 +29,12 @@ def swiglu(hidden: Float[Tensor, "*n 2*h"]) -> Float[Tensor, "*n h"]:
     return F.silu(gate).mul_(up)
 
 
-def geglu(hidden: Float[Tensor, "*n 2*h"]) -> Float[Tensor, "*n h"]:
-    """gelu(gate) up in its tanh form, where gate and up are the halves of the last axis."""
+def geglu(hidden: Float[Tensor, "*n 2*h"], exact: bool = False) -> Float[Tensor, "*n h"]:
+    """gelu(gate) up, gelu in its tanh form unless `exact`, where gate and up are the halves of the last axis."""
     if torch.is_grad_enabled():
-        return _geglu(hidden)
+        return _exact_geglu(hidden) if exact else _geglu(hidden)
     gate, up = hidden.chunk(2, -1)
-    return _gelu(gate).mul_(up)
+    return _gelu(gate, form=EXACT if exact else "tanh").mul_(up)
 
 
 def _silu(gate: Tensor, out: Tensor | None = None) -> Tensor:
@@ -42,13 +45,13 @@ def _silu_backward(dy: Tensor, gate: Tensor, out: Tensor | None = None) -> Tenso
     return aten.silu_backward(dy, gate) if out is None else aten.silu_backward.grad_input(dy, gate, grad_input=out)
 
 
-def _gelu(gate: Tensor, out: Tensor | None = None) -> Tensor:
-    return F.gelu(gate, approximate="tanh") if out is None else aten.gelu.out(gate, approximate="tanh", out=out)
+def _gelu(gate: Tensor, out: Tensor | None = None, form: str = "tanh") -> Tensor:
+    return F.gelu(gate, approximate=form) if out is None else aten.gelu.out(gate, approximate=form, out=out)
 
 
-def _gelu_backward(dy: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
+def _gelu_backward(dy: Tensor, gate: Tensor, out: Tensor | None = None, form: str = "tanh") -> Tensor:
     backward, place = (aten.gelu_backward, {}) if out is None else (aten.gelu_backward.grad_input, {"grad_input": out})
-    return backward(dy, gate, approximate="tanh", **place)
+    return backward(dy, gate, approximate=form, **place)
 
 
 def _gated(act: Callable[..., Tensor], act_backward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
@@ -82,6 +85,7 @@ def _gated(act: Callable[..., Tensor], act_backward: Callable[..., Tensor]) -> C
 
 _swiglu = _gated(_silu, _silu_backward)
 _geglu = _gated(_gelu, _gelu_backward)
+_exact_geglu = _gated(partial(_gelu, form=EXACT), partial(_gelu_backward, form=EXACT))
 
 
 @operator("swiglu")

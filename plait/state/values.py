@@ -59,10 +59,11 @@ class Recurrent(State):
 
 @dataclass(frozen=True, eq=False)
 class Shifted(State):
-    """The last input, of a layer that reads each token beside the one before it."""
+    """The last inputs of a short convolution (w = 2: of a layer that reads each token beside the one before it) and nothing
+    else."""
 
     kind: ClassVar[str] = "shifted"
-    conv: Float[Tensor, "b 1 d"]
+    conv: Float[Tensor, "b w-1 d"]
 
 
 def recurrent(s: Tensor | None, conv: Tensor | None) -> Recurrent | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plait.data import Loader, Shards, Tokenizer, answers_in, cached_bpe, load_tokenizer, prepare, prepare_answers
+from plait.data.gguf_file import gguf_path
 from plait.design import ModelConfig
 from plait.model import Objective, model_folder
 from plait.opening import folder_design
@@ -118,9 +119,9 @@ def names_tokenizer(run: RunConfig) -> bool:
 def own_tokenizer(run: RunConfig) -> Tokenizer:
     """The run's tokenizer; that of the model it starts from where it names none."""
     if run.start is not None and not names_tokenizer(run) and isinstance(run.data.tokenizer, str):
-        folder = model_folder(run.start)
-        if (folder / "tokenizer_config.json").is_file():
-            return load_tokenizer(folder)
+        place = gguf_path(run.start) or model_folder(run.start)
+        if place.is_file() or (place / "tokenizer_config.json").is_file():
+            return load_tokenizer(place)
     return open_tokenizer(run.data)
 
 

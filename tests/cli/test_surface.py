@@ -16,7 +16,10 @@ SURFACE = {
         *("--repetition-penalty", "--stop", "--seed", "--device", "--import"),
     ],
     "export": ["run", "out", "--to", "--dtype", "--import"],
-    "eval": ["run", "measures", "--text", "--context", "--tokens", "--device", "--import"],
+    "eval": [
+        *("run", "measures", "--text", "--context", "--tokens", "--lengths", "--pairs", "--depths", "--questions"),
+        *("--seed", "--data", "--device", "--import"),
+    ],
     "demo": ["--text", "--out", "--fresh"],
     "doctor": ["spec", "changes", "--device"],
     "selfcheck": ["--device", "--pattern", "--law", "--dtype", "--all", "--jobs", "--families", "--import"],

@@ -24,7 +24,7 @@ layers = {
         window=st.none() | sizes,
         rope=st.none()
         | st.builds(plait.RoPE, theta=st.sampled_from([1e4, 1e6]), fraction=st.sampled_from([0.25, 1.0])),
-        qk_norm=st.booleans(),
+        qk_norm=st.sampled_from([False, True, "wide"]),
         output_gate=st.booleans(),
         softcap=st.none() | st.just(30.0),
         bias=st.booleans(),

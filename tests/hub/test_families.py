@@ -1,13 +1,19 @@
 """Every family of transformers that plait reads: the same numbers on every path, and the way back."""
 
-import pytest
+from random import Random
 
-from plait.hub.families import NAMES, family
-from plait.hub.parity import LAWS, parity
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+import plait
+from plait.hub.checkpoint import config_of, design_of, export
+from plait.hub.families import NAMES, TRANSFORMERS, family
+from plait.hub.parity import LAWS, pair, parity
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_parity(name: str, seed: int) -> None:
     results = list(parity([name], [seed]))
     assert {result.law for result in results} == LAWS.keys()
@@ -22,3 +28,53 @@ def test_a_family_names_itself(name: str) -> None:
 def test_an_unknown_family_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'qwen2'"):
         family("qwen22")
+
+
+def config(name: str, **changes: object) -> dict[str, object]:
+    """A small one of the family, of transformers' own."""
+    return CONFIG_MAPPING[name](**family(name).tiny(Random(0)) | changes).to_dict()
+
+
+def test_rotary_dim_of_minimax_is_how_much_of_a_head_turns() -> None:
+    """In transformers' class all of it turns, whatever the published config says."""
+    found = family("minimax")
+    design = design_of(found, config("minimax", head_dim=16, rotary_dim=8), "here")
+    assert plait.Attention(rope={"theta": 1e6, "fraction": 0.5}).rope == design.layers["A"].rope
+    assert config_of(found, design, {}).rotary_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "lfm2",
+            {"layer_types": ["conv", "sliding_attention"], "num_hidden_layers": 2},
+            "layer_types has 'sliding_attention'",
+        ),
+        ("recurrent_gemma", {"hidden_activation": "silu"}, "hidden_activation 'silu' is not supported"),
+        ("xlstm", {"weight_mode": "fused"}, "weight_mode 'fused' is not supported"),
+        ("falcon_h1", {"attention_bias": True, "attention_in_multiplier": 0.5}, "attention_in_multiplier 0.5 beside"),
+        ("minimax", {"newer": 1}, "plait does not know 'newer'"),
+    ],
+)
+def test_what_a_family_does_not_read_is_named(name: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        design_of(family(name), config(name, **changes), "here")
+
+
+def test_a_design_that_was_not_changed_has_the_config_it_came_with() -> None:
+    given = config("lfm2", block_auto_adjust_ff_dim=True, block_multiple_of=8)
+    found = family("lfm2")
+    assert config_of(found, design_of(found, given, "here"), given).to_dict() == given
+
+
+def test_norms_that_are_one_in_theirs_must_be_equal(tmp_path) -> None:
+    """Zamba2's shared block has its norms once; here each use has its own."""
+    model = pair("zamba2", 0, tmp_path).ours
+    design = model.design
+    last = [i for i, slot in enumerate(design.slots) if slot.letter == design.slots[1].letter][-1]
+    with torch.no_grad():
+        model.get_parameter(f"slots.{last}.norm.weight").add_(1)
+    with pytest.raises(ValueError, match="zamba2 cannot hold this model: .* are one tensor there, and differ here"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -230,3 +230,19 @@ def test_frequencies(parameters, scaling, theta, fraction):
     got, mine = frequencies(rope, rope.rotated(64), torch.device("cpu"), torch.float32)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     assert mine == pytest.approx(factor, rel=1e-6)
+
+
+@pytest.mark.parametrize("attention", [{}, {"attention_factor": 1.3}])
+def test_frequencies_of_longrope(attention):
+    """Those for texts within the original positions."""
+    numbers, sizes = [1 + i / 5 for i in range(16)], {"factor": 4.0} | attention
+    given = {"rope_type": "longrope", "short_factor": numbers, "long_factor": [9.0] * 16, **sizes}
+    whole = {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64} | given
+    config = LlamaConfig(rope_parameters=whole, head_dim=64, max_position_embeddings=256)
+    want, factor = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=64)
+    rope = plait.RoPE(fraction=0.5, scaling={"kind": "longrope", "original": 64, "factors": numbers, **sizes})
+    got, mine = frequencies(rope, rope.rotated(64), torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    assert mine == pytest.approx(factor, rel=1e-6)
+    with pytest.raises(ValueError, match="16 factors, and 32 pairs"):
+        plait.Attention(head_dim=64, rope=rope.replace(fraction=1.0)).resolve(64)

@@ -118,6 +118,8 @@ def test_experts_are_chosen_inside_of_the_best_groups():
     assert sorted(index[0].tolist()) == [2, 3]
     index, _ = route(scores, 3, groups=3, top_groups=2)
     assert set(index[0].tolist()) == {0, 2, 3}
+    index, _ = route(scores, 2, groups=3, top_groups=1, group_best=1)
+    assert sorted(index[0].tolist()) == [0, 1]
 
 
 def test_scores_of_nothing_have_finite_weights():

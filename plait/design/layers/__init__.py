@@ -14,6 +14,7 @@ from plait.design.layers.feed_forward import GELU as GELU
 from plait.design.layers.feed_forward import FeedForward as FeedForward
 from plait.design.layers.feed_forward import ReLU2 as ReLU2
 from plait.design.layers.feed_forward import SwiGLU as SwiGLU
+from plait.design.layers.gated_conv import GatedConv as GatedConv
 from plait.design.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from plait.design.layers.gla import GLA as GLA
 from plait.design.layers.hgrn2 import HGRN2 as HGRN2
@@ -21,6 +22,7 @@ from plait.design.layers.kimi_delta import KimiDeltaAttention as KimiDeltaAttent
 from plait.design.layers.latent_attention import LatentAttention as LatentAttention
 from plait.design.layers.layer import Layer as Layer
 from plait.design.layers.layer import Mixer as Mixer
+from plait.design.layers.linear import Linear as Linear
 from plait.design.layers.mamba import Mamba as Mamba
 from plait.design.layers.mamba2 import Mamba2 as Mamba2
 from plait.design.layers.mlstm import MLSTM as MLSTM
@@ -55,6 +57,7 @@ KINDS: dict[str, type[Layer]] = {
     "kimi_delta_attention": KimiDeltaAttention,
     "rwkv7": RWKV7,
     "rwkv7_feed_forward": RWKV7FeedForward,
+    "gated_conv": GatedConv,
     "rnn": RNN,
     "gru": GRU,
     "lstm": LSTM,
@@ -67,6 +70,7 @@ KINDS: dict[str, type[Layer]] = {
     "geglu": GEGLU,
     "gelu": GELU,
     "relu2": ReLU2,
+    "linear": Linear,
     "moe": MixtureOfExperts,
 }
 
@@ -86,6 +90,7 @@ LETTERS: dict[str, Layer] = {
     "K": KimiDeltaAttention(),
     "Rw": RWKV7(),
     "Rf": RWKV7FeedForward(),
+    "C": GatedConv(),
     "G": GRU(),
     "H": LSTM(),
     "S": SLSTM(),
@@ -95,5 +100,6 @@ LETTERS: dict[str, Layer] = {
     "Mg": MinGRU(),
     "Ml": MinLSTM(),
     "F": SwiGLU(),
+    "P": Linear(),
     "E": MixtureOfExperts(),
 }

@@ -1,7 +1,7 @@
 """Softmax attention."""
 
 from dataclasses import replace
-from typing import Self
+from typing import Literal, Self
 
 from plait.design.layers.layer import Mixer, head_sizes
 from plait.design.layers.rope import RoPE, Temperature
@@ -17,7 +17,8 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
     window: a query sees itself and the window - 1 tokens before it, and the first `prefix` tokens of all (arXiv 2309.17453), a
     model's meta tokens included. sinks: a learned logit per head that takes its part of the softmax and has no value (gpt-oss).
     softcap: logits become c tanh(logits / c).
-    output_gate: sigmoid gate from the input on the heads' output (Qwen3-Next). qk_norm: RMSNorm per head on q and k.
+    output_gate: sigmoid gate from the input on the heads' output (Qwen3-Next).
+    qk_norm: RMSNorm per head on q and k, or "wide": on all heads together (OLMo-2, arXiv 2501.00656).
     bias: true for all projections, or the names of those that have one, of q, k, v, gate and o: [q, k, v] is Qwen2.
     scale: on q . k; null: 1 / sqrt(head_dim). temperature: what queries are multiplied by the further on they stand (Llama 4).
     """
@@ -29,7 +30,7 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
     prefix: int = 0
     sinks: bool = False
     rope: RoPE | None = RoPE()
-    qk_norm: bool = False
+    qk_norm: bool | Literal["wide"] = False
     output_gate: bool = False
     softcap: float | None = None
     scale: float | None = None
@@ -58,6 +59,8 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
             raise ValueError(
                 f"Attention: head_dim {head_dim} is odd, which RoPE cannot turn; use an even one or rope: null"
             )
+        if self.rope:
+            self.rope.check("Attention", head_dim)
         return self.replace(heads=heads, kv_heads=self.kv_heads or heads, head_dim=head_dim)
 
     def inner(self) -> int:
@@ -70,7 +73,8 @@ class Attention(Mixer, frozen=True, kw_only=True, tag="attention"):
 
     def weights(self, dim: int, reads: int | None = None) -> Weights:
         rows, o = self.rows(), self.bias if isinstance(self.bias, bool) else "o" in self.bias
-        norms = (norm("q_norm", self.head_dim), norm("k_norm", self.head_dim)) if self.qk_norm else ()
+        query, key = (rows["q"], rows["k"]) if self.qk_norm == "wide" else (self.head_dim, self.head_dim)
+        norms = (norm("q_norm", query), norm("k_norm", key)) if self.qk_norm else ()
         residual = (
             (Weight("value_mix", (2,), "vector", Constant(0.5)),) if self.wrap and self.wrap.value_residual else ()
         )

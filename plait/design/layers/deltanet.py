@@ -27,6 +27,8 @@ class DeltaNet(Mixer, frozen=True, kw_only=True, tag="deltanet"):
     def resolve(self, dim: int) -> Self:
         default = 0 if self.heads or self.head_dim else wide_head_dim(dim, "DeltaNet")
         heads, head_dim = head_sizes("DeltaNet", dim, self.heads, self.head_dim, default)
+        if self.rope is not None:
+            self.rope.check("DeltaNet", head_dim)
         return self.replace(heads=heads, head_dim=head_dim, value_head_dim=self.value_head_dim or head_dim)
 
     def inner(self) -> int:
@@ -41,7 +43,7 @@ class DeltaNet(Mixer, frozen=True, kw_only=True, tag="deltanet"):
         rows = self.rows()
         return (
             *projection("in_proj", rows, reads or dim),
-            *short_conv(rows["q"] + rows["k"] + rows["v"], self.conv_width, bias=False),
+            *short_conv({name: rows[name] for name in "qkv"}, self.conv_width, bias=False),
             norm("norm", self.value_head_dim, plain=True),
             *self.output("out_proj", dim),
         )

@@ -35,7 +35,9 @@ class FeedForward(Layer, frozen=True, kw_only=True):
 
 
 class Gated(FeedForward, frozen=True, kw_only=True):
-    """down(act(gate x) * up x) (arXiv 2002.05202); `hidden` defaults to 8/3 dim rounded to 64."""
+    """down(act(gate_scale * gate x) * up x) (arXiv 2002.05202); `hidden` defaults to 8/3 dim rounded to 64."""
+
+    gate_scale: float = 1.0
 
     def rows(self) -> dict[str, int]:
         return {"gate": self.hidden, "up": self.hidden}
@@ -45,11 +47,15 @@ class Gated(FeedForward, frozen=True, kw_only=True):
 
 
 class SwiGLU(Gated, frozen=True, kw_only=True, tag="swiglu"):
-    """down(silu(gate x) * up x) (arXiv 2002.05202); `hidden` defaults to 8/3 dim rounded to 64."""
+    """down(silu(gate x) * up x) (arXiv 2002.05202); `hidden` defaults to 8/3 dim rounded to 64. `gate_scale`: on gate x
+    (Falcon-H1, arXiv 2507.22448)."""
 
 
 class GEGLU(Gated, frozen=True, kw_only=True, tag="geglu"):
-    """down(gelu(gate x) * up x) (arXiv 2002.05202, the tanh form Gemma uses); `hidden` defaults to 8/3 dim rounded to 64."""
+    """down(gelu(gate x) * up x) (arXiv 2002.05202, the tanh form Gemma uses); `hidden` defaults to 8/3 dim rounded to 64.
+    `gate_scale`: on gate x. `exact`: gelu itself, not its tanh form (Zamba2)."""
+
+    exact: bool = False
 
 
 class GELU(FeedForward, frozen=True, kw_only=True, tag="gelu"):

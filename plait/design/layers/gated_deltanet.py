@@ -14,6 +14,7 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
 
     `negative_eigenvalues`: strengths up to 2, so that a state can be turned over rather than only emptied (arXiv 2411.12537).
     rope: turns queries and keys by position, as layers that take attention's place do (HypeNet, arXiv 2601.22156).
+    `norm_eps` is that of the heads' norm; null: the design's.
     """
 
     heads: int = DERIVED
@@ -23,10 +24,11 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
     conv_width: int = 4
     negative_eigenvalues: bool = False
     rope: RoPE | None = None
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "heads", "head_dim", "value_heads", "value_head_dim", "conv_width")
+        positive(self, "heads", "head_dim", "value_heads", "value_head_dim", "conv_width", "norm_eps")
         if self.heads and self.value_heads and self.value_heads % self.heads:
             raise ValueError(f"GatedDeltaNet: heads {self.heads} does not divide value_heads {self.value_heads}")
 
@@ -34,6 +36,8 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
         name, given = "GatedDeltaNet", self.heads or self.head_dim
         default = 0 if given else wide_head_dim(dim, name)
         heads, head_dim = head_sizes(name, dim, self.heads, self.head_dim, default)
+        if self.rope is not None:
+            self.rope.check(name, head_dim)
         value_heads, value_head_dim = self.value_heads or heads, self.value_head_dim or head_dim
         if value_heads % heads:
             raise ValueError(f"{name}: heads {heads} does not divide value_heads {value_heads}")
@@ -51,7 +55,7 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
         rows = self.rows()
         return (
             *projection("in_proj", rows, reads or dim),
-            *short_conv(rows["q"] + rows["k"] + rows["v"], self.conv_width, bias=False),
+            *short_conv({name: rows[name] for name in "qkv"}, self.conv_width, bias=False),
             Weight("A_log", (self.value_heads,), "decay", Uniform(0.01, 16, "log")),
             Weight("dt_bias", (self.value_heads,), "decay", Constant(1.0)),
             norm("norm", self.value_head_dim, plain=True),

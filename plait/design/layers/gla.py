@@ -29,6 +29,8 @@ class GLA(Mixer, frozen=True, kw_only=True, tag="gla"):
         heads = self.heads or 4
         head_dim = self.head_dim or divided("GLA", "head_dim", dim // 2, heads)
         value_head_dim = self.value_head_dim or divided("GLA", "value_head_dim", dim, heads)
+        if self.rope is not None:
+            self.rope.check("GLA", head_dim)
         return self.replace(heads=heads, head_dim=head_dim, value_head_dim=value_head_dim)
 
     def inner(self) -> int:

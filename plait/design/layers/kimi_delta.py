@@ -32,6 +32,8 @@ class KimiDeltaAttention(Mixer, frozen=True, kw_only=True, tag="kimi_delta_atten
         default = 0 if self.heads or self.head_dim else wide_head_dim(dim, name)
         heads, head_dim = head_sizes(name, dim, self.heads, self.head_dim, default)
         value_head_dim = self.value_head_dim or head_dim
+        if self.rope is not None:
+            self.rope.check(name, head_dim)
         return self.replace(
             heads=heads, head_dim=head_dim, value_head_dim=value_head_dim, rank=self.rank or value_head_dim
         )
@@ -49,7 +51,7 @@ class KimiDeltaAttention(Mixer, frozen=True, kw_only=True, tag="kimi_delta_atten
         rows = self.rows()
         return (
             *projection("in_proj", rows, reads or dim),
-            *short_conv(rows["q"] + rows["k"] + rows["v"], self.conv_width, bias=False),
+            *short_conv({name: rows[name] for name in "qkv"}, self.conv_width, bias=False),
             *projection("decay_proj", rows["k"], self.rank),
             Weight("A_log", (self.heads,), "decay", Uniform(1, 16, "log")),
             Weight("dt_bias", (rows["k"],), "decay", Uniform(math.log(1e-3), math.log(0.1), "step")),

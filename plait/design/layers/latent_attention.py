@@ -16,6 +16,7 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
     has `value_dim`. query_rank: queries come from a normed latent of their own. rope: null turns nothing (Kimi Linear).
     scale: on q . k; null: 1 / sqrt(nope_dim + rope_dim). latent_norm: whether latents are normed; false leaves a product of two
     matrices, which a layer of attention can be turned into (X-EcoMLA, arXiv 2503.11132).
+    norm_eps: of the latents' norms; null: that of the design's norm. DeepSeek's latents have 1e-6, whatever the others have.
 
     Pairs (i, i + r/2) turn, as in all attention here. DeepSeek's checkpoints turn neighbours, (2i, 2i + 1): their rows for q
     and k with positions, the even ones first and then the odd ones, are ours.
@@ -30,10 +31,11 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
     rope: RoPE | None = RoPE()
     scale: float | None = None
     latent_norm: bool = True
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "heads", "nope_dim", "rope_dim", "value_dim", "rank", "query_rank", "scale")
+        positive(self, "heads", "nope_dim", "rope_dim", "value_dim", "rank", "query_rank", "scale", "norm_eps")
 
     def resolve(self, dim: int) -> Self:
         name = "LatentAttention"
@@ -43,6 +45,8 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
         rope = self.rope_dim or nope // 2
         if self.rope and rope % 2:
             raise ValueError(f"{name}: rope_dim {rope} is odd, which RoPE cannot turn; use an even one or rope: null")
+        if self.rope:
+            self.rope.check(name, rope)
         return self.replace(
             heads=self.heads or dim // nope,
             nope_dim=nope,

@@ -3,6 +3,7 @@
 from typing import Any, Self
 
 from plait.design.spec import Memory
+from plait.design.spelling import suggest
 from plait.design.struct import Struct, convert, positive
 from plait.design.weights import Constant, Normal, Weight, Weights, projection, total
 from plait.design.wrap import Wrap
@@ -12,11 +13,13 @@ class Layer(Struct, frozen=True, kw_only=True):
     """What all layers share. `wrap`: how the layer sits on the stream, where it differs from the design's wrap.
 
     `shared`: every slot with this letter uses the same weights; norms on the stream and states are each slot's own, and so is
-    a low-rank addition to every projection where `adapter_rank` is set (Zamba2, arXiv 2411.15242).
+    a low-rank addition to every projection where `adapter_rank` is set (Zamba2, arXiv 2411.15242). adapted: only these have
+    one, projections ("up_proj") or parts of one ("q"), each an addition of its own.
     """
 
     shared: bool = False
     adapter_rank: int | None = None
+    adapted: tuple[str, ...] = ()
     wrap: Any = None
 
     def __post_init__(self) -> None:
@@ -25,6 +28,8 @@ class Layer(Struct, frozen=True, kw_only=True):
             self._set("wrap", convert(self.wrap, Wrap, f"{type(self).__name__}.wrap"))
         if self.adapter_rank and not self.shared:
             raise ValueError(f"{type(self).__name__}.adapter_rank is for layers with shared: true")
+        if self.adapted and not self.adapter_rank:
+            raise ValueError(f"{type(self).__name__}.adapted says what has additions of adapter_rank, which is not set")
 
     def resolve(self, dim: int) -> Self:
         """The same config with every derived number filled in for a model of width `dim`."""
@@ -35,9 +40,18 @@ class Layer(Struct, frozen=True, kw_only=True):
         return ()
 
     def adapters(self, dim: int, reads: int | None = None) -> Weights:
-        """What one use of a shared layer adds: B A x to every projection W x, B starting at zero."""
+        """What one use of a shared layer adds: B A x to the projections W x that are adapted, B starting at zero."""
         rank = self.adapter_rank
-        return tuple(part for weight in self.weights(dim, reads) for part in adapter(weight, rank)) if rank else ()
+        if not rank:
+            return ()
+        matrices = [weight for weight in self.weights(dim, reads) if weight.role == "matrix"]
+        known = {_path(weight) for weight in matrices} | {part for weight in matrices for part, _ in weight.parts}
+        for name in self.adapted:
+            if name not in known:
+                raise ValueError(
+                    f"{type(self).__name__}.adapted: there is no projection {name!r}; {suggest(name, known)}"
+                )
+        return tuple(part for weight in matrices for part in adapter(weight, rank, self.adapted))
 
     def mixing(self, dim: int, context: int) -> int:
         """Forward FLOPs for one token that sees `context` tokens, beside those of the weights' matrices."""
@@ -72,13 +86,23 @@ class Mixer(Layer, frozen=True, kw_only=True):
         return projection(name, dim, self.inner(), bias=bias, writes=True) if self.out_proj else ()
 
 
-def adapter(weight: Weight, rank: int) -> Weights:
-    """The low-rank addition to one projection; none to other weights."""
-    if weight.role != "matrix":
-        return ()
-    name, (rows, columns) = weight.name.removesuffix(".weight"), weight.shape
-    down = Weight(f"{name}.adapter_down", (rank, columns), "matrix", Normal(columns**-0.5))
-    return down, Weight(f"{name}.adapter_up", (rows, rank), "matrix", Constant(0.0))
+def adapter(weight: Weight, rank: int, adapted: tuple[str, ...]) -> Weights:
+    """The low-rank addition to a projection, or those to its parts side by side; none where it is not adapted."""
+    name, (rows, columns) = _path(weight), weight.shape
+    parts = tuple((part, size) for part, size in weight.parts if part in adapted)
+    if adapted and name not in adapted:
+        if not parts:
+            return ()
+        rows = sum(size for _, size in parts)
+    else:
+        parts = ()
+    low = tuple((part, rank) for part, _ in parts)
+    down = Weight(f"{name}.adapter_down", (rank * max(1, len(parts)), columns), "matrix", Normal(columns**-0.5), low)
+    return down, Weight(f"{name}.adapter_up", (rows, rank), "matrix", Constant(0.0), parts)
+
+
+def _path(weight: Weight) -> str:
+    return weight.name.removesuffix(".weight")
 
 
 def head_sizes(name: str, dim: int, heads: int | None, head_dim: int | None, default: int) -> tuple[int, int]:

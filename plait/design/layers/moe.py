@@ -14,7 +14,8 @@ class MixtureOfExperts(Layer, frozen=True, kw_only=True, tag="moe"):
     activation: each is a SwiGLU, or "relu2": down(relu(up x)^2), `hidden` defaulting to 4 dim over top_k (Nemotron-H).
     latent_dim: they read and write so many channels, between two projections that all share (arXiv 2601.18089).
     router: what scores are made of logits by. renormalize: the chosen scores sum to one, times `scale`.
-    groups, top_groups: experts are chosen in the groups whose two best scores sum to most (DeepSeek-V3, arXiv 2412.19437).
+    groups, top_groups: experts are chosen in the groups whose `group_best` best scores sum to most: two (DeepSeek-V3, arXiv
+    2412.19437), one (DeepSeek-V2, arXiv 2405.04434).
     shared_hidden: channels of an expert that every token passes, `shared_gate`: times a sigmoid of the token (Qwen2-MoE).
     balance_loss: weight of the loss that is 1 where experts are loaded evenly (Switch, equation 4). z_loss: of the squared
     log-sum of the router's exponentials (ST-MoE, arXiv 2202.08906, equation 5).
@@ -32,6 +33,7 @@ class MixtureOfExperts(Layer, frozen=True, kw_only=True, tag="moe"):
     scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
     shared_hidden: int | None = None
     shared_gate: bool = False
     balance_loss: float = 0.01
@@ -45,8 +47,9 @@ class MixtureOfExperts(Layer, frozen=True, kw_only=True, tag="moe"):
         name, each = "MixtureOfExperts", self.experts // self.groups
         if self.experts % self.groups:
             raise ValueError(f"{name}.groups {self.groups} does not divide experts {self.experts}")
-        if self.groups > 1 and each < 2:
-            raise ValueError(f"{name}.groups {self.groups} leaves one expert in each; give at most {self.experts // 2}")
+        if self.groups > 1 and each < self.group_best:
+            left, most = "one expert" if each == 1 else f"{each} experts", self.experts // self.group_best
+            raise ValueError(f"{name}.groups {self.groups} leaves {left} in each; give at most {most}")
         if self.top_groups > self.groups:
             raise ValueError(f"{name}.top_groups {self.top_groups} is more than groups {self.groups}")
         if self.top_k > self.top_groups * each:

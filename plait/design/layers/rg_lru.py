@@ -35,13 +35,12 @@ class RGLRU(Mixer, frozen=True, kw_only=True, tag="rg_lru"):
 
     def weights(self, dim: int, reads: int | None = None) -> Weights:
         heads, k = self.heads, self.head_dim
+        gates = (("write", heads * k), ("forget", heads * k))  # of what is written, and of the decay
         return (
             *projection("in_proj", {"x": self.inner(), "gate": self.inner()}, reads or dim, bias=True),
             *self.convolution(),
-            Weight(
-                "gates.weight", (heads, 2 * k, k), "blocks", Normal(k**-0.5)
-            ),  # of what is written, and of the decay
-            Weight("gates.bias", (2 * heads * k,), "bias", Constant(0.0)),
+            Weight("gates.weight", (heads, 2 * k, k), "blocks", Normal(k**-0.5), gates),  # head by head
+            Weight("gates.bias", (2 * heads * k,), "bias", Constant(0.0), gates),
             Weight("Lambda", (heads, k), "decay", Uniform(0.9, 0.999, "rg_lru")),
             *self.output("out_proj", dim, bias=True),
         )

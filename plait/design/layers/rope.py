@@ -64,7 +64,35 @@ class Llama3(Scaling, frozen=True, kw_only=True, tag="llama3"):
             raise ValueError(f"Llama3.high {self.high} must be above low {self.low}")
 
 
-SCALINGS: dict[str, type[Scaling]] = {"linear": Linear, "ntk": NTK, "yarn": YaRN, "llama3": Llama3}
+class LongRoPE(Scaling, frozen=True, kw_only=True, tag="longrope"):
+    """Pair i turns a factors[i] as fast (arXiv 2402.13753), in models for texts a `factor` as long as `original` positions.
+
+    attention_factor: on queries and keys; null: sqrt(1 + ln(factor) / ln(original)).
+    Phi-3 has other factors for all positions of a text that is longer than `original`, which `max_positions` then refuses: keys
+    that are kept would no longer be right.
+    """
+
+    original: int
+    factors: tuple[float, ...]
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "original", "attention_factor")
+        self._set("factors", tuple(map(float, self.factors)))
+        if self.original < 2 or not all(factor > 0 for factor in self.factors):
+            raise ValueError(
+                f"LongRoPE: factors must be above 0 and original above 1, got {self.factors} and {self.original}"
+            )
+
+
+SCALINGS: dict[str, type[Scaling]] = {
+    "linear": Linear,
+    "ntk": NTK,
+    "yarn": YaRN,
+    "llama3": Llama3,
+    "longrope": LongRoPE,
+}
 DYNAMIC = (
     "RoPE.scaling: 'dynamic' turns one position by other angles the longer a text becomes, so that keys which are kept would "
     "no longer be right; 'ntk' with the factor of the longest text is a function of the position alone"
@@ -74,7 +102,7 @@ DYNAMIC = (
 class RoPE(Struct, frozen=True, kw_only=True, tag=False):
     """Rotary positions (arXiv 2104.09864): the first `fraction` of each head turns with the position.
 
-    scaling: linear, ntk, yarn or llama3, with their numbers: {kind: yarn, factor: 4, original: 32768}.
+    scaling: linear, ntk, yarn, llama3 or longrope, with their numbers: {kind: yarn, factor: 4, original: 32768}.
     `max_positions` is how far the model may be used: longer sequences are refused. None: no limit.
     """
 
@@ -99,6 +127,12 @@ class RoPE(Struct, frozen=True, kw_only=True, tag=False):
     def rotated(self, head_dim: int) -> int:
         """How many of a head's channels turn; even."""
         return int(head_dim * self.fraction) // 2 * 2
+
+    def check(self, name: str, head_dim: int) -> None:
+        """Raise ValueError where a layer's heads have another number of pairs than there are factors."""
+        scaling, pairs = self.scaling, self.rotated(head_dim) // 2
+        if isinstance(scaling, LongRoPE) and len(scaling.factors) != pairs:
+            raise ValueError(f"{name}.rope.scaling: {len(scaling.factors)} factors, and {pairs} pairs of a head turn")
 
 
 class Temperature(Struct, frozen=True, kw_only=True, tag=False):

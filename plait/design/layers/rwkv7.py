@@ -16,7 +16,9 @@ class RWKV7(Mixer, frozen=True, kw_only=True, tag="rwkv7"):
 
     What is projected is between a token and the one before it. w (decays), a (strengths), v (the first layer's values) and g
     (output gate) have gates of low rank; ranks left out follow from the width as published. `value_residual`: values are mixed
-    with those of the model's first such layer, which itself has it off in published models.
+    with those of the model's first such layer, which itself has it off in published models. norm_eps: of the heads' norm.
+    removal_eps: added to the squared length of what is removed before that is made 1, as fused norms in flash-linear-attention
+    do; null: nothing is.
     """
 
     heads: int = DERIVED
@@ -26,10 +28,13 @@ class RWKV7(Mixer, frozen=True, kw_only=True, tag="rwkv7"):
     value_rank: int = DERIVED
     gate_rank: int = DERIVED
     value_residual: bool = True
+    norm_eps: float = 64e-5
+    removal_eps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "heads", "head_dim", "decay_rank", "strength_rank", "value_rank", "gate_rank")
+        positive(self, "norm_eps", "removal_eps")
 
     def resolve(self, dim: int) -> Self:
         heads, head_dim = head_sizes("RWKV7", dim, self.heads, self.head_dim, 64)

@@ -29,6 +29,8 @@ class ScalarDecay(Mixer, frozen=True, kw_only=True):
         name, given = type(self).__name__, self.heads or self.head_dim
         heads, head_dim = head_sizes(name, dim, self.heads, self.head_dim, 0 if given else wide_head_dim(dim, name))
         values = self.value_head_dim or self.default_values(head_dim)
+        if self.rope is not None:
+            self.rope.check(name, head_dim)
         return self.replace(heads=heads, head_dim=head_dim, value_head_dim=values)
 
     def inner(self) -> int:
@@ -70,13 +72,14 @@ class RetNet(ScalarDecay, frozen=True, kw_only=True, tag="retnet"):
 class LightningAttention(ScalarDecay, frozen=True, kw_only=True, tag="lightning_attention"):
     """Lightning attention as in MiniMax-01 (arXiv 2501.08313): silu of q, k and v; head i of h, from 0, forgets at
     exp(-s 2^(-8 (i + 1) / h)); all heads are normed together and times the sigmoid of the gate. `slope` is s, which MiniMax
-    gives layer l of L as 1 - l / (L - 1)."""
+    gives layer l of L as 1 - l / (L - 1). `norm_eps` is that norm's; null: the design's."""
 
     slope: float = 1.0
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "slope")
+        positive(self, "slope", "norm_eps")
 
     def normed(self) -> int:
         return self.inner()

@@ -19,11 +19,13 @@ from plait.design import (
     Average,
     DeltaNet,
     Gated,
+    GatedConv,
     GatedDeltaNet,
     KimiDeltaAttention,
     LatentAttention,
     LayerNorm,
     LightningAttention,
+    Linear,
     Logits,
     Mamba,
     Mamba2,
@@ -71,6 +73,8 @@ LAYERS: dict[str, Layer] = {
     "K": KimiDeltaAttention(heads=3, head_dim=6, value_head_dim=8, rank=5),
     "Rw": RWKV7(heads=3, head_dim=10, decay_rank=4, strength_rank=5, value_rank=6, gate_rank=7),
     "Rf": RWKV7FeedForward(hidden=80),
+    "C": GatedConv(width=22),
+    "P": Linear(),
     "F": SwiGLU(hidden=96),
     "E": MixtureOfExperts(experts=5, top_k=2, hidden=24),
     "Grouped": Attention(heads=4, kv_heads=2, head_dim=16, qk_norm=True, output_gate=True, rope=RoPE(fraction=0.25)),
@@ -150,7 +154,7 @@ DESIGNS: dict[str, ModelConfig] = {
     "LF without positions, queries from a latent": small(
         "LF LF",
         L=LatentAttention(heads=2, nope_dim=12, rope_dim=4, value_dim=9, rank=17, query_rank=26, rope=None),
-        at={"L#1": {"rope": RoPE(), "rank": 5, "latent_norm": False}},
+        at={"L#1": {"rope": RoPE(), "rank": 5, "latent_norm": False}, "L#0": {"norm_eps": 1e-3}},
     ),
     "MF groups, no bias, wide convolution": small(
         "MF", M=Mamba2(heads=6, head_dim=10, state_dim=14, groups=3, conv_bias=False, conv_width=6)
@@ -163,10 +167,14 @@ DESIGNS: dict[str, ModelConfig] = {
             "M#1": {"dt_min": 0.02, "output_norm": "none"},
         },
     ),
-    "DF plain heads, convolution of two": small("DF", D=GatedDeltaNet(heads=3, head_dim=16, conv_width=2)),
+    "DF plain heads, convolution of two": small(
+        "DF", D=GatedDeltaNet(heads=3, head_dim=16, conv_width=2, norm_eps=1e-3)
+    ),
     "GlF": small("GlF"),
     "KF": small("KF"),
-    "Rw2 Rf": small("Rw2 Rf", at={"Rw#0": {"value_residual": False}}),
+    "Rw2 Rf": small("Rw2 Rf", at={"Rw#0": {"value_residual": False, "norm_eps": 1e-3, "removal_eps": 1e-2}}),
+    "CF": small("CF"),
+    "CF biases, a filter of five; [C|A]": small("CF [C|A]", C=GatedConv(width=18, conv_width=5, bias=True)),
     "DnF": small("DnF"),
     "HtF": small("HtF"),
     "HtF, a bound that is given": small("HtF", Ht=HGRN2(heads=2, state_dim=8, head_dim=5, lower_bound=0.3)),
@@ -213,6 +221,9 @@ DESIGNS: dict[str, ModelConfig] = {
     "GELU, ReLU2 and GEGLU": small("AF DR U", F=GELU(hidden=80, bias=True), R=ReLU2(hidden=72), U=GEGLU(hidden=56)),
     "XF": small("XF"),
     "RnF LiF": small("RnF LiF"),
+    "LiE, added to the normed stream, each with a factor": small(
+        "LiE AE", wrap=Wrap(keep=1.3, factor=0.7, residual="normed"), at={"Li#0": {"norm_eps": 1e-3}}
+    ),
     "SgF": small("SgF"),
     "AE": small("AE"),
     "ME experts in groups, chosen with a bias, sigmoids, a gated shared expert": small(
@@ -289,6 +300,20 @@ DESIGNS: dict[str, ModelConfig] = {
         "(SharedF)2 [Shared|A]",
         F=SwiGLU(hidden=96, shared=True, adapter_rank=3),
         Shared=GatedDeltaNet(heads=2, head_dim=18, shared=True, adapter_rank=2),
+    ),
+    "a shared block that feeds the slot behind it, some of it adapted": small(
+        "M BUPM BUPM D",
+        B=Attention(
+            heads=4,
+            kv_heads=2,
+            head_dim=12,
+            shared=True,
+            adapter_rank=3,
+            adapted=("q", "v"),
+            wrap=Wrap(reads="stream_and_embeddings", gives="next"),
+        ),
+        U=GEGLU(hidden=40, exact=True, shared=True, adapter_rank=2, adapted=("up_proj",), wrap=Wrap(gives="next")),
+        P=Linear(bias=True, wrap=Wrap(norms="none", gives="next_added")),
     ),
     "merges by name, layers by address": small(
         "[M|A]:soft [D|W]:hard (AF)2",

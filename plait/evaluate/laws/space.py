@@ -23,6 +23,7 @@ Choose = Callable[[Sequence[Any]], Any]
 
 DIM, VOCAB = 24, 17
 SCALED = {"scaling": {"kind": "yarn", "factor": 4.0, "original": 64}}
+LONG = {"scaling": {"kind": "longrope", "factor": 4.0, "original": 64, "factors": [1.0, 1.5]}}
 
 # What a field may be, by its name; a field of one class alone as Class.field. Small, odd, and no two alike where that can be.
 # Flags and named choices need no line. Sizes are such that no chunk, head or group comes out even.
@@ -46,15 +47,17 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "dt_max": (None, 0.05),
     "multipliers": (None, (0.5, 2.0, 0.3, 1.5, 0.7)),
     "hidden": (20, 33),
+    "gate_scale": (1.0, 0.6),
     "width": (None, 13, 22),
     "inner_dim": (None, 15, 26),
     "dt_rank": (None, 3),
     "HGRN.lower_bound": (None, 0.3),
     "window": (None, 1, 5),
-    "rope": (None, {}, {"fraction": 0.5}, {"theta": 100.0, "max_positions": 500}, SCALED),
+    "rope": (None, {}, {"fraction": 0.5}, {"theta": 100.0, "max_positions": 500}, SCALED, LONG),
     "softcap": (None, 3.0),
     "scale": (None, 0.3),
     "Attention.bias": (False, True, ("q", "v")),
+    "qk_norm": (False, True, "wide"),
     "prefix": (0, 0, 2),
     "temperature": (None, {"every": 20, "scale": 0.1}),
     "nope_dim": (3, 8),
@@ -62,6 +65,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "value_dim": (5, 8),
     "rank": (7,),
     "query_rank": (None, 9),
+    "norm_eps": (None, 1e-3),
     "key_dim": (3, 6),
     "cap": (15.0, 2.0),
     "slope": (1.0, 0.3),
@@ -70,6 +74,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "top_k": (1, 2),
     "MixtureOfExperts.groups": (1, 2),
     "top_groups": (1,),
+    "group_best": (1, 2),
     "shared_hidden": (None, 11),
     "latent_dim": (None, 10),
     "balance_loss": (0.01,),
@@ -78,9 +83,13 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "gate_bias": (0.0, 2.0, (1.0, 4.0)),
     "spread": (None, 0.7),
     "clip": (None, 0.3),
+    "RWKV7.norm_eps": (64e-5, 1e-3),
+    "removal_eps": (None, 1e-2),
     "adapter_rank": (None, 2),
     "Sum.weights": ((),),
     "factor": (None, 0.3),
+    "keep": (None, None, 0.8),
+    "gives": (None, None, "next", "next_added"),
     "eps": (1e-4,),
     "positions": (None, 300),
     "meta": (0, 2),
@@ -93,7 +102,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 # Fields that say how something is computed, or that are drawn apart
-APART = {"wrap", "shared", "adapter_rank", "out_proj", "norm", "solver", "tol", "max_passes", "strict"}
+APART = {"wrap", "shared", "adapter_rank", "adapted", "out_proj", "norm", "solver", "tol", "max_passes", "strict"}
 
 PATTERNS = ("X", "XY", "XYX", "XYZ", "[X|Y]", "[X|Y]Z", "[XZ|Y]X", "[X|Y|Z]", "[X[Y|Z]|Y]", "X[Y|Z]")
 MOST = 1000  # draws until one fits: options that exclude each other are drawn again
@@ -131,7 +140,7 @@ def drawn(choose: Choose) -> ModelConfig:
         layers=layers,
         merge=merge,
         norm=_any(choose, NORM_KINDS),
-        wrap=_wrap(choose),
+        wrap=_wrap(choose).replace(gives=None),
         front=front,
         head=head,
         tie_embeddings=choose((True, False)),

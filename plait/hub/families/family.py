@@ -35,7 +35,8 @@ class Family:
     repeat others or hold no numbers of the model's own.
     alike: fields, together, that may say the same in several ways: they stay what they were where they still say it.
     tiny: fields of a small config, drawn from all that the family allows.
-    parts: the key of a config that holds the text model's, in families of several.
+    defaults: of the config, where transformers has no class that knows them.
+    within: what names of tensors begin with in files of several parts, and what here: "model.language_model.", "model.".
     """
 
     model_type: str
@@ -48,6 +49,13 @@ class Family:
     ends: Rules = field(default_factory=lambda: ENDS)
     aliases: tuple[str, ...] = ()
     alike: tuple[tuple[str, ...], ...] = ()
+    within: tuple[str, str] = ("", "")
+    defaults: Mapping[str, Any] | None = None
+
+    def named(self, name: str) -> str:
+        """What a tensor is called where the text model stands alone."""
+        longer, shorter = self.within
+        return f"{shorter}{name.removeprefix(longer)}" if longer and name.startswith(longer) else name
 
 
 def blocks(*rules: Rules, inside: str = "model.layers.{}.") -> Callable[[ModelConfig], Iterator[Named]]:

@@ -60,6 +60,13 @@ class Fields(Mapping[str, Any]):
             raise ValueError(f"{self.where}: {name} {value!r} is not supported; plait reads {allowed}")
         return choices[value]
 
+    def each_of(self, name: str, choices: Mapping[Any, Any]) -> list[Any]:
+        """The same of every value in a list."""
+        if unknown := [value for value in self[name] if value not in choices]:
+            allowed = " or ".join(map(repr, choices))
+            raise ValueError(f"{self.where}: {name} has {unknown[0]!r}, which is not supported; plait reads {allowed}")
+        return [choices[value] for value in self[name]]
+
     def carried(self, *names: str) -> None:
         """Fields of this family that say nothing about what its model computes."""
         self.read |= set(names)

@@ -1,10 +1,12 @@
 """Llama and what is laid out like it: Mistral, Qwen2, Qwen3, SmolLM3, Granite's dense models."""
 
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 from plait.design.ends import Logits, Tokens
 from plait.design.layers import Attention, SwiGLU
+from plait.design.layers.feed_forward import Gated
 from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm
 from plait.design.places import layers
@@ -47,33 +49,43 @@ def swiglu(f: Fields) -> SwiGLU:
     return SwiGLU(hidden=f["intermediate_size"], bias=f.get("mlp_bias", False))
 
 
-def transformer_design(f: Fields, letters: list[str], bound: dict[str, Any], **more: Any) -> ModelConfig:
-    """Blocks of a token mixer, a letter for each, and F."""
+def transformer_design(
+    f: Fields, letters: list[str], bound: dict[str, Any], channels: Sequence[str] = (), **more: Any
+) -> ModelConfig:
+    """Blocks of a token mixer and a channel mixer, a letter for each; the second is F where nothing is said."""
+    channels = channels or ["F"] * len(letters)
+    norm = more.pop("norm", None) or RMSNorm(eps=f["rms_norm_eps"])
     return ModelConfig(
         vocab=f["vocab_size"],
         dim=f["hidden_size"],
-        pattern=pattern(letter for mixer in letters for letter in (mixer, "F")),
-        layers={letter: layer for letter, layer in bound.items() if letter in {*letters, "F"}},
-        norm=RMSNorm(eps=f["rms_norm_eps"]),
+        pattern=pattern(letter for block in zip(letters, channels, strict=True) for letter in block),
+        layers={letter: layer for letter, layer in bound.items() if letter in {*letters, *channels}},
+        norm=norm,
         tie_embeddings=f["tie_word_embeddings"],
         **more,
     )
 
 
-def transformer_config(design: ModelConfig, family: str) -> dict[str, Any]:
+def transformer_config(design: ModelConfig, family: str, kind: type[Gated] = SwiGLU) -> dict[str, Any]:
     """Of a design's first attention and feed-forward layer, and its ends."""
-    a, f = first(design, Attention, family), first(design, SwiGLU, family)
+    return attention_config(design, family) | {"intermediate_size": first(design, kind, family).hidden}
+
+
+def attention_config(design: ModelConfig, family: str) -> dict[str, Any]:
+    """The same without the feed-forward layer."""
+    a = first(design, Attention, family)
+    heads = {"num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "head_dim": a.head_dim}
+    return size_config(design) | heads | ({} if a.rope is None else {"rope_parameters": rope_parameters(a.rope)})
+
+
+def size_config(design: ModelConfig) -> dict[str, Any]:
+    """Of all layers together."""
     return {
         "vocab_size": design.vocab,
         "hidden_size": design.dim,
         "num_hidden_layers": len(design.slots) // 2,
-        "num_attention_heads": a.heads,
-        "num_key_value_heads": a.kv_heads,
-        "head_dim": a.head_dim,
-        "intermediate_size": f.hidden,
         "rms_norm_eps": design.norm.eps,
         "tie_word_embeddings": design.tied,
-        **({} if a.rope is None else {"rope_parameters": rope_parameters(a.rope)}),
     }
 
 
@@ -82,10 +94,16 @@ def mixers(design: ModelConfig) -> list[Attention]:
 
 
 def window_config(design: ModelConfig) -> dict[str, Any]:
-    """Which layers see a window, and how wide it is."""
+    """Which layers see a window, and how wide it is where some do."""
     widths = [layer.window for layer in mixers(design)]
     kinds = [FULL if width is None else SLIDING for width in widths]
-    return {"layer_types": kinds, "sliding_window": next((width for width in widths if width), None)}
+    return {"layer_types": kinds} | ({"sliding_window": max(width or 0 for width in widths)} if any(widths) else {})
+
+
+def by_type(design: ModelConfig) -> dict[str, Any]:
+    """By what angles layers turn that see all, and those that see a window."""
+    turns = {FULL if layer.window is None else SLIDING: layer.rope for layer in mixers(design)}
+    return {"rope_parameters": {kind: rope_parameters(turned) for kind, turned in turns.items() if turned}}
 
 
 def _llama(f: Fields) -> ModelConfig:

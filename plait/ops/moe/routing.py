@@ -15,13 +15,14 @@ def route(
     bias: Float[Tensor, " e"] | None = None,
     groups: int = 1,
     top_groups: int = 1,
+    group_best: int = 2,
     renormalize: bool = True,
     scale: float = 1.0,
 ) -> tuple[Int[Tensor, "*n k"], Float[Tensor, "*n k"]]:
     """The experts chosen, best first, and their weights. The bias has a say in who is chosen, none in the weights."""
     ranked = scores.detach() if bias is None else scores.detach() + bias
     if top_groups < groups:
-        ranked = _within_best(ranked, groups, top_groups)
+        ranked = _within_best(ranked, groups, top_groups, group_best)
     index = ranked.topk(top_k, -1).indices
     weights = scores.gather(-1, index)
     if renormalize:
@@ -29,10 +30,10 @@ def route(
     return index, weights if scale == 1 else weights * scale
 
 
-def _within_best(ranked: Float[Tensor, "*n e"], groups: int, top_groups: int) -> Float[Tensor, "*n e"]:
-    """-inf outside of the groups whose two best experts sum to most."""
+def _within_best(ranked: Float[Tensor, "*n e"], groups: int, top_groups: int, each: int) -> Float[Tensor, "*n e"]:
+    """-inf outside of the groups whose so many best experts sum to most."""
     grouped = ranked.unflatten(-1, (groups, -1))
-    best = grouped.topk(2, -1).values.sum(-1).topk(top_groups, -1).indices
+    best = grouped.topk(each, -1).values.sum(-1).topk(top_groups, -1).indices
     kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, True)
     return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
 
