@@ -166,7 +166,9 @@ def test_an_untied_head_begins_as_the_tied_one(bias):
         torch.nn.init.normal_(model.lm_head_bias)
     own = untied(model)
     assert not own.design.tied and "lm_head.weight" in stored(own)
-    torch.testing.assert_close(own(TOKENS)[0], model(TOKENS)[0], rtol=0, atol=1e-6)  # one product, the bias added in another place
+    torch.testing.assert_close(
+        own(TOKENS)[0], model(TOKENS)[0], rtol=0, atol=1e-6
+    )  # one product, the bias added in another place
     assert same(retied(own), model)
 
 
@@ -217,3 +219,24 @@ def test_steps_follow_the_budget():
     }
     small = Conversion(teacher="t", out="o", budget=400_000, data={"length": 128}).runs()
     assert {name: (run.batch, run.steps) for name, run in small.items()} == {"align": (4, 156), "distil": (4, 625)}
+
+
+def test_a_model_of_transformers_keeps_its_chat(make_asked, quiet, tmp_path):
+    """Grouped keys, a tokenizer and a chat template that are not ours; a vocabulary padded beyond the tokenizer's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.engine.conftest import CHATML, letters
+
+    inner = letters()
+    inner.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=3, bos_token_id=None, eos_token_id=None, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    inner.save(str(tmp_path / "llama" / "tokenizer.json"))
+    (tmp_path / "llama" / "chat_template.jinja").write_text(CHATML)
+    Stages(make_asked(teacher=str(tmp_path / "llama"), to="DF MF AF"), quiet).upto("model")
+    model, tokenizer = plait.load(tmp_path / "out"), plait.load_tokenizer(tmp_path / "out")
+    assert model.design.pattern == "DFMFAF" and model.design.vocab == 64
+    assert tokenizer.chat_template.text == CHATML
+    assert isinstance(plait.generate(model, tokenizer, "hello", chat=True, max_tokens=3), str)
