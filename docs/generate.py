@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from pkgutil import resolve_name
 
+from plait.convert import Conversion
 from plait.design import ModelConfig, RoPE, Temperature, Wrap, load_design
 from plait.design.count import parameters
 from plait.design.ends import FRONT_KINDS, HEAD_KINDS
@@ -54,6 +55,10 @@ FUNCTIONS = (
     "plait.train.train",
     "plait.train.load_run",
     "plait.train.Result",
+    "plait.convert.Plan",
+    "plait.convert.student_of",
+    "plait.convert.Stages",
+    "plait.convert.Alignment",
     "plait.register",
     "plait.hub.register",
     "plait.load_design",
@@ -124,6 +129,9 @@ def main() -> None:
         *describe("run.yaml", RunConfig),
         *describe("data", DataConfig),
         *describe("lora", LoRA),
+        "## Conversions",
+        "",
+        *describe("convert.yaml", Conversion),
     ]
     lines += ["## Functions", ""]
     for name in FUNCTIONS:

@@ -3,11 +3,9 @@
 The names are PEFT's, so that its files and ours are the same.
 """
 
-from collections.abc import Iterator, Sequence
-
 from plait.design import declared
 from plait.design.model import ModelConfig
-from plait.design.places import Node, ParallelPlace, Place
+from plait.design.places import prefixed
 from plait.design.spelling import suggest
 from plait.design.struct import Struct, between, positive
 from plait.design.weights import Constant, Uniform, Weight, Weights
@@ -82,22 +80,8 @@ def _known(design: ModelConfig) -> dict[str, set[str]]:
     if any(weight.name == f"{HEAD}.weight" for weight in declared.head_weights(design)):
         modules.append(HEAD)
     called = {module: {module, module.rpartition(".")[2]} for module in modules}
-    for prefix, place in _layers(design.slots):
+    for prefix, place in prefixed(design.slots):
         for module in modules:
             if module.startswith(prefix):
                 called[module] |= {place.letter, place.address}
     return called
-
-
-def _layers(slots: Sequence[Node]) -> Iterator[tuple[str, Place]]:
-    """Every layer with the beginning of its modules' names."""
-    for i, node in enumerate(slots):
-        yield from _inside(node, f"slots.{i}.mixer.")
-
-
-def _inside(node: Node, prefix: str) -> Iterator[tuple[str, Place]]:
-    if isinstance(node, Place):
-        yield prefix, node
-    for b, branch in enumerate(node.branches if isinstance(node, ParallelPlace) else ()):
-        for i, part in enumerate(branch):
-            yield from _inside(part, f"{prefix}branches.{b}.layers.{i}.")

@@ -63,6 +63,21 @@ def layers(chain: tuple[Node, ...]) -> Iterator[Place]:
     return (node for node in nodes(chain) if isinstance(node, Place))
 
 
+def prefixed(slots: tuple[Node, ...]) -> Iterator[tuple[str, Place]]:
+    """Every layer with the beginning of its weights' names in the model: "slots.3.mixer."."""
+    for i, node in enumerate(slots):
+        yield from _inside(node, f"slots.{i}.mixer.")
+
+
+def _inside(node: Node, prefix: str) -> Iterator[tuple[str, Place]]:
+    if isinstance(node, Place):
+        yield prefix, node
+        return
+    for b, branch in enumerate(node.branches):
+        for i, part in enumerate(branch):
+            yield from _inside(part, f"{prefix}branches.{b}.layers.{i}.")
+
+
 def read_layer(data: Any, where: str) -> Layer:
     """A layer config from plain data."""
     return convert_kind(data, KINDS, where, OWN)

@@ -10,6 +10,7 @@ from plait.design.norms import RMSNorm, inner
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
+from plait.layers.rope import turn_both
 from plait.layers.short_conv import ShortConv
 from plait.ops.delta import gated_delta
 from plait.ops.kernels import Call, wide
@@ -46,6 +47,7 @@ class DeltaNetLayer(MixerModule):
         qkv, b = self.in_proj(x).split_with_sizes(self.widths, -1)
         qkv, conv = self.conv1d(qkv, context, state and state.conv)
         q, k, v = (y.unflatten(-1, (c.heads, -1)) for y in qkv.split_with_sizes(self.conv_widths, -1))
+        q, k = turn_both(q, k, c.rope, context)
         beta = torch.sigmoid(wide(b)) * (2 if c.negative_eigenvalues else 1)
         o, s = gated_delta(
             l2norm(q), l2norm(k), v, torch.zeros_like(beta), beta,

@@ -9,6 +9,7 @@ from plait.design.norms import inner
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
 from plait.layers.norm import GatedNorm
+from plait.layers.rope import turn
 from plait.layers.short_conv import ShortConv
 from plait.ops.delta import Gates, gated_delta
 from plait.ops.kernels import Call
@@ -46,7 +47,8 @@ class GatedDeltaNetLayer(MixerModule):
         qkv, z, beta, a = self.in_proj(x).split_with_sizes(self.widths, -1)
         qkv, conv = self.conv1d(qkv, context, state and state.conv)
         qk, v = qkv.split_with_sizes(self.conv_widths, -1)
-        q, k = qk.view(b, t, 2, -1, c.head_dim).unbind(2)
+        qk = qk.view(b, t, -1, c.head_dim)
+        q, k = (qk if c.rope is None else turn(qk, c.rope, context)).unflatten(2, (2, -1)).unbind(2)
         v, z = v.view(b, t, -1, c.value_head_dim), z.view(b, t, -1, c.value_head_dim)
         gates = Gates(self.A_log, self.dt_bias, most=2.0 if c.negative_eigenvalues else 1.0)
         o, s = gated_delta(

@@ -10,6 +10,7 @@ from plait.design.norms import inner
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
 from plait.layers.norm import GatedNorm
+from plait.layers.rope import turn_both
 from plait.ops.gla import gla
 from plait.ops.kernels import Call, wide
 from plait.state import Recurrent
@@ -38,6 +39,7 @@ class GLALayer(MixerModule):
         c = self.config
         *qkvz, low = self.in_proj(x).split_with_sizes([*c.rows().values()], -1)
         q, k, v, z = (y.unflatten(-1, (c.heads, -1)) for y in qkvz)  # (b, t, h, k | v)
+        q, k = turn_both(q, k, c.rope, context)
         g = F.logsigmoid(wide(self.decay_proj(low))) / c.temper
         g = g.unflatten(-1, (c.heads, -1))
         o, s = gla(q, k, v, g, state=state and state.s, rows=context.rows, packing=context.packing)

@@ -10,6 +10,7 @@ from plait.design.norms import RMSNorm, inner
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
+from plait.layers.rope import turn_both
 from plait.layers.short_conv import ShortConv
 from plait.ops.delta import Gates, gated_delta
 from plait.ops.kernels import Call
@@ -49,6 +50,7 @@ class KimiDeltaAttentionLayer(MixerModule):
         qkv, decay, z, b = self.in_proj(x).split_with_sizes(self.widths, -1)
         qkv, conv = self.conv1d(qkv, context, state and state.conv)
         q, k, v = (y.unflatten(-1, (c.heads, -1)) for y in qkv.split_with_sizes(self.conv_widths, -1))
+        q, k = turn_both(q, k, c.rope, context)
         a = self.decay_proj(decay).unflatten(-1, (c.heads, -1))  # (b, t, h, k)
         gates = Gates(self.A_log, self.dt_bias.view(c.heads, -1), most=2.0 if c.negative_eigenvalues else 1.0)
         o, s = gated_delta(

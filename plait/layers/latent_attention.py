@@ -31,7 +31,7 @@ class LatentAttentionLayer(MixerModule):
     in_proj: nn.Linear
     q_norm: Norm | None
     q_proj: nn.Linear | None
-    kv_norm: Norm
+    kv_norm: Norm | None
     k_up: nn.Parameter  # (h, nope, rank)
     v_up: nn.Parameter  # (h, value, rank)
 
@@ -46,7 +46,11 @@ class LatentAttentionLayer(MixerModule):
         super().__init__(config, design)
         self.widths = list(config.rows().values())
         if config.query_rank is None:
-            self.q_norm = self.q_proj = None
+            self.q_proj = None
+        if config.query_rank is None or not config.latent_norm:
+            self.q_norm = None
+        if not config.latent_norm:
+            self.kv_norm = None
         self.scale = config.key_dim**-0.5 if config.scale is None else config.scale
 
     def norms(self, design: ModelConfig) -> RMSNorm:
@@ -57,9 +61,10 @@ class LatentAttentionLayer(MixerModule):
         self, x: Float[Tensor, "b t d"], context: Context, state: Latent | Pages | None
     ) -> tuple[Float[Tensor, "b t w"], Latent | Pages | None]:
         q, c, r = self.in_proj(x).split_with_sizes(self.widths, -1)
-        if self.q_norm is not None and self.q_proj is not None:
-            q = self.q_proj(self.q_norm(q))
-        q, c, r = q.unflatten(-1, (self.config.heads, -1)), self.kv_norm(c)[:, :, None], r[:, :, None]
+        if self.q_proj is not None:
+            q = self.q_proj(q if self.q_norm is None else self.q_norm(q))
+        c = c if self.kv_norm is None else self.kv_norm(c)
+        q, c, r = q.unflatten(-1, (self.config.heads, -1)), c[:, :, None], r[:, :, None]
         if self.config.rope is not None:
             nope, rope = q.split_with_sizes((self.config.nope_dim, self.config.rope_dim), -1)
             rope, r = turn(torch.cat([rope, r], 2), self.config.rope, context).split_with_sizes((rope.shape[2], 1), 2)

@@ -24,6 +24,16 @@ def turn(x: Float[Tensor, "b t h k"], rope: RoPE, context: Context) -> Float[Ten
     return rotate(x, cos, sin)
 
 
+def turn_both(
+    q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], rope: RoPE | None, context: Context
+) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "b t h k"]]:
+    """Queries and keys of as many heads in one go; as they are where there are no positions."""
+    if rope is None:
+        return q, k
+    q, k = turn(torch.cat([q, k], 2), rope, context).chunk(2, 2)
+    return q, k
+
+
 def sharpen(q: Float[Tensor, "b t h k"], temperature: Temperature, context: Context) -> Float[Tensor, "b t h k"]:
     """Queries times 1 + scale ln(1 + floor((p + 1) / every))."""
     scale, every = temperature.scale, temperature.every

@@ -11,7 +11,7 @@ from plait.design.norms import RMSNorm, inner
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
 from plait.layers.norm import GatedNorm, Norm
-from plait.layers.rope import turn
+from plait.layers.rope import turn_both
 from plait.ops.kernels import Call, cast
 from plait.ops.ssd import ssd
 from plait.state import Recurrent
@@ -47,7 +47,7 @@ class ScalarDecayLayer(MixerModule):
         return self.config.head_dim**-0.5
 
     def prepared(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        return q, k, v
+        return *turn_both(q, k, self.config.rope, context), v
 
     def decays(self, x: Tensor, *rest: Tensor) -> Float[Tensor, "b t h"]:
         """The logs, float32 at least."""
@@ -74,12 +74,6 @@ class RetNetLayer(FixedDecayLayer):
 
     config: RetNet
 
-    def prepared(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        if self.config.rope is None:
-            return q, k, v
-        q, k = turn(torch.cat([q, k], 2), self.config.rope, context).chunk(2, 2)
-        return q, k, v
-
     def logs(self, head: Float[Tensor, " h"]) -> Float[Tensor, " h"]:
         return torch.log1p(-(2.0 ** (-5 - head)))
 
@@ -98,7 +92,7 @@ class LightningAttentionLayer(FixedDecayLayer):
         return None
 
     def prepared(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        return F.silu(q), F.silu(k), F.silu(v)
+        return super().prepared(F.silu(q), F.silu(k), F.silu(v), context)
 
     def logs(self, head: Float[Tensor, " h"]) -> Float[Tensor, " h"]:
         return -self.config.slope * 2.0 ** (-8 * (head + 1) / len(head))

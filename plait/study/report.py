@@ -4,12 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from plait.design.summary import si, size
+from plait.design.summary import size
 from plait.evaluate.machine import described
 from plait.files import write_text
-from plait.study import plots
+from plait.pages import plots
+from plait.pages import render as render_page
 
 REPORT = "report.html"
 TRAINING = ("batch", "optimizer", "lr", "weight_decay", "schedule", "precision", "device")  # what changes numbers
@@ -23,17 +22,11 @@ def write_report(folder: Path, data: dict[str, Any]) -> Path:
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page. Its pictures take their colours from the page's style sheet."""
+    """The page."""
     models = data["models"]
-    environment = Environment(
-        loader=PackageLoader("plait.study", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"si": si}
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "plait.study",
+        "report.html.j2",
         **data,
         training={key: data["study"]["training"][key] for key in TRAINING if key in data["study"]["training"]},
         measured_on=described(data["machine"]),

@@ -80,6 +80,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     seed: of the weights and the order of the text.
     delayed: when layers begin to contribute, by letter or address, a share of the steps or a number: {A: 0.3} trains without
         attention at first (arXiv 2510.00258). Until then they add nothing and stay as they are.
+    rates: what weights' learning rates are multiplied by, by letter, address, or a pattern of weights' names, of which the last
+        that fits counts: {"*": 0.1, D: 1} trains D ten times as fast as the rest. 0: they stay as they are.
 
     precision: "float32", or "bfloat16": autocast, weights stay float32.
     activation_checkpointing: recompute activations in the backward pass, to save memory.
@@ -112,6 +114,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     clip: float | None = 1.0
     seed: int = 0
     delayed: dict[str, float] = {}
+    rates: dict[str, float] = {}
 
     precision: str = "float32"
     activation_checkpointing: bool = False
@@ -157,6 +160,9 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
                 raise ValueError(
                     f"RunConfig.{name} must be a share of the steps below 1 or a whole number of steps, got {amount}"
                 )
+        for name, rate in self.rates.items():
+            if not 0 <= rate <= 1_000:
+                raise ValueError(f"RunConfig.rates.{name} must be between 0 and 1,000, got {rate}")
         for name in ("eval_every", "sample_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"RunConfig.{name} must not be below 0, got {getattr(self, name)}; 0: only at the end")

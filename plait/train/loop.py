@@ -39,6 +39,7 @@ from plait.train.lock import alone_in
 from plait.train.metrics import Log, MetricsLog, NoLog
 from plait.train.optim import Optimizers
 from plait.train.ranks import One, Ranks, reduce_stats
+from plait.train.rates import frozen, rates
 from plait.train.result import Result
 from plait.train.signals import Signals
 from plait.train.solver import STAT, as_data, records
@@ -98,7 +99,8 @@ def train(
             write_text(folder / RUN, to_yaml(stored(run)))
         with Signals() as signals, MetricsLog(folder / METRICS, position.step) if writes else NoLog() as log:
             broken, steps = torch.zeros((), device=model.device), run.steps - position.step
-            with Ahead(inputs.batches, steps if inputs.ahead else 0, run.accumulate, model.device) as loader:
+            ahead = Ahead(inputs.batches, steps if inputs.ahead else 0, run.accumulate, model.device)
+            with ahead as loader, frozen(model, rates(model, run.rates)):
                 return _Training(
                     run,
                     objective(model),

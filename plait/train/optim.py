@@ -1,6 +1,7 @@
 """Optimizers and the learning rate's schedule."""
 
 import math
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from plait.design.weights import DECAYED, ORTHOGONAL, Weights
 from plait.model import LanguageModel
 from plait.train.config import RunConfig
 from plait.train.muon import Muon
+from plait.train.rates import rates
 
 # AdamW's fused kernel exists for these.
 FUSED = ("cpu", "cuda")
@@ -45,6 +47,12 @@ def split_parameters(model: LanguageModel, muon: bool) -> dict[str, Named]:
     return groups
 
 
+def by_rate(named: Named, rates: dict[str, float]) -> list[tuple[float, Named]]:
+    """The parameters that have equal rates together, each group in the model's order; those of rate 0 are left out."""
+    moved = sorted((pair for pair in named if rates[pair[0]]), key=lambda pair: rates[pair[0]])
+    return [(rate, list(group)) for rate, group in groupby(moved, lambda pair: rates[pair[0]])]
+
+
 def row_blocks(model: LanguageModel, named: Named) -> list[tuple[int, ...]]:
     """The rows that belong together in each weight: those of q, of k, of v in a fused one, and of every expert anew."""
     parts = {weight.name: weight.parts for weight in all_weights(model)}
@@ -69,18 +77,24 @@ class Optimizers:
 
     def __init__(self, model: LanguageModel, run: RunConfig):
         groups = split_parameters(model, muon=run.optimizer == "muon")
-        fused = model.device.type in FUSED
+        by_name, fused = rates(model, run.rates), model.device.type in FUSED
         adamw = [
-            {"params": groups["decay"], "weight_decay": run.weight_decay},
-            {"params": groups["plain"], "weight_decay": 0.0},
+            {"params": named, "rate": rate, "weight_decay": decay}
+            for what, decay in (("decay", run.weight_decay), ("plain", 0.0))
+            for rate, named in by_rate(groups[what], by_name)
         ]
         self.run, self.fused = run, fused
         self.all: list[Any] = []
-        if own := [group for group in adamw if group["params"]]:  # none where additions alone are trained, by Muon
-            self.all.append(torch.optim.AdamW(own, lr=run.lr, betas=run.betas, fused=fused))
-        if groups["muon"]:
-            matrices = {"params": groups["muon"], "blocks": row_blocks(model, groups["muon"])}
-            self.all.append(Muon([matrices], lr=run.lr, weight_decay=run.weight_decay))
+        if adamw:  # none where additions alone are trained, by Muon
+            self.all.append(torch.optim.AdamW(adamw, lr=run.lr, betas=run.betas, fused=fused))
+        matrices = [
+            {"params": named, "rate": rate, "blocks": row_blocks(model, named)}
+            for rate, named in by_rate(groups["muon"], by_name)
+        ]
+        if matrices:
+            self.all.append(Muon(matrices, lr=run.lr, weight_decay=run.weight_decay))
+        if not self.all:
+            raise ValueError("rates: every weight's is 0, so nothing is trained")
 
     def step(self, step: int, broken: Tensor | None = None) -> float:
         """Update the weights at step `step`'s learning rate, which is returned, and drop the gradients.
@@ -93,7 +107,7 @@ class Optimizers:
         )  # torch's other forms cannot decide on the device
         for optimizer in self.all:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["rate"]
             optimizer.found_inf = broken if self.fused else None
             if not skip:
                 optimizer.step()

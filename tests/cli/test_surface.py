@@ -7,6 +7,10 @@ from plait.cli.app import app
 SURFACE = {
     "show": ["spec", "changes", "--context", "--letters"],
     "train": ["arguments"],
+    "convert": [
+        *("arguments", "--to", "--mixer", "--keep", "--select", "--data", "--budget", "--out", "--stage", "--measure"),
+        *("--tasks", "--device"),
+    ],
     "generate": [
         *("run", "prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
         *("--repetition-penalty", "--stop", "--seed", "--device", "--import"),

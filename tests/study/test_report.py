@@ -2,7 +2,7 @@ import io
 import re
 from html.parser import HTMLParser
 
-from plait.study.plots import smooth
+from plait.pages.plots import smooth
 from plait.study.report import ends, render, write_report
 from plait.study.table import table
 

@@ -101,3 +101,30 @@ def test_state_goes_through_plain_tensors(name):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(ValueError, match="'slots.9.x'"):
         restored.load_tensors({**optimizers.tensors(), "slots.9.x.exp_avg": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rates_multiply_what_each_part_moves_by(optimizer):
+    """The last key that fits counts: a tenth for all, the whole for A#1, nothing for norms and the first M."""
+    given = {"*": 0.1, "A": 1, "M#0": 0, "*norm.weight": 0}
+    own = {"design": DESIGN, "lr": 0.01, "weight_decay": 0.5, "warmup": 0, "optimizer": optimizer}
+    plain, rated = build(DESIGN), build(DESIGN)
+    before = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+    for model, rates in ((plain, {}), (rated, given)):
+        for i, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        Optimizers(model, RunConfig(**own, rates=rates)).step(1)
+    after = dict(rated.named_parameters())
+    for name, parameter in plain.named_parameters():
+        attention = name.startswith(("slots.1.mixer.branches.1.layers.0.", "slots.3.mixer."))
+        still = name.endswith("norm.weight") or name.startswith("slots.0.mixer.branches.0.layers.0.")
+        share = 0 if still else 1 if attention else 0.1
+        moved, usual = after[name] - before[name], parameter - before[name]
+        torch.testing.assert_close(moved, share * usual, rtol=1e-3, atol=1e-7)  # float32 of weights of size 1
+
+
+def test_a_rate_for_nothing_is_refused():
+    with pytest.raises(ValueError, match="rates: no layer or weight is 'B#0'"):
+        Optimizers(build(DESIGN), RunConfig(design=DESIGN, rates={"B#0": 1}))
+    with pytest.raises(ValueError, match="nothing is trained"):
+        Optimizers(build(DESIGN), RunConfig(design=DESIGN, rates={"*": 0}))

@@ -3,6 +3,7 @@
 from typing import Self
 
 from plait.design.layers.layer import Mixer, head_sizes, wide_head_dim
+from plait.design.layers.rope import RoPE
 from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import Weights, norm, projection, short_conv
@@ -10,13 +11,14 @@ from plait.design.weights import Weights, norm, projection, short_conv
 
 class DeltaNet(Mixer, frozen=True, kw_only=True, tag="deltanet"):
     """DeltaNet (arXiv 2406.06484): the delta rule without decay. `negative_eigenvalues`: strengths up to 2, so that a state can
-    be turned over rather than only emptied (arXiv 2411.12537)."""
+    be turned over rather than only emptied (arXiv 2411.12537). rope: turns queries and keys by position."""
 
     heads: int = DERIVED
     head_dim: int = DERIVED
     value_head_dim: int = DERIVED
     conv_width: int = 4
     negative_eigenvalues: bool = False
+    rope: RoPE | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -25,6 +27,8 @@ class DeltaNet(Mixer, frozen=True, kw_only=True, tag="deltanet"):
     def resolve(self, dim: int) -> Self:
         default = 0 if self.heads or self.head_dim else wide_head_dim(dim, "DeltaNet")
         heads, head_dim = head_sizes("DeltaNet", dim, self.heads, self.head_dim, default)
+        if self.rope is not None:
+            self.rope.check("DeltaNet", head_dim)
         return self.replace(heads=heads, head_dim=head_dim, value_head_dim=self.value_head_dim or head_dim)
 
     def inner(self) -> int:

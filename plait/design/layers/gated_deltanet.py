@@ -3,6 +3,7 @@
 from typing import Self
 
 from plait.design.layers.layer import Mixer, head_sizes, wide_head_dim
+from plait.design.layers.rope import RoPE
 from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import Constant, Uniform, Weight, Weights, norm, projection, short_conv
@@ -12,6 +13,7 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
     """Gated DeltaNet (arXiv 2412.06464) as laid out in Qwen3-Next; `heads` and `head_dim` are those of q and k.
 
     `negative_eigenvalues`: strengths up to 2, so that a state can be turned over rather than only emptied (arXiv 2411.12537).
+    rope: turns queries and keys by position, as layers that take attention's place do (HypeNet, arXiv 2601.22156).
     `norm_eps` is that of the heads' norm; null: the design's.
     """
 
@@ -21,6 +23,7 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
     value_head_dim: int = DERIVED
     conv_width: int = 4
     negative_eigenvalues: bool = False
+    rope: RoPE | None = None
     norm_eps: float | None = None
 
     def __post_init__(self) -> None:
@@ -33,6 +36,8 @@ class GatedDeltaNet(Mixer, frozen=True, kw_only=True, tag="gated_deltanet"):
         name, given = "GatedDeltaNet", self.heads or self.head_dim
         default = 0 if given else wide_head_dim(dim, name)
         heads, head_dim = head_sizes(name, dim, self.heads, self.head_dim, default)
+        if self.rope is not None:
+            self.rope.check(name, head_dim)
         value_heads, value_head_dim = self.value_heads or heads, self.value_head_dim or head_dim
         if value_heads % heads:
             raise ValueError(f"{name}: heads {heads} does not divide value_heads {value_heads}")

@@ -4,6 +4,7 @@ import math
 from typing import Self
 
 from plait.design.layers.layer import Mixer, head_sizes, wide_head_dim
+from plait.design.layers.rope import RoPE
 from plait.design.spec import Memory, recurrent
 from plait.design.struct import DERIVED, positive
 from plait.design.weights import Uniform, Weight, Weights, norm, projection, short_conv
@@ -11,7 +12,8 @@ from plait.design.weights import Uniform, Weight, Weights, norm, projection, sho
 
 class KimiDeltaAttention(Mixer, frozen=True, kw_only=True, tag="kimi_delta_attention"):
     """Kimi delta attention (arXiv 2510.26692): the gated delta rule with a decay per key channel, decays and output gate of
-    rank `rank` (of a head's values if left out). `negative_eigenvalues`: strengths up to 2 (arXiv 2411.12537)."""
+    rank `rank` (of a head's values if left out). `negative_eigenvalues`: strengths up to 2 (arXiv 2411.12537). rope: turns
+    queries and keys by position."""
 
     heads: int = DERIVED
     head_dim: int = DERIVED
@@ -19,6 +21,7 @@ class KimiDeltaAttention(Mixer, frozen=True, kw_only=True, tag="kimi_delta_atten
     rank: int = DERIVED
     conv_width: int = 4
     negative_eigenvalues: bool = False
+    rope: RoPE | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,6 +32,8 @@ class KimiDeltaAttention(Mixer, frozen=True, kw_only=True, tag="kimi_delta_atten
         default = 0 if self.heads or self.head_dim else wide_head_dim(dim, name)
         heads, head_dim = head_sizes(name, dim, self.heads, self.head_dim, default)
         value_head_dim = self.value_head_dim or head_dim
+        if self.rope is not None:
+            self.rope.check(name, head_dim)
         return self.replace(
             heads=heads, head_dim=head_dim, value_head_dim=value_head_dim, rank=self.rank or value_head_dim
         )

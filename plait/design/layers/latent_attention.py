@@ -14,7 +14,8 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
 
     A head's query and key have `nope_dim` channels without positions and `rope_dim` with, whose key all heads share; its value
     has `value_dim`. query_rank: queries come from a normed latent of their own. rope: null turns nothing (Kimi Linear).
-    scale: on q . k; null: 1 / sqrt(nope_dim + rope_dim).
+    scale: on q . k; null: 1 / sqrt(nope_dim + rope_dim). latent_norm: whether latents are normed; false leaves a product of two
+    matrices, which a layer of attention can be turned into (X-EcoMLA, arXiv 2503.11132).
     norm_eps: of the latents' norms; null: that of the design's norm. DeepSeek's latents have 1e-6, whatever the others have.
 
     Pairs (i, i + r/2) turn, as in all attention here. DeepSeek's checkpoints turn neighbours, (2i, 2i + 1): their rows for q
@@ -29,6 +30,7 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
     query_rank: int | None = None
     rope: RoPE | None = RoPE()
     scale: float | None = None
+    latent_norm: bool = True
     norm_eps: float | None = None
 
     def __post_init__(self) -> None:
@@ -68,8 +70,9 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
         low, queries, start = self.query_rank, self.heads * self.key_dim, Normal(self.rank**-0.5)
         return (
             *projection("in_proj", self.rows(), reads or dim),
-            *((norm("q_norm", low), *projection("q_proj", queries, low)) if low else ()),
-            norm("kv_norm", self.rank),
+            *((norm("q_norm", low),) if low and self.latent_norm else ()),
+            *(projection("q_proj", queries, low) if low else ()),
+            *((norm("kv_norm", self.rank),) if self.latent_norm else ()),
             Weight("k_up", (self.heads, self.nope_dim, self.rank), "blocks", start),
             Weight("v_up", (self.heads, self.value_dim, self.rank), "blocks", start),
             *self.output("o_proj", dim),

@@ -2,20 +2,21 @@
 
 from typing import Self
 
-from plait.design.layers.attention import RoPE
 from plait.design.layers.layer import Mixer, head_sizes, wide_head_dim
+from plait.design.layers.rope import RoPE
 from plait.design.spec import Memory, recurrent
-from plait.design.struct import DERIVED, convert, positive
+from plait.design.struct import DERIVED, positive
 from plait.design.weights import Constant, Weight, Weights, norm, projection
 
 
 class ScalarDecay(Mixer, frozen=True, kw_only=True):
     """What they share: S_t = a_t S_{t-1} + v_t k_t^T, o_t = S_t q_t, normed and times a gate. `heads` and `head_dim` are those
-    of q and k."""
+    of q and k, which `rope` turns by position."""
 
     heads: int = DERIVED
     head_dim: int = DERIVED
     value_head_dim: int = DERIVED
+    rope: RoPE | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -28,6 +29,8 @@ class ScalarDecay(Mixer, frozen=True, kw_only=True):
         name, given = type(self).__name__, self.heads or self.head_dim
         heads, head_dim = head_sizes(name, dim, self.heads, self.head_dim, 0 if given else wide_head_dim(dim, name))
         values = self.value_head_dim or self.default_values(head_dim)
+        if self.rope is not None:
+            self.rope.check(name, head_dim)
         return self.replace(heads=heads, head_dim=head_dim, value_head_dim=values)
 
     def inner(self) -> int:
@@ -61,17 +64,6 @@ class RetNet(ScalarDecay, frozen=True, kw_only=True, tag="retnet"):
     times silu of the gate. Values are twice as wide as keys unless `value_head_dim` is given."""
 
     rope: RoPE | None = RoPE()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rope is not None:
-            self._set("rope", convert(self.rope, RoPE, "RetNet.rope"))
-
-    def resolve(self, dim: int) -> Self:
-        found = super().resolve(dim)
-        if found.rope is not None:
-            found.rope.check("RetNet", found.head_dim)
-        return found
 
     def default_values(self, head_dim: int) -> int:
         return 2 * head_dim

@@ -154,7 +154,7 @@ DESIGNS: dict[str, ModelConfig] = {
     "LF without positions, queries from a latent": small(
         "LF LF",
         L=LatentAttention(heads=2, nope_dim=12, rope_dim=4, value_dim=9, rank=17, query_rank=26, rope=None),
-        at={"L#1": {"rope": RoPE(), "rank": 5, "norm_eps": 1e-3}},
+        at={"L#1": {"rope": RoPE(), "rank": 5, "latent_norm": False}, "L#0": {"norm_eps": 1e-3}},
     ),
     "MF groups, no bias, wide convolution": small(
         "MF", M=Mamba2(heads=6, head_dim=10, state_dim=14, groups=3, conv_bias=False, conv_width=6)
@@ -178,6 +178,10 @@ DESIGNS: dict[str, ModelConfig] = {
     "DnF": small("DnF"),
     "HtF": small("HtF"),
     "HtF, a bound that is given": small("HtF", Ht=HGRN2(heads=2, state_dim=8, head_dim=5, lower_bound=0.3)),
+    "DF KF, positions": small("DF KF", at={"D#0": {"rope": {"fraction": 0.5}}, "K#0": {"rope": {}}}),
+    "Gl Dn Li Sg, positions": small(
+        "Gl Dn Li Sg F", at={name: {"rope": {"theta": 100.0}} for name in ("Gl#0", "Dn#0", "Li#0", "Sg#0")}
+    ),
     "DF, negative eigenvalues": small("DF", D=GatedDeltaNet(heads=2, head_dim=6, negative_eigenvalues=True)),
     "[K|Dn]F, negative eigenvalues": small(
         "[K|Dn]F",

@@ -33,6 +33,7 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
 }
 
+FLAT, MOST_NAMES = 8, 32  # names under an axis that do not overlap lying, and standing
 SIZE = (5, 3.4)  # inches of 72 units: so small that letters stay readable on a page 390 pixels wide
 
 Line = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
@@ -54,16 +55,50 @@ def losses(trained: Sequence[Line], heldout: Sequence[Line]) -> str:
     return picture("loss", draw)
 
 
-def decode_times(lines: Sequence[Line]) -> str:
-    """Milliseconds a token against tokens of context."""
+def bars(
+    name: str, label: str, names: Sequence[str], heights: Sequence[float], marked: Sequence[bool], kinds: str
+) -> str:
+    """One bar for each of `names`, those that are marked in another colour. kinds: "MARKED, OTHERS", what the two are."""
+
+    def draw(axes: Axes) -> None:
+        for colour, kind, which in zip(SERIES, kinds.split(", "), (True, False), strict=False):
+            here = [i for i, mark in enumerate(marked) if mark is which]
+            axes.bar(here, [heights[i] for i in here], color=colour, label=kind)
+        step = -(-len(names) // MOST_NAMES)
+        axes.set_xticks(range(0, len(names), step), names[::step], rotation=60 if len(names) > FLAT else 0)
+        axes.set_ylabel(label)
+
+    return picture(name, draw)
+
+
+def curves(name: str, label: str, lines: Sequence[Line], x_label: str = "tokens read") -> str:
+    """Lines against what has been read."""
+
+    def draw(axes: Axes) -> None:
+        for index, (line, x, y) in enumerate(lines):
+            axes.plot(x, smooth(y), color=SERIES[index % len(SERIES)], lw=1.6, label=line)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(label)
+        axes.set_yscale("log")
+
+    return picture(name, draw)
+
+
+def by_context(name: str, label: str, lines: Sequence[Line]) -> str:
+    """Numbers against tokens of context."""
 
     def draw(axes: Axes) -> None:
         _marked(axes, lines)
         _context_axis(axes, lines)
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("decode, ms per token")
+        axes.set_ylabel(label)
 
-    return picture("decode", draw)
+    return picture(name, draw)
+
+
+def decode_times(lines: Sequence[Line]) -> str:
+    """Milliseconds a token against tokens of context."""
+    return by_context("decode", "decode, ms per token", lines)
 
 
 def state_sizes(lines: Sequence[Line]) -> str:

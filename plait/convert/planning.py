@@ -1,0 +1,133 @@
+"""From what a conversion asks for to its plan: which attention layers stay, and what the others become."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from plait.convert.conversion import Conversion
+from plait.convert.plan import Cost, Plan, attention_places
+from plait.convert.scores import Request, Score
+from plait.convert.select import RULES, choose
+from plait.design.layers import KINDS, LETTERS, Attention, FeedForward, Layer, MixtureOfExperts
+from plait.design.model import ModelConfig
+from plait.design.places import Node, Place, layers
+from plait.design.spelling import suggest
+from plait.model import LanguageModel
+from plait.model.objective import Batch
+
+SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
+KEEP = "25%"  # what stays where nothing is said
+RULE = "uniform"
+
+
+def make_plan(
+    asked: Conversion,
+    teacher: LanguageModel,
+    data: Callable[[], Sequence[Batch]],
+    scores: Mapping[str, Score],
+) -> Plan:
+    """The plan that a conversion asks for. data: what a rule measures on, asked for where one does; scores: how good a model
+    is, by the name of what is measured (`recall`, `commonsense`), for the rules that ask.
+
+    Raises ValueError for a pattern, a mixer or a rule that cannot be.
+    """
+    places = attention_places(teacher.design)
+    if not places:
+        raise ValueError(
+            f"{asked.teacher}: {teacher.design.pattern!r} has no attention to replace; expected a transformer, or a hybrid"
+        )
+    if asked.to is not None and asked.mixer:
+        raise ValueError("give --to, a whole pattern, or --mixer, what takes attention's place, not both")
+    laid = {} if asked.to is None else laid_out(teacher.design, asked.to)
+    if asked.to is not None and asked.select is None:
+        if asked.keep is not None:
+            raise ValueError("--to says which layers stay; --keep goes with --mixer, or with --select")
+        return Plan.of(teacher, asked.teacher, laid, rule="pattern", seed=asked.seed)
+    mixers = [*laid.values()] or [mixer_of(name) for name in asked.mixer]
+    if not mixers:
+        raise ValueError('say what takes attention\'s place: --to PATTERN, such as "((DF)3 AF)", or --mixer D')
+    keep, listed = kept(asked, list(places), len(places) - len(laid) if laid else None)
+    rule = "list" if listed else asked.select or RULE
+    if rule not in RULES:
+        raise ValueError(f"--select: there is no rule {rule!r}; {suggest(rule, RULES)}")
+    request = Request(mixer=mixers[0], keep=keep, seed=asked.seed, listed=listed, commonsense=scores.get("commonsense"))
+    measures = rule not in ("uniform", "list")
+    found = RULES[rule](teacher, request, data() if measures else (), scores.get("recall"))
+    stay = choose(found.scores, keep, rule)
+    gone = [address for address in places if address not in stay]
+    replace = {address: mixers[i % len(mixers)] for i, address in enumerate(gone)}
+    cost = Cost(tokens=found.tokens, seconds=round(found.seconds, 3))
+    return Plan.of(teacher, asked.teacher, replace, rule=rule, scores=found.scores, cost=cost, seed=asked.seed)
+
+
+def kept(asked: Conversion, places: list[str], of_pattern: int | None) -> tuple[int, tuple[str, ...]]:
+    """How many attention layers stay, and which, where that is said."""
+    keep = asked.keep if asked.keep is not None else of_pattern if of_pattern is not None else KEEP
+    if isinstance(keep, tuple):
+        return len(keep), keep
+    if isinstance(keep, str) and (share := SHARE.fullmatch(keep.strip())):
+        count = round(float(share[1]) / 100 * len(places))
+    elif isinstance(keep, int) or keep.strip().isdigit():
+        count = int(keep)
+    else:
+        listed = tuple(word.strip() for word in keep.split(","))
+        return len(listed), listed
+    if not 0 <= count < len(places):
+        raise ValueError(
+            f"--keep {keep}: {count} of {len(places)} attention layers; expected from 0 to {len(places) - 1}, so that one goes"
+        )
+    return count, ()
+
+
+def mixer_of(name: str) -> dict[str, Any]:
+    """What a letter or a kind stands for."""
+    if name in LETTERS:
+        return LETTERS[name].to_dict()
+    if name in KINDS:
+        return {"kind": name}
+    raise ValueError(f"--mixer: there is no letter or kind {name!r}; {suggest(name, [*LETTERS, *KINDS])}")
+
+
+def laid_out(design: ModelConfig, pattern: str) -> dict[str, dict[str, Any]]:
+    """What takes the place of which attention layer where the teacher is to have `pattern`, repeated to its depth. Raises
+    ValueError where the two do not fit slot by slot."""
+    target = ModelConfig(vocab=design.vocab, dim=design.dim, pattern=pattern, layers=design.layers)
+    bound, slots = LETTERS | dict(design.layers), target.slots
+    if len(slots) > len(design.slots):
+        raise ValueError(
+            f"--to {pattern!r} has {len(slots)} slots, the teacher {len(design.slots)}: {design.pattern!r}"
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for i, mine in enumerate(design.slots):
+        new = slots[i % len(slots)]
+        if not _fit(mine, new):
+            raise ValueError(
+                f"--to {pattern!r} has {new.address} where the teacher has {mine.address}: its slots must be the teacher's, "
+                f"{design.pattern!r}, with other mixers in the place of attention"
+            )
+        for old, own in zip(layers((mine,)), layers((new,)), strict=True):
+            if isinstance(old.layer, Attention) and not isinstance(own.layer, Attention):
+                found[old.address] = bound[own.letter].to_dict()
+    if not found:
+        raise ValueError(f"--to {pattern!r} replaces nothing of the teacher's {design.pattern!r}")
+    return found
+
+
+def _fit(mine: Node, new: Node) -> bool:
+    """Whether the teacher's slot can become this one: attention anything that mixes, any other layer itself."""
+    if isinstance(mine, Place) and isinstance(new, Place):
+        return _layers_fit(mine.layer, new.layer)
+    if isinstance(mine, Place) or isinstance(new, Place):
+        return False
+    pairs = list(zip(mine.branches, new.branches, strict=False))
+    same = len(mine.branches) == len(new.branches) and all(len(old) == len(own) for old, own in pairs)
+    return same and all(_fit(a, b) for old, own in pairs for a, b in zip(old, own, strict=True))
+
+
+def _layers_fit(mine: Layer, new: Layer) -> bool:
+    apart = (FeedForward, MixtureOfExperts)
+    if isinstance(mine, Attention):
+        return not isinstance(new, apart)
+    if isinstance(mine, apart):
+        return isinstance(new, apart)  # the pattern's F stands for whatever the teacher has there
+    return type(mine) is type(new)

@@ -1,0 +1,80 @@
+"""What a conversion gave: the student beside its teacher, stage by stage."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from plait.convert.plan import attention_places
+from plait.convert.stages import TRAINED, TRANSFER, Stages
+from plait.data import Tokenizer
+from plait.design.count import parameters
+from plait.files import json_text, read_text, write_text
+from plait.model import LanguageModel, NextToken
+from plait.opening import load
+from plait.run_folder import METRICS, latest
+from plait.train import heldout_loss
+from plait.train.metrics import read_metrics
+
+RESULTS = "report.json"
+BATCH = 8  # sequences that held-out text is read in at a time; changes no number
+
+# Numbers by what they are called; where a number is one for each length of context, those by length.
+Measure = Callable[[LanguageModel, Tokenizer], Mapping[str, float | Mapping[int, float]]]
+
+
+def results(stages: Stages, measures: Mapping[str, Measure], facts: dict[str, Any]) -> dict[str, Any]:
+    """All of it as plain data, which is also in the folder's report.json; measured once. `measures` are taken of the teacher
+    and of the student, `facts` said as they are."""
+    path = stages.folder / RESULTS
+    if path.is_file():
+        return json.loads(read_text(path))
+    teacher, student, plan = stages.teacher, load(stages.folder, stages.device, torch.float32), stages.plan
+    left = [TRANSFER, *(name for name in TRAINED if latest(stages.folder / name) is not None)]
+    after = {name: perplexity(stages, load(stages.folder / name, stages.device, torch.float32)) for name in left[:-1]}
+    data = {
+        "teacher": {"name": stages.asked.teacher, **described(stages, teacher, measures)},
+        "student": {"name": stages.asked.out, **described(stages, student, measures)},
+        "after": after,
+        "stages": {name: trained(stages, name) for name in TRAINED if name in left},
+        "plan": plan.to_dict() | {"places": [*attention_places(teacher.design)]},
+        "asked": stages.asked.to_dict(),
+        **facts,
+    }
+    data = json.loads(json_text(data))
+    write_text(path, json_text(data, indent=1) + "\n")
+    return data
+
+
+def described(stages: Stages, model: LanguageModel, measures: Mapping[str, Measure]) -> dict[str, Any]:
+    """A model's shape, its perplexity on held-out text, and what is measured."""
+    found: dict[str, Any] = {"pattern": model.design.pattern, "parameters": parameters(model.design)}
+    measured: dict[str, Any] = {"perplexity": perplexity(stages, model)}
+    for name, measure in measures.items():
+        with stages.console.status(f"measuring {name}"):
+            measured |= measure(model, stages.tokenizer)
+    return found | {"measured": measured}
+
+
+def perplexity(stages: Stages, model: LanguageModel) -> float:
+    """A token, on text that was held out, in pieces as long as those that the student was distilled on."""
+    run = stages.asked.runs()[[stage for stage in TRAINED if stages.asked.tokens(stage)][-1]]
+    how = {"batch": BATCH, "length": run.data.length, "tokens": run.eval_tokens, "precision": run.precision}
+    with stages.console.status("measuring perplexity"):
+        return float(torch.tensor(heldout_loss(NextToken(model), stages.shards, **how).loss).exp())
+
+
+def trained(stages: Stages, stage: str) -> dict[str, Any]:
+    """What a stage's run logged; `layers`: each new layer's error at the end of alignment."""
+    history = read_metrics(stages.folder / stage / METRICS)
+    steps = [record for record in history if "loss" in record]
+    last = steps[-1]  # which says what its loss is the sum of where that is more than one
+    parts = (last.get("losses") or dict.fromkeys(stages.new_layers(), last["loss"])) if stage == "align" else {}
+    return {
+        "tokens": steps[-1]["tokens"],
+        "seconds": sum(record["step_s"] for record in steps),
+        "losses": [(record["tokens"], record["loss"]) for record in steps],
+        "layers": {address: part * len(parts) for address, part in parts.items()},
+        "heldout": next(record["heldout_loss"] for record in reversed(history) if "heldout_loss" in record),
+    }

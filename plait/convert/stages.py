@@ -1,0 +1,266 @@
+"""A conversion from beginning to end, each stage in a folder of its own and done once:
+
+    convert.yaml    what was asked for
+    plan.yaml       which layers stay, and what the others become; a person may edit it before the stages after it begin
+    transfer/       the student before any training, and the plan that it was made by
+    align/, distil/, finish/    runs, as `plait train` leaves them
+    config.json, model.safetensors, ...    the converted model, with the teacher's tokenizer
+    report.json, report.html
+
+Run again, what is there is kept, and a run that was stopped goes on at the step where it stopped.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from plait.convert.align import Alignment, powers, slots_of
+from plait.convert.conversion import Conversion
+from plait.convert.distil import retied, untied
+from plait.convert.plan import Plan
+from plait.convert.planning import make_plan
+from plait.convert.scores import Score
+from plait.convert.transfer import student_of
+from plait.data import Loader, Shards, Tokenizer, load_tokenizer
+from plait.data.gguf_file import gguf_path
+from plait.design.load import read_mapping
+from plait.design.places import nodes
+from plait.design.struct import convert as from_data
+from plait.design.yaml_core import write_yaml
+from plait.files import write_text
+from plait.model import Distillation, LanguageModel, model_folder, save
+from plait.model.device import find_device
+from plait.model.files import ENDS
+from plait.model.objective import Batch
+from plait.opening import load
+from plait.run_folder import latest, step_of
+from plait.train import Interrupted, RunConfig, train
+from plait.train.heldout import heldout_documents, packed, pieces, up_to
+from plait.train.inputs import open_shards
+from plait.train.lock import alone_in
+
+ASKED, PLAN, TRANSFER, UNTIED = "convert.yaml", "plan.yaml", "transfer", "untied"
+FREE = ("device", "out", "teacher")  # where it is computed, and where things lie: the plan knows the teacher's weights
+CALIBRATION_LENGTH = 512  # tokens of a row
+SCALE_TOKENS = 16_384  # held-out tokens that a layer's output is measured on
+TRAINED = ("align", "distil", "finish")
+ORDER = ("plan", "transfer", *TRAINED, "model")
+
+
+@dataclass
+class Stages:
+    """scores: how good a model is, for rules that choose by it; see `make_plan`."""
+
+    asked: Conversion
+    console: Console
+    scores: Mapping[str, Score] = field(default_factory=dict)
+
+    def upto(self, last: str) -> None:
+        """Do what is not done yet, up to a stage of ORDER. Raises ValueError for what cannot be, and TrainingStopped as `train`
+        does."""
+        with alone_in(self.folder, "another conversion"):
+            self.claim()
+            for stage in ORDER[: ORDER.index(last) + 1]:
+                own = {"plan": self.make_plan, "transfer": self.transfer, "model": self.finish_model}
+                own[stage]() if stage in own else self.train(stage)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.asked.out)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def claim(self) -> None:
+        """Raise ValueError where the folder holds another conversion, or something else."""
+        path = self.folder / ASKED
+        if path.is_file():
+            theirs = from_data(read_mapping(path), Conversion, str(path))
+            for name in Conversion.__struct_fields__:
+                before, now = getattr(theirs, name), getattr(self.asked, name)
+                if name not in FREE and before != now:
+                    raise ValueError(
+                        f"{self.folder} holds a conversion with {name} {before!r}, not {now!r}: give another --out"
+                    )
+            return
+        if any(self.folder.glob("*.safetensors")) or latest(self.folder) is not None:
+            raise ValueError(f"{self.folder} holds a model or a run: give another --out")
+
+    @cached_property
+    def device(self) -> torch.device:
+        return find_device(self.asked.device)
+
+    @cached_property
+    def teacher(self) -> LanguageModel:
+        with self.console.status("reading the teacher"):
+            return load(self.asked.teacher, self.device, torch.float32)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(gguf_path(self.asked.teacher) or model_folder(self.asked.teacher))
+
+    @cached_property
+    def shards(self) -> Shards:
+        """The text, tokenized as the teacher does."""
+        with self.console.status("reading the text") as status:
+
+            def progress(done: int, total: int | None) -> None:
+                status.update(f"tokenizing: {done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f}" if total else ""))
+
+            return open_shards(self.asked.data, self.tokenizer, progress)
+
+    # the plan
+
+    @cached_property
+    def plan(self) -> Plan:
+        plan = Plan.read(self.folder / PLAN)
+        plan.check(self.teacher)
+        return plan
+
+    def make_plan(self) -> None:
+        path = self.folder / PLAN
+        if path.is_file():
+            self.keep_asked()
+            return
+        with self.console.status("choosing the layers that stay"):
+            plan = make_plan(self.asked, self.teacher, self.measured_on, self.scores)
+        plan.write(path)
+        self.keep_asked()
+        cost = f"; it took {plan.cost.tokens:,} tokens and {plan.cost.seconds:.1f} s" if plan.cost.tokens else ""
+        kept = ", ".join(plan.keep) or "none"
+        self.say(f"plan by {plan.rule}: of {len(plan.keep) + len(plan.replace)} attention layers stay {kept}{cost}")
+
+    def keep_asked(self) -> None:
+        """Only once there is a plan: what cannot be leaves the folder to be asked again."""
+        path = self.folder / ASKED
+        if not path.is_file():
+            write_text(path, write_yaml(self.asked.to_dict()))
+
+    def measured_on(self) -> Sequence[Batch]:
+        """What a rule measures on: the first batches of the text."""
+        run = list(self.asked.runs().values())[-1]
+        size = run.batch * run.data.length
+        count = max(1, (self.asked.select_tokens or self.asked.budget // 20) // size)
+        loader = Loader(self.shards, batch=run.batch, length=run.data.length, seed=self.asked.seed)
+        return [batch.to(self.device) for batch in islice(loader, count)]
+
+    # the student before training
+
+    def transfer(self) -> None:
+        folder = self.folder / TRANSFER
+        if folder.is_dir():
+            if Plan.read(folder / PLAN) != self.plan:
+                raise ValueError(
+                    f"{self.folder / PLAN} is not the plan that {folder} was made by any more: give another --out, or remove "
+                    f"{folder} and the stages after it"
+                )
+            return
+
+        def fill(temporary: Path) -> None:
+            with self.console.status("carrying weights over"):
+                save(student_of(self.teacher, self.plan, text=self.calibration()), temporary, self.tokenizer)
+            self.plan.write(temporary / PLAN)
+
+        write_folder(folder, fill)
+
+    def calibration(self) -> torch.Tensor | None:
+        """Rows of training text, from all over it, that new layers are set by; None where none is asked for."""
+        if not self.asked.calibrate:
+            return None
+        starts, ends = self.shards.documents("train")
+        length = int(min(CALIBRATION_LENGTH, (ends - starts).max()))
+        begins = [at for start, end in zip(starts, ends, strict=True) for at in range(start, end - length + 1, length)]
+        count = min(len(begins), max(1, self.asked.calibrate // length))
+        ids = self.shards.tokens()
+        rows = [ids[begins[i * len(begins) // count] :][:length].astype("int64") for i in range(count)]
+        return torch.stack([torch.from_numpy(row) for row in rows]).to(self.device)
+
+    def new_layers(self) -> tuple[str, ...]:
+        """Addresses of the replaced layers in the student."""
+        student = load(self.folder / TRANSFER).design
+        pairs = zip(nodes(self.teacher.design.slots), nodes(student.slots), strict=True)
+        return tuple(new.address for old, new in pairs if old.address in self.plan.replace)
+
+    # training
+
+    def run(self, stage: str) -> RunConfig | None:
+        """The run of a stage that has a share of the budget, from what the stages before it have left."""
+        run = self.asked.runs(self.new_layers(), self.teacher.design.dim).get(stage)
+        return None if run is None else run.replace(design=None, start=str(self.begins(stage)))
+
+    def begins(self, stage: str) -> Path:
+        """What holds the weights that a stage begins with: those of the stage before it that there was."""
+        before = [name for name in TRAINED[: TRAINED.index(stage)] if self.asked.tokens(name)]
+        start = self.folder / (before[-1] if before else TRANSFER)
+        first = stage != "align" and "distil" not in before
+        if not (first and self.asked.head != "tied" and self.teacher.design.tied):
+            return start
+        folder = self.folder / UNTIED
+        if not folder.is_dir():
+            write_folder(folder, lambda temporary: save(untied(load(start)), temporary, self.tokenizer))
+        return folder
+
+    def train(self, stage: str) -> None:
+        if (self.folder / stage).is_dir() and self.is_done(stage):
+            return
+        run = self.run(stage)
+        if run is None:
+            return
+        self.say(f"{stage}: {run.steps:,} steps, {run.steps * run.batch * run.data.length:,} tokens")
+        try:
+            result = train(run, objective=self.objective(stage, run), console=self.console)
+        except Interrupted as stop:
+            raise Interrupted(f"{stage} stopped and saved", stop.folder, stop.checkpoint) from None
+        self.say(f"{stage}: held-out loss {result.heldout.loss:.4f}, {result.seconds:.0f} s")
+
+    def is_done(self, stage: str) -> bool:
+        newest, run = latest(self.folder / stage), self.asked.runs().get(stage)
+        return run is None or (newest is not None and step_of(newest) >= run.steps)
+
+    def objective(self, stage: str, run: RunConfig) -> Callable[[LanguageModel], Any]:
+        if stage != "align":
+            how = {"temperature": self.asked.temperature, "cross_entropy": self.asked.cross_entropy}
+            return partial(Distillation, teacher=self.teacher, **how)
+        slots = slots_of(self.teacher.design, self.plan.replace)
+        found = powers(self.teacher, slots, self.heldout(run.data.length, SCALE_TOKENS), run.precision)
+        return partial(Alignment, teacher=self.teacher, powers=found)
+
+    def heldout(self, length: int, tokens: int) -> Any:
+        """Batches of held-out text."""
+        parts = up_to(pieces(heldout_documents(self.shards), length), tokens)
+        return packed(parts, self.shards.token_bytes(), 8 * length)
+
+    # the model
+
+    def finish_model(self) -> None:
+        if (self.folder / ENDS).is_file():  # which is written last
+            return
+        model = load(self.last())
+        if self.asked.head == "retied" and self.teacher.design.tied:
+            model = retied(model)
+        save(model, self.folder, self.tokenizer)
+
+    def last(self) -> Path:
+        """What holds the newest weights."""
+        trained = [name for name in TRAINED if latest(self.folder / name) is not None]
+        return self.folder / (trained[-1] if trained else TRANSFER)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """A folder as `fill` leaves it, or none: under a name that begins with a dot until it is whole."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        fill(temporary)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
