@@ -12,6 +12,7 @@ from plait.convert.transfer import TRANSFER
 from plait.convert.transfer.calibrate import calibrate
 from plait.convert.transfer.latent import energy_rank
 from plait.convert.transfer.linear import TAP
+from plait.convert.transfer.parts import heads_of
 from plait.convert.transfer.starts import STARTS
 from plait.design.layers import KINDS
 from plait.layers import context_for
@@ -48,7 +49,14 @@ def differs(student, teacher):
 
 @pytest.mark.parametrize(
     "attention",
-    [{}, {"qk_norm": True, "output_gate": True}, {"bias": ("q", "k", "v")}, {"rope": None}, {"sinks": True}],
+    [
+        {},
+        {"qk_norm": True, "output_gate": True},
+        {"qk_norm": "wide"},
+        {"bias": ("q", "k", "v")},
+        {"rope": None},
+        {"sinks": True},
+    ],
     ids=lambda a: ",".join(a) or "plain",
 )
 def test_a_window_over_the_whole_text_is_the_teacher(attention):
@@ -240,6 +248,23 @@ def test_heads_forget_at_the_rate_that_they_are_given(kind):
     before, after = (y[:, -1] if kind in ("gru", "lstm") else y for y in (s, after))
     lost = -(after / before).log().view(HEADS, -1)
     assert (lost - RATES[:, None]).abs().max() <= 1e-6 * RATES.max() + 1e-7  # biases are float32
+
+
+@pytest.mark.parametrize("norm", [True, "wide"])
+def test_norms_of_queries_and_keys_are_in_the_rows(norm):
+    """Of inputs whose channels are alike, queries and keys are as long on average as the teacher's normed ones."""
+    teacher = teacher_of(pattern="A", qk_norm=norm)
+    old = teacher.place("A#0")
+    with torch.no_grad():
+        for weight in (old.q_norm.weight, old.k_norm.weight):
+            weight.uniform_(0.5, 2)
+        x = torch.randn(4000, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        q, k, _ = old.qkv_proj(x).split([HEADS * SIZE, GROUPS * SIZE, GROUPS * SIZE], -1)
+        for rows, y, norm_of in ((heads_of(old).q, q, old.q_norm), (heads_of(old).k, k, old.k_norm)):
+            y = norm_of(y if norm == "wide" else y.unflatten(-1, (-1, SIZE))).reshape(len(x), -1, SIZE)
+            ratio = projected(x, rows).square().mean(0) / y.square().mean(0)
+            # a norm divides by each token's own length, a matrix by the mean
+            assert ratio.min() > 0.8 and ratio.max() < 1.25
 
 
 def test_the_teacher_stays_as_it_is():

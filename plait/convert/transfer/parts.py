@@ -14,8 +14,8 @@ from plait.layers.norm import Norm
 
 
 class Heads(NamedTuple):
-    """float64, on the layer's device. What a norm of queries and keys is multiplied by is in q and k. Biases are left out: what
-    takes these weights has none."""
+    """float64, on the layer's device. What a norm does to queries and keys is in q and k, as far as a matrix can do it. Biases
+    are left out: what takes these weights has none."""
 
     q: Float[Tensor, "h k d"]
     k: Float[Tensor, "g k d"]
@@ -32,7 +32,7 @@ def heads_of(old: AttentionLayer) -> Heads:
     c, rows = old.config, old.config.rows()
     q, k, v, *_ = matrix(old.qkv_proj).split_with_sizes([*rows.values()])
     q, k, v = (x.unflatten(0, (-1, c.head_dim)) for x in (q, k, v))
-    q, k = q * _scale(old.q_norm, q), k * _scale(old.k_norm, k)
+    q, k = _normed(q, old.q_norm), _normed(k, old.k_norm)
     o = getattr(old, old.projection)
     return Heads(q, k, v, None if o is None else matrix(o))
 
@@ -45,11 +45,16 @@ def matrix(projection: nn.Linear) -> Float[Tensor, "o i"]:
     return weight
 
 
-def _scale(norm: Norm | None, like: Tensor) -> Tensor:
+def _normed(x: Float[Tensor, "h k d"], norm: Norm | None) -> Float[Tensor, "h k d"]:
+    """Rows as a norm after them leaves them on average, of inputs whose channels are alike and have 1 for mean square: each
+    head normed alone, or all as one where the norm is as wide as they are."""
     if norm is None:
-        return like.new_ones(())
+        return x
     centred = isinstance(norm.config, RMSNorm) and norm.config.zero_centered
-    return (norm.weight.detach().double() + (1 if centred else 0))[:, None]
+    weight = norm.weight.detach().double() + (1 if centred else 0)
+    alone = len(weight) == x.shape[1]
+    square = x.square().sum(-1).mean(-1) if alone else x.square().sum(-1).mean().expand(len(x))
+    return x * square.rsqrt()[:, None, None] * weight.view(-1, x.shape[1])[..., None]
 
 
 def fill(projection: nn.Linear, rows: Mapping[str, Float[Tensor, "o i"]]) -> None:
