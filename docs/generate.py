@@ -118,7 +118,14 @@ def main() -> None:
         lines += [f"## {title}", ""]
         for kind, cls in kinds.items():
             lines += describe(f"{cls.__name__}, kind: {kind}", cls)
-    lines += ["## Presets", "", "Published models too: [presets](presets.md).", "", "| name | parameters | design |", "|---|---|---|"]
+    lines += [
+        "## Presets",
+        "",
+        "Published models too: [presets](presets.md).",
+        "",
+        "| name | parameters | design |",
+        "|---|---|---|",
+    ]
     lines += [
         f"| `{name}` | {si(parameters(load_design(name)))} | `{json.dumps(data)}` |" for name, data in OWN.items()
     ]

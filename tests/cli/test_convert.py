@@ -84,7 +84,10 @@ def test_a_mixer_that_takes_no_such_heads_says_which_it_can(plait, words, tmp_pa
     assert plait("convert", "plan", *words, "--to", "DF AF").code == 0
     plan.write_text(plan.read_text().replace("heads: 1", "heads: 3", 1))
     ran = plait("convert", *words, "--to", "DF AF", "--json")
-    assert ran.code == 1 and "gated_deltanet with heads 3 cannot take these weights; what can has heads 1" in ran.json["error"]
+    assert (
+        ran.code == 1
+        and "gated_deltanet with heads 3 cannot take these weights; what can has heads 1" in ran.json["error"]
+    )
 
 
 def test_a_run_brings_its_own_text(plait, run_folder, tmp_path):

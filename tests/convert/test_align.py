@@ -37,7 +37,7 @@ def batch():
 
 @torch.no_grad()
 def errors(teacher, student, batch):
-    """By slot, the sum over positions of the mean square of the difference, and of what the teacher adds: document by document."""
+    """By slot, sums over positions of the mean square of the difference and of what the teacher adds, document by document."""
     found = {slot: torch.zeros(2, dtype=torch.float64) for slot in SLOTS}
     for ids in batch.inputs.split([20, 28], 1):
         x = teacher.embed(ids)

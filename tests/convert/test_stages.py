@@ -144,8 +144,8 @@ def test_a_recurrent_layer_is_not_replaced_again(make_asked, quiet, tmp_path):
         Stages(make_asked(**hybrid, to="MF AF"), quiet).upto("plan")
     Stages(make_asked(**hybrid, to="DF MF"), quiet).upto("model")
     assert plait.load(tmp_path / "again").design.pattern == "DFMF"
+    third = {"teacher": str(tmp_path / "again"), "out": str(tmp_path / "third")}
     with pytest.raises(ValueError, match="has no attention to replace"):
-        third = {"teacher": str(tmp_path / "again"), "out": str(tmp_path / "third")}
         Stages(make_asked(**third, to="MF MF"), quiet).upto("plan")
 
 
