@@ -75,6 +75,6 @@ def trained(stages: Stages, stage: str) -> dict[str, Any]:
         "tokens": steps[-1]["tokens"],
         "seconds": sum(record["step_s"] for record in steps),
         "losses": [(record["tokens"], record["loss"]) for record in steps],
-        "layers": {address: part * len(parts) for address, part in parts.items()},
+        "layers": {address: (part or 0.0) * len(parts) for address, part in parts.items()},
         "heldout": next(record["heldout_loss"] for record in reversed(history) if "heldout_loss" in record),
     }
