@@ -27,6 +27,7 @@ from plait.evaluate.clock import Marks, now
 from plait.evaluate.kernels import Kernel, kernels
 from plait.evaluate.limits import Limits, limits
 from plait.evaluate.room import largest, no_memory, release
+from plait.layers import Channels
 from plait.model import NextToken, build
 from plait.model.device import find_device, memory
 from plait.ops.numbers import whole_number
@@ -192,7 +193,7 @@ class Stepping:
 
     def __call__(self) -> None:
         ready = next(self.batches)
-        loss, _ = backward(self.objective, ready.batch, ready.parts, self.run.precision)
+        loss, _ = backward(self.objective, ready.batch, ready.parts, self.run.precision, channels=Channels())
         norm = nn.utils.clip_grad_norm_(self.objective.model.parameters(), self.run.clip or math.inf)
         self.broken = torch.logical_not(loss.isfinite() & norm.isfinite()).float().maximum(self.broken)
         self.done += 1
