@@ -1,5 +1,6 @@
 """`plait bench`: how fast a design trains and decodes here, beside what the device can do at most."""
 
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +59,7 @@ def train(
 ) -> Outcome:
     """Tokens a second in training, model FLOPs used, peak memory, the least that a step could take, and the top kernels."""
     chosen = changed_design(design, changes or [])
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler says on stderr that it starts and stops
     from plait.evaluate.training import train_speed
     from plait.model.device import find_device
 
