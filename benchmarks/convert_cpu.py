@@ -65,7 +65,7 @@ def convert(teacher: Path, budget: str | None, changes: list[str], out: Path) ->
     words += [] if budget is None else ["--budget", budget]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     ran = subprocess.run(
-        [sys.executable, "-m", "plait", "convert", *words], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "plait", "convert", *words], stdout=subprocess.PIPE, encoding="utf-8", check=True
     )
     after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
     data = json.loads(ran.stdout.splitlines()[-1])

@@ -177,7 +177,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     data = {"machine": machine(), **versions, **shape, "milliseconds and ratios": results}
-    arguments.out.write_text(json.dumps(data, indent=2) + "\n")
+    arguments.out.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

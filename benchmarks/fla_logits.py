@@ -56,7 +56,7 @@ def main() -> None:
         for seed in SEEDS:
             found.append(logits(name, seed, LENGTHS[seed % len(LENGTHS)]))
             print(name, seed, flush=True)
-    PAGE.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in found) + "\n]\n")
+    PAGE.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in found) + "\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

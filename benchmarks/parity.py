@@ -30,10 +30,10 @@ def main() -> None:
     found = by_family(results)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     data = {**versions, "seeds": len(seeds), "tolerance": TOLERANCE, "largest_error": found}
-    (HERE / "results" / "parity.json").write_text(json.dumps(data, indent=2) + "\n")
-    before, _, rest = PAGE.read_text().partition(MARK)
+    (HERE / "results" / "parity.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
     after = rest[rest.index("## ") :]
-    PAGE.write_text(f"{before}{MARK}\n{table(found)}\n\n{after}")
+    PAGE.write_text(f"{before}{MARK}\n{table(found)}\n\n{after}", encoding="utf-8")
 
 
 def table(found: dict[str, dict[str, float | None]]) -> str:

@@ -288,9 +288,9 @@ def main() -> None:
     rows = ["| preset | family | pattern | parameters (active) | published | apart |", "|---|---|---|---|---|---|"]
     for name, (data, source, total, active) in models.items():
         rows.append(row(name, source, ModelConfig.from_dict(data), total, active))
-    DATA.write_text(json.dumps({name: data for name, (data, *_) in models.items()}, indent=1) + "\n")
-    before, _, rest = PAGE.read_text().partition(MARK)
-    PAGE.write_text(f"{before}{MARK}\n" + "\n".join(rows) + f"\n\n{rest[rest.index('## ') :]}")
+    DATA.write_text(json.dumps({name: data for name, (data, *_) in models.items()}, indent=1) + "\n", encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
+    PAGE.write_text(f"{before}{MARK}\n" + "\n".join(rows) + f"\n\n{rest[rest.index('## ') :]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def main() -> None:
     file = gguf_path(NAME)
     assert file is not None
     command = [sys.executable, "-c", "import json, smollm2; print(json.dumps(smollm2.opening()))"]
-    fresh = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    fresh = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=True)
     result: dict[str, Any] = {"machine": machine(), "opening": json.loads(fresh.stdout.splitlines()[-1])}
     print("opening", result["opening"], flush=True)
     peer = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
@@ -136,7 +136,7 @@ def main() -> None:
     result["decoding"] = {"prompt": len(prompt), "tokens": COUNT, "rounds": given.rounds}
     result["decoding"] |= decoding(file, given.rounds, prompt)
     if given.out:
-        given.out.write_text(json.dumps(result, indent=2) + "\n")
+        given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ class Sizes(NamedTuple):
     values: int
 
 
+def sizes_of(k: Tensor, v: Tensor) -> Sizes | None:
+    """What the kernels ask about heads; elsewhere nobody asks."""
+    return Sizes(k.shape[3], v.shape[3]) if k.is_cuda else None
+
+
 def fits(call: Call) -> str | None:
     """None, or why the kernels do not fit."""
     if call.device != "cuda":

@@ -237,7 +237,7 @@ def test_heads_forget_at_the_rate_that_they_are_given(kind):
         return
     model = converted(teacher_of(pattern="A"), kind)
     new = model.slots[0].mixer
-    STARTS[type(new.config)].open(new, torch.ones(DIM, dtype=torch.float64))
+    STARTS[type(new.config)].gates(new, torch.ones(DIM, dtype=torch.float64))
     STARTS[type(new.config)].forget(new, RATES)
     state = model.init_state(1).slots[0]
     s = torch.rand(state.s.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5

@@ -30,7 +30,7 @@ def calibrate(old: AttentionLayer, new: MixerModule, x: Tokens) -> None:
     if start is None:
         return
     theirs, heads = _inner(old, x), new.config.heads
-    start.open(new, constant(x.flatten(0, 1)))
+    start.gates(new, constant(x.flatten(0, 1)))
     if start.forget is not None:
         misses = []
         for decay in DECAYS:

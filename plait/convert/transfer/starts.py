@@ -30,9 +30,9 @@ Rates = Float[Tensor, " h"]  # -log of what a state is multiplied by, a token
 
 
 class Start(NamedTuple):
-    """open: gates along u, what depends on the token at nothing. forget: at a rate a head; None where the kind has its own."""
+    """gates: opened along u, nothing of what depends on the token. forget: at a rate a head; None: the kind has its own."""
 
-    open: Callable[[Any, Direction], None]
+    gates: Callable[[Any, Direction], None]
     forget: Callable[[Any, Rates], None] | None = None
 
 

@@ -89,7 +89,7 @@ def causal_conv(
     the outputs. With `rows`, `state` is a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these
     come third.
     """
-    sizes = pooled.sizes_of(state, weight) if rows is not None else weight.shape[1]
+    sizes = pooled.sizes_of(state, weight) if rows is not None else weight.shape[1] if x.is_cuda else None
     around = SILU if silu else None
     return recur(KERNELS, x, (x, weight, bias), state, rows, packing, at=at, sizes=sizes, around=around)
 

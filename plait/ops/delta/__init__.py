@@ -80,7 +80,7 @@ def gated_delta(
             inputs = _removal(*((q, k, v, g, beta) if gates is None else gates.before(q, k, v, g, beta)))
         o, state, *states = dplr(*inputs, scale=scale, state=state, rows=rows, packing=packing, at=at)
         return cast(o, v.dtype), state, *states
-    sizes, inputs = held(state) if rows is not None else chunks_gpu.Sizes(k.shape[3], v.shape[3]), (q, k, v, g, beta)
+    sizes, inputs = held(state) if rows is not None else chunks_gpu.sizes_of(k, v), (q, k, v, g, beta)
     return recur(KERNELS, v, inputs, state, rows, packing, scale=scale, at=at, sizes=sizes, around=gates)
 
 

@@ -68,7 +68,7 @@ def ssd(
     packed. scale: on q, 1 if left out. With `gates`, v is x and g the projection that dt is made of. With `rows`, `state` is
     a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.
     """
-    sizes = held(state) if rows is not None else chunks_gpu.Sizes(k.shape[3], v.shape[3])
+    sizes = held(state) if rows is not None else chunks_gpu.sizes_of(k, v)
     return recur(KERNELS, v, (q, k, v, g), state, rows, packing, scale=scale, at=at, sizes=sizes, around=gates)
 
 
