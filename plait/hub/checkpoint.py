@@ -20,6 +20,7 @@ from plait.files import user_path, write_atomic, write_text
 from plait.hub.compare import first_difference
 from plait.hub.families import NAMES, OUTER, Family, family
 from plait.hub.families.fields import Fields
+from plait.hub.families.left_over import left_over
 from plait.hub.weight_table import NOTHING, Piece, by_theirs, fill, made, table, torn
 from plait.model.build import empty_model, to_dtype
 from plait.model.files import CONFIG, ENDS, bare, carried_files
@@ -82,7 +83,11 @@ def text_config(raw: dict[str, Any], where: Path) -> dict[str, Any]:
 
 def design_of(found: Family, raw: dict[str, Any], where: str) -> ModelConfig:
     """The design that a config describes. Every field of it has been read, or is an error."""
-    fields = Fields(normalised(found, raw, where).to_dict(), where)
+    values = normalised(found, raw, where).to_dict()
+    turned = values.get("rope_parameters") or {}
+    if "partial_rotary_factor" in turned and turned["partial_rotary_factor"] == values.get("partial_rotary_factor"):
+        del values["partial_rotary_factor"]  # transformers before 5.20 has it in both places
+    fields = Fields(values, where)
     try:
         design = found.design(fields)
     except ValueError as error:
@@ -92,8 +97,9 @@ def design_of(found: Family, raw: dict[str, Any], where: str) -> ModelConfig:
 
 
 def normalised(found: Family, raw: dict[str, Any], where: str) -> PreTrainedConfig:
-    """The config with transformers' defaults where it says nothing, and older spellings in the newest one."""
-    numbers = json.loads(json.dumps(raw), object_hook=_number)
+    """The config with transformers' defaults where it says nothing, older spellings in the newest one, and nothing left over."""
+    known = {name: value for name, value in raw.items() if name not in left_over(found.model_type, raw)}
+    numbers = json.loads(json.dumps(known), object_hook=_number)
     try:
         if found.defaults is not None:
             return PreTrainedConfig.from_dict({**found.defaults, **numbers})
@@ -248,7 +254,7 @@ def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, s
     for name, content in model.tokenizer_files.items():
         write_atomic(folder / name, partial(_write_bytes, content))
     own = {"architectures": [found.architecture], "dtype": dtype, "model_type": found.model_type}
-    text = json.loads(config.to_json_string(use_diff=False)) | own
+    text = json.loads(config.to_json_string(use_diff=False)) | left_over(to, same["config"]) | own
     write_text(folder / CONFIG, json.dumps(text, indent=2) + "\n")
     return found.model_type
 
