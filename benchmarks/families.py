@@ -4,7 +4,8 @@
 
 Random weights, about 4 to 12 million parameters, float32, on the CPU. Training: forward and backward of batch x length tokens.
 Decoding: one row, a token at a time after 64 others, greedy, under torch.no_grad. Ratios are transformers' time over ours,
-medians of turns.
+medians of turns. `bound` is the ratio that a training step would have which did nothing but our matrix products of weights, which
+both must do.
 """
 
 import argparse
@@ -134,6 +135,13 @@ def timed(run: Callable[..., Any], *args: Any) -> float:
     return perf_counter() - start
 
 
+def products_ms(model: Any, tokens: torch.Tensor) -> float:
+    """Milliseconds that a training step spends in products of matrices of weights."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train_ours(model, tokens)
+    return sum(e.self_cpu_time_total for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm")) / 1e3
+
+
 def measured(name: str, batch: int, length: int) -> dict[str, Any]:
     """Medians of turns, in milliseconds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +160,9 @@ def measured(name: str, batch: int, length: int) -> dict[str, Any]:
     found: dict[str, Any] = {key: round(statistics.median(values), 3) for key, values in times.items()}
     parameters = sum(p.numel() for p in ours.parameters())
     ratios = {kind: round(found[f"{kind}_theirs"] / found[f"{kind}_ours"], 2) for kind in ("train", "decode")}
-    return {"pattern": ours.design.pattern, "parameters": parameters, **found, **ratios}
+    products = statistics.median(products_ms(ours.train(), tokens) for _ in range(TURNS))
+    bound = {"products": round(products, 3), "bound": round(found["train_theirs"] / products, 2)}
+    return {"pattern": ours.design.pattern, "parameters": parameters, **found, **ratios, **bound}
 
 
 def main() -> None:
@@ -167,7 +177,9 @@ def main() -> None:
         results[name] = measured(name, arguments.batch, arguments.length)
         row = results[name]
         print(
-            f"{name:<18} {row['pattern']:<24} training {row['train']:5.2f}x  decoding {row['decode']:5.2f}x", flush=True
+            f"{name:<18} {row['pattern']:<24} training {row['train']:5.2f}x of {row['bound']:5.2f}x  "
+            f"decoding {row['decode']:5.2f}x",
+            flush=True,
         )
         gc.collect()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
