@@ -48,7 +48,7 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
     keep: how much attention stays: a share "25%", a number of layers, or their addresses [A#3, A#7].
     select: the rule that chooses which; see `plait.convert.RULES`.
 
-    select_tokens: of text that the rule measures on; null: a twentieth of the budget.
+    select_tokens: of text that the rule measures on; null: a twentieth of the budget, 524,288 at most.
     data: as in a run; its tokenizer is the teacher's.
     calibrate: tokens of text that new layers' gates, decays and outputs are set by before training; 0: none.
     budget: tokens of text that the training stages read in all.

@@ -50,6 +50,7 @@ from plait.train.lock import alone_in
 ASKED, PLAN, TRANSFER, UNTIED = "convert.yaml", "plan.yaml", "transfer", "untied"
 FREE = ("device", "out", "teacher")  # where it is computed, and where things lie: the plan knows the teacher's weights
 CALIBRATION_LENGTH = 512  # tokens of a row
+SELECT_TOKENS = 2**19  # at most, where nothing is said: a rule reads them once for each layer
 SCALE_TOKENS = 16_384  # held-out tokens that a layer's output is measured on
 TRAINED = ("align", "distil", "finish")
 ORDER = ("plan", "transfer", *TRAINED, "model")
@@ -148,7 +149,8 @@ class Stages:
         """What a rule measures on: the first batches of the text."""
         run = list(self.asked.runs().values())[-1]
         size = run.batch * run.data.length
-        count = max(1, (self.asked.select_tokens or self.asked.budget // 20) // size)
+        tokens = self.asked.select_tokens or min(self.asked.budget // 20, SELECT_TOKENS)
+        count = max(1, tokens // size)
         loader = Loader(self.shards, batch=run.batch, length=run.data.length, seed=self.asked.seed)
         return [batch.to(self.device) for batch in islice(loader, count)]
 
