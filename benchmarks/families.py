@@ -4,8 +4,8 @@
 
 Random weights, about 4 to 12 million parameters, float32, on the CPU. Training: forward and backward of batch x length tokens.
 Decoding: one row, a token at a time after 64 others, greedy, under torch.no_grad. Ratios are transformers' time over ours,
-medians of turns. `bound` is the ratio that a training step would have which did nothing but our matrix products of weights, which
-both must do.
+medians of turns. `bound` is the ratio that a training step would have which did nothing but our matrix products of weights,
+which both must do.
 """
 
 import argparse

@@ -27,6 +27,7 @@ from plait.convert.conversion import Conversion
 from plait.convert.distil import retied, untied
 from plait.convert.plan import Plan
 from plait.convert.planning import make_plan
+from plait.convert.room import in_parts
 from plait.convert.scores import Score
 from plait.convert.transfer import student_of
 from plait.data import Loader, Shards, Tokenizer, load_tokenizer
@@ -40,9 +41,9 @@ from plait.model import Distillation, LanguageModel, model_folder, save
 from plait.model.device import find_device
 from plait.model.files import ENDS
 from plait.model.objective import Batch
-from plait.opening import load
-from plait.run_folder import latest, step_of
-from plait.train import Interrupted, RunConfig, train
+from plait.opening import folder_design, load
+from plait.run_folder import RUN, latest, step_of
+from plait.train import Interrupted, RunConfig, load_run, train
 from plait.train.heldout import heldout_documents, packed, pieces, up_to
 from plait.train.inputs import open_shards
 from plait.train.lock import alone_in
@@ -187,7 +188,7 @@ class Stages:
 
     def new_layers(self) -> tuple[str, ...]:
         """Addresses of the replaced layers in the student."""
-        student = load(self.folder / TRANSFER).design
+        student = folder_design(self.folder / TRANSFER)
         pairs = zip(nodes(self.teacher.design.slots), nodes(student.slots), strict=True)
         return tuple(new.address for old, new in pairs if old.address in self.plan.replace)
 
@@ -196,7 +197,19 @@ class Stages:
     def run(self, stage: str) -> RunConfig | None:
         """The run of a stage that has a share of the budget, from what the stages before it have left."""
         run = self.asked.runs(self.new_layers(), self.teacher.design.dim).get(stage)
-        return None if run is None else run.replace(design=None, start=str(self.begins(stage)))
+        return None if run is None else self.suited(run, stage).replace(design=None, start=str(self.begins(stage)))
+
+    def suited(self, run: RunConfig, stage: str) -> RunConfig:
+        """On a GPU: in bfloat16 where nothing else is said, and in parts that fit; as before where it goes on."""
+        if self.device.type != "cuda":
+            return run
+        if (self.folder / stage / RUN).is_file():
+            before = load_run(self.folder / stage)
+            return run.replace(precision=before.precision, accumulate=before.accumulate)
+        if "precision" not in self.asked.training | getattr(self.asked, stage):
+            run = run.replace(precision="bfloat16")
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return in_parts(run, folder_design(self.folder / TRANSFER), self.teacher.design, memory)
 
     def begins(self, stage: str) -> Path:
         """What holds the weights that a stage begins with: those of the stage before it that there was."""

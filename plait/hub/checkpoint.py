@@ -97,7 +97,7 @@ def design_of(found: Family, raw: dict[str, Any], where: str) -> ModelConfig:
 
 
 def normalised(found: Family, raw: dict[str, Any], where: str) -> PreTrainedConfig:
-    """The config with transformers' defaults where it says nothing, older spellings in the newest one, and nothing left over."""
+    """The config with transformers' defaults where it says nothing, older spellings in the newest, and nothing left over."""
     known = {name: value for name, value in raw.items() if name not in left_over(found.model_type, raw)}
     numbers = json.loads(json.dumps(known), object_hook=_number)
     try:

@@ -22,7 +22,13 @@ VISION = {
     "out_hidden_size": 16,
     "num_position_embeddings": 16,
 }
-SIGLIP = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+SIGLIP = {
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+}
 CLASSES = {
     "gemma3": transformers.Gemma3ForConditionalGeneration,
     "qwen3_5": transformers.Qwen3_5ForConditionalGeneration,
@@ -37,7 +43,9 @@ def test_the_text_model_of_several_parts(name: str, tied: bool, tmp_path: Path) 
     """Read out of a folder with image weights and layers that guess ahead, and written as a text model of its own."""
     text = family(OUTER[name]).tiny(Random(5)) | {"tie_word_embeddings": tied}
     if name == "gemma3":
-        text["final_logit_softcapping"] = None  # transformers' class of several parts leaves it out; no published config has it
+        text["final_logit_softcapping"] = (
+            None  # transformers' class of several parts leaves it out; no published config has it
+        )
     vision = SIGLIP | {"patch_size": 14} if name == "gemma3" else VISION | {"out_hidden_size": text["hidden_size"]}
     parts: dict[str, Any] = {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
     config = CONFIG_MAPPING[name](**parts)

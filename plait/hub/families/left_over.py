@@ -1,13 +1,19 @@
 """Fields that published configs hold and no class of transformers reads.
 
-They stem from a model's first code, its trainer or other libraries. What transformers computes does not depend on them, whatever
-they say; a field that is neither here nor read is an error, as it may come from a newer version.
+They stem from a model's first code, its trainer or other libraries. What transformers computes does not depend on them,
+whatever they say; a field that is neither here nor read is an error, as it may come from a newer version.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-ANY = ("transformers.js_config", "unsloth_fixed", "unsloth_version", "_attn_implementation_autoset", "attn_implementation")
+ANY = (
+    "transformers.js_config",
+    "unsloth_fixed",
+    "unsloth_version",
+    "_attn_implementation_autoset",
+    "attn_implementation",
+)
 OF = {
     "llama": ("is_llama_config", "rope_interleaved", "use_sliding_window", "max_window_layers"),
     "mistral": ("use_sliding_window", "max_window_layers"),
@@ -23,7 +29,12 @@ OF = {
     "zamba2": ("ffn_hidden_size", "use_shared_mlp_adapter"),
     "bamba": ("attn_rotary_emb",),
     "nemotron_h": (
-        *("attention_head_dim", "norm_eps", "rms_norm_eps", "time_step_rank"),  # it reads `head_dim`, `layer_norm_epsilon`
+        *(
+            "attention_head_dim",
+            "norm_eps",
+            "rms_norm_eps",
+            "time_step_rank",
+        ),  # it reads `head_dim`, `layer_norm_epsilon`
         *("partial_rotary_factor", "rope_theta"),  # its attention knows no positions
     ),
     "granitemoehybrid": ("init_method", "normalization_function"),
