@@ -32,7 +32,7 @@ TRAINING: dict[str, Any] = {
     "weight_decay": 0.0,
     "eval_every": 0,
     "sample_every": 0,
-    "save_every": 500,
+    "save_every": 250,
 }
 
 

@@ -221,6 +221,8 @@ class Stages:
             result = train(run, objective=self.objective(stage, run), console=self.console)
         except Interrupted as stop:
             raise Interrupted(f"{stage} stopped and saved", stop.folder, stop.checkpoint) from None
+        finally:
+            self.__dict__.pop("teacher", None)  # the run may have compiled its slots, for the shapes of training alone
         self.say(f"{stage}: held-out loss {result.heldout.loss:.4f}, {result.seconds:.0f} s")
 
     def is_done(self, stage: str) -> bool:
