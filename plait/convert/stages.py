@@ -27,6 +27,7 @@ from plait.convert.conversion import Conversion
 from plait.convert.distil import retied, untied
 from plait.convert.plan import Plan
 from plait.convert.planning import make_plan
+from plait.convert.room import check_room
 from plait.convert.scores import Score
 from plait.convert.transfer import student_of
 from plait.data import Loader, Shards, Tokenizer, load_tokenizer
@@ -40,7 +41,7 @@ from plait.model import Distillation, LanguageModel, model_folder, save
 from plait.model.device import find_device
 from plait.model.files import ENDS
 from plait.model.objective import Batch
-from plait.opening import load
+from plait.opening import folder_design, load
 from plait.run_folder import latest, step_of
 from plait.train import Interrupted, RunConfig, train
 from plait.train.heldout import heldout_documents, packed, pieces, up_to
@@ -69,6 +70,7 @@ class Stages:
         does."""
         with alone_in(self.folder, "another conversion"):
             self.claim()
+            self.check_room()
             for stage in ORDER[: ORDER.index(last) + 1]:
                 own = {"plan": self.make_plan, "transfer": self.transfer, "model": self.finish_model}
                 own[stage]() if stage in own else self.train(stage)
@@ -94,6 +96,13 @@ class Stages:
             return
         if any(self.folder.glob("*.safetensors")) or latest(self.folder) is not None:
             raise ValueError(f"{self.folder} holds a model or a run: give another --out")
+
+    def check_room(self) -> None:
+        """Raise ValueError where a stage that is to be done does not fit on the GPU."""
+        if self.device.type == "cuda":
+            left = {stage: run for stage, run in self.asked.runs().items() if not self.is_done(stage)}
+            free, _ = torch.cuda.mem_get_info(self.device)
+            check_room(folder_design(self.asked.teacher), left, free, str(self.device))
 
     @cached_property
     def device(self) -> torch.device:
