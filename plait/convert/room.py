@@ -1,4 +1,4 @@
-"""Whether a GPU has room for a stage, counted before any work is done: what is kept from step to step, and what a step holds."""
+"""Whether a GPU has room for a stage, counted before any work is done: what is kept between steps, and what a step holds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ HEAD = 6  # copies of a slice's logits, float32: both models', their distributio
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes. kept: weights, gradients and moments of the student, and the teacher's weights; step: activations that the backward
-    pass reads, and what the head makes of a slice."""
+    """Bytes. kept: weights, gradients and moments of the student, and the teacher's weights; step: activations that the
+    backward pass reads, and what the head makes of a slice."""
 
     kept: int
     step: int
@@ -34,9 +34,9 @@ class Need:
 
 
 def need(teacher: ModelConfig, stage: str, run: RunConfig) -> Need:
-    """What a stage needs, its student taken to be as large as its teacher: of every matrix in a slot, what it reads and gives is
-    kept for the backward pass, and the stream around every slot. Of a run in parts, or one that computes activations again,
-    it is what that leaves. Beside training steps measured on a GPU (docs/performance.md) it is right to a third."""
+    """What a stage needs, its student taken to be as large as its teacher: of every matrix in a slot, what it reads and gives
+    is kept for the backward pass, and the stream around every slot. Of a run in parts, or one that computes activations
+    again, it is what that leaves. Beside training steps measured on a GPU (docs/performance.md) it is right to a third."""
     count, slots = parameters(teacher), _slots(teacher)
     trained, head = count, SLICE * WEIGHT * HEAD + teacher.vocab * teacher.dim * WEIGHT
     if stage == "align":

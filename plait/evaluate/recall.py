@@ -93,8 +93,8 @@ def measure(
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Found]:
     """`questions` of each kind, with filler from `text`, a source as `data.source` names it. `progress` is told how many of all
-    questions are answered. Without `write` the model chooses only, which is sooner done, and `written` is 0. Raises ValueError where a kind's facts do not fit, the text is too short, or the model's positions
-    are."""
+    questions are answered. Without `write` the model chooses only, which is sooner done, and `written` is 0. Raises ValueError
+    where a kind's facts do not fit, the text is too short, or the model's positions are."""
     check_vocab(model, tokenizer)
     if questions < 1:
         raise ValueError(f"questions must be at least 1, got {questions}")
