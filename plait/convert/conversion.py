@@ -32,7 +32,7 @@ TRAINING: dict[str, Any] = {
     "weight_decay": 0.0,
     "eval_every": 0,
     "sample_every": 0,
-    "save_every": 500,
+    "save_every": 250,
 }
 
 
@@ -56,6 +56,8 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
     body: the learning rate of what was the teacher's, as a share of the new layers'. In alignment it is 0.
     cross_entropy: weight of the text's own loss beside the teacher's.
     temperature: of both distributions while distilling.
+    top: likeliest next ids of the teacher that are written down once at every token of the text, before distilling, and learned
+        from instead of running it at every step; all others count as one. 0: it runs at every step.
     head: "tied": as the teacher's; "own": an untied one, which begins as the embeddings; "retied": an untied one while
         distilling, which is dropped at the end. Of a teacher whose head is not tied, all are the same.
     training: keys of a run for all stages; align, distil, finish: and for one of them; `length` there is its data.length.
@@ -78,6 +80,7 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
     body: float = 0.3
     cross_entropy: float = 0.0
     temperature: float = 1.0
+    top: int = 0
     head: Literal["tied", "own", "retied"] = "tied"
     training: dict[str, Any] = {}
     align: dict[str, Any] = {}
@@ -96,6 +99,9 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
         between(self, 0, 1, "align_share", "finish_share", "body")
         between(self, 0, 1_000, "cross_entropy")
         between(self, 0, 2**24, "calibrate")
+        between(self, 0, 2**12, "top")
+        if self.top and self.temperature != 1:
+            raise ValueError(f"Conversion.top: what is written down has the temperature 1, not {self.temperature}")
         if self.align_share + self.finish_share > 1:
             raise ValueError(
                 f"Conversion: align_share {self.align_share} and finish_share {self.finish_share} are more than the budget"

@@ -3,6 +3,7 @@
     convert.yaml    what was asked for
     plan.yaml       which layers stay, and what the others become; a person may edit it before the stages after it begin
     transfer/       the student before any training, and the plan that it was made by
+    said/           where the teacher's distributions are kept (`Conversion.top`)
     align/, distil/, finish/    runs, as `plait train` leaves them
     config.json, model.safetensors, ...    the converted model, with the teacher's tokenizer
     report.json, report.html
@@ -24,10 +25,11 @@ from rich.console import Console
 
 from plait.convert.align import Alignment, powers, slots_of
 from plait.convert.conversion import Conversion
-from plait.convert.distil import retied, untied
-from plait.convert.plan import Plan
+from plait.convert.distil import FromDisk, retied, untied
+from plait.convert.plan import Plan, teacher_hash
 from plait.convert.planning import make_plan
-from plait.convert.room import in_parts
+from plait.convert.remembered import Remembered
+from plait.convert.room import check_room
 from plait.convert.scores import Score
 from plait.convert.transfer import student_of
 from plait.data import Loader, Shards, Tokenizer, load_tokenizer
@@ -42,13 +44,13 @@ from plait.model.device import find_device
 from plait.model.files import ENDS
 from plait.model.objective import Batch
 from plait.opening import folder_design, load
-from plait.run_folder import RUN, latest, step_of
-from plait.train import Interrupted, RunConfig, load_run, train
+from plait.run_folder import latest, step_of
+from plait.train import Interrupted, RunConfig, train
 from plait.train.heldout import heldout_documents, packed, pieces, up_to
 from plait.train.inputs import open_shards
 from plait.train.lock import alone_in
 
-ASKED, PLAN, TRANSFER, UNTIED = "convert.yaml", "plan.yaml", "transfer", "untied"
+ASKED, PLAN, TRANSFER, UNTIED, SAID = "convert.yaml", "plan.yaml", "transfer", "untied", "said"
 FREE = ("device", "out", "teacher")  # where it is computed, and where things lie: the plan knows the teacher's weights
 CALIBRATION_LENGTH = 512  # tokens of a row
 SELECT_TOKENS = 2**19  # at most, where nothing is said: a rule reads them once for each layer
@@ -70,6 +72,7 @@ class Stages:
         does."""
         with alone_in(self.folder, "another conversion"):
             self.claim()
+            self.check_room()
             for stage in ORDER[: ORDER.index(last) + 1]:
                 own = {"plan": self.make_plan, "transfer": self.transfer, "model": self.finish_model}
                 own[stage]() if stage in own else self.train(stage)
@@ -95,6 +98,17 @@ class Stages:
             return
         if any(self.folder.glob("*.safetensors")) or latest(self.folder) is not None:
             raise ValueError(f"{self.folder} holds a model or a run: give another --out")
+
+    def check_room(self) -> None:
+        """Raise ValueError where a stage that is to be done does not fit on the GPU, or its files on the disk."""
+        if self.device.type == "cuda":
+            runs = self.asked.runs().items()
+            left = {stage: self.suited(run, stage) for stage, run in runs if not self.is_done(stage)}
+            free, _ = torch.cuda.mem_get_info(self.device)
+            check_room(folder_design(self.asked.teacher), left, free, str(self.device))
+        for stage, run in self.asked.runs().items():
+            if self.asked.top and stage != "align" and not self.is_done(stage):
+                self.said(run.data.length).check()
 
     @cached_property
     def device(self) -> torch.device:
@@ -200,16 +214,9 @@ class Stages:
         return None if run is None else self.suited(run, stage).replace(design=None, start=str(self.begins(stage)))
 
     def suited(self, run: RunConfig, stage: str) -> RunConfig:
-        """On a GPU: in bfloat16 where nothing else is said, and in parts that fit; as before where it goes on."""
-        if self.device.type != "cuda":
-            return run
-        if (self.folder / stage / RUN).is_file():
-            before = load_run(self.folder / stage)
-            return run.replace(precision=before.precision, accumulate=before.accumulate)
-        if "precision" not in self.asked.training | getattr(self.asked, stage):
-            run = run.replace(precision="bfloat16")
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        return in_parts(run, folder_design(self.folder / TRANSFER), self.teacher.design, memory)
+        """In bfloat16 on a GPU where nothing else is said."""
+        said = "precision" in self.asked.training | getattr(self.asked, stage)
+        return run if said or self.device.type != "cuda" else run.replace(precision="bfloat16")
 
     def begins(self, stage: str) -> Path:
         """What holds the weights that a stage begins with: those of the stage before it that there was."""
@@ -234,6 +241,8 @@ class Stages:
             result = train(run, objective=self.objective(stage, run), console=self.console)
         except Interrupted as stop:
             raise Interrupted(f"{stage} stopped and saved", stop.folder, stop.checkpoint) from None
+        finally:
+            self.__dict__.pop("teacher", None)  # the run may have compiled its slots, for the shapes of training alone
         self.say(f"{stage}: held-out loss {result.heldout.loss:.4f}, {result.seconds:.0f} s")
 
     def is_done(self, stage: str) -> bool:
@@ -242,11 +251,26 @@ class Stages:
 
     def objective(self, stage: str, run: RunConfig) -> Callable[[LanguageModel], Any]:
         if stage != "align":
-            how = {"temperature": self.asked.temperature, "cross_entropy": self.asked.cross_entropy}
-            return partial(Distillation, teacher=self.teacher, **how)
+            how = {"teacher": self.teacher, "cross_entropy": self.asked.cross_entropy}
+            if self.asked.top:
+                return partial(FromDisk, said=self.written(run), **how)
+            return partial(Distillation, temperature=self.asked.temperature, **how)
         slots = slots_of(self.teacher.design, self.plan.replace)
         found = powers(self.teacher, slots, self.heldout(run.data.length, SCALE_TOKENS), run.precision)
         return partial(Alignment, teacher=self.teacher, powers=found)
+
+    def said(self, length: int) -> Remembered:
+        """What the teacher says of the training text, as far as it has been written down."""
+        top = min(self.asked.top, self.teacher.design.vocab)
+        return Remembered(self.folder / SAID / str(length), self.shards, length, top, teacher_hash(self.teacher))
+
+    def written(self, run: RunConfig) -> Remembered:
+        """All of it, file by file."""
+        said = self.said(run.data.length)
+        for done, number in enumerate(missing := said.missing()):
+            with self.console.status(f"writing down what the teacher says: {done} of {len(missing)}"):
+                said.write(number, self.teacher, run.precision)
+        return said
 
     def heldout(self, length: int, tokens: int) -> Any:
         """Batches of held-out text."""

@@ -177,6 +177,20 @@ class LanguageModel(nn.Module):
             return hidden, state.then(slots, stretch.x.shape[1], after)
         return hidden, state.then(slots, stretch.packing.counts, after)
 
+    def stream(
+        self, tokens: Shaped[Tensor, "b t ..."], *, cu_seqlens: Int[Tensor, " n+1"] | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Context]:
+        """What the first slot reads of sequences from their beginning, and the context of that call: `run` goes on from both,
+        slot by slot where that is asked. Arguments as in `forward`."""
+        tokens, packing = self._checked_inputs(tokens), None
+        if cu_seqlens is None:
+            check_longest(tokens.shape[1], self.max_positions)
+        else:
+            packing = packed(tokens, cu_seqlens, self.max_positions)
+        stretch = with_meta(self._embed(tokens), self.meta, None, packing)
+        context = context_for(stretch.x, packing=stretch.packing)
+        return self._placed(stretch.x, context), context
+
     @torch.no_grad()
     def _on_pool(
         self,

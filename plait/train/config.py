@@ -85,7 +85,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
 
     precision: "float32", or "bfloat16": autocast, weights stay float32.
     activation_checkpointing: recompute activations in the backward pass, to save memory.
-    compile: torch.compile, each kind of slot once.     device: "auto" is CUDA where there is one, else "cpu".
+    compile: torch.compile, each kind of slot once (a teacher's too).  device: "auto" is CUDA where there is one, else "cpu".
 
     eval_every, sample_every, save_every: steps between; 0: only at the end (a sample: never).
     eval_tokens: held-out tokens an evaluation reads at most.
