@@ -38,7 +38,7 @@ LEAST = tl.constexpr(-40.0)  # the log of a decay that is 0 beside a term withou
 LEVELS = tl.constexpr(C.bit_length() - 1)
 CHANNELS = 64  # of keys, in a program or at a time where a kernel does not need all at once
 OPTIONS = {
-    "prepare": {"num_warps": 4, "num_stages": 1},
+    "prepare": {"num_warps": 8, "num_stages": 1},
     "forward": {"num_warps": 4, "num_stages": 2},
     "backward": {"num_warps": 4, "num_stages": 2},
     "gradients": {"num_warps": 8, "num_stages": 1},
@@ -63,12 +63,22 @@ def decay(among, high, low):
 
 @triton.jit
 def halves(level, C: tl.constexpr):
-    """Where blocks of 2^level tokens meet two and two: whether a token is in the later one, the tokens between it and the
-    middle, and the pairs of a later and an earlier token."""
+    """Where blocks of 2^level tokens meet two and two: whether a token is in the later one, and the pairs of a later and an
+    earlier one."""
+    i, j = tl.arange(0, C)[:, None] >> level, tl.arange(0, C)[None, :] >> level
+    late = i % 2 == 1
+    return late, late & (j + 1 == i)
+
+
+@triton.jit
+def middle(level, high, low, C: tl.constexpr):
+    """The decay between each token and the middle of its two blocks of 2^level; where the first is the chunk, to its end.
+
+    It is always that of the next level that is made: where a product's result comes to another product in the same turn of a
+    loop, Triton lays it out over half of eight warps, twice.
+    """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    late = (i >> level) % 2 == 1
-    between = ((i >> level) == (j >> level)) & ((late & (j <= i)) | ((late == 0) & (j > i)))
-    return late, between, late & ((j >> level) + 1 == (i >> level))
+    return decay(((i >> level) == (j >> level)) & (((i >> level) % 2 == 1) == (j <= i)), high, low)
 
 
 @triton.jit
@@ -93,20 +103,21 @@ def prepare(
         queries = tile(q + head // TIMES * q_h, first, count, q_t, d, K, C).to(tl.float32) * scale
         keys = tile(k + head // TIMES * k_h, first, count, k_t, d, K, C).to(tl.float32)
         x, high, low = logs(g + head * g_h, first, count, g_t, d, K, C)
-        a = decay(i >= j, high, low)
-        keep(read + head * K, first, count, H * K, d, K, C, queries * a)
-        if asked is not None:
-            keep(asked + head * K, first, count, H * K, d, K, C, keys * a)
-        keep(kept + head * K, first, count, H * K, d, K, C, keys * decay(i < j, high, low))
         tl.store(last + there * K + d, tl.exp(tl.sum(x, 0)), mask=d < K)
         scores += tl.where(i == j, tl.sum(queries * keys, 1)[:, None], 0.0)
+        a = tl.where(i % 2 == 1, tl.exp(x), 1.0)
         for level in range(0, LEVELS):
-            late, between, meet = halves(level, C)
-            a = decay(between, high, low)
+            late, meet = halves(level, C)
             early = tl.trans(tl.where(late, 0.0, keys * a).to(dtype))
             scores += tl.where(meet, times(tl.where(late, queries * a, 0.0).to(dtype), early), 0.0)
             if T is not None:
                 alike += tl.where(meet, times(tl.where(late, keys * a, 0.0).to(dtype), early), 0.0)
+            a = middle(level + 1, high, low, C)
+        keep(kept + head * K, first, count, H * K, d, K, C, keys * a)
+        a = decay(i >= j, high, low)
+        keep(read + head * K, first, count, H * K, d, K, C, queries * a)
+        if asked is not None:
+            keep(asked + head * K, first, count, H * K, d, K, C, keys * a)
     place = there * C * C + i * C + j
     tl.store(B + place, scores.to(dtype))
     if T is not None:
@@ -239,30 +250,22 @@ def gradients(
     keys = tile(k + head // TIMES * k_h, first, count, k_t, d, K, C).to(tl.float32)
     x, high, low = logs(g + head * g_h, first, count, g_t, d, K, C)
     own = tl.sum(tl.where(i == j, dB, 0.0), 1)[:, None]
-    a = decay(i >= j, high, low)
-    dG = rounded(queries * a, dtype) * dread
-    dQ, dK = own * keys + dread * a, own * queries
+    dQ, dK, dG = own * keys, own * queries, tl.zeros([C, BK], tl.float32)
+    dB = dB.to(dtype)
     if beta is not None:
         b = numbers(beta + head * b_h, first, count, b_t, C)[:, None]
         db = tl.where(block == 0, db, 0.0)  # what all channels together give, one block does
-        dG += b * rounded(keys * a, dtype) * dasked
-        dasked *= a
-        db += tl.sum(keys * dasked, 1)
-        dK += b * dasked
-    to_end = decay(i < j, high, low)
-    into_end = rounded(keys * to_end, dtype) * dkept
-    dG += tl.where(i == C - 1, (tl.sum(into_end, 0) + tl.exp(tl.sum(x, 0)) * carried)[None, :], 0.0) - into_end
-    dK += dkept * to_end
+        dA = dA.to(dtype)
+    a = tl.where(i % 2 == 1, tl.exp(x), 1.0)
     for level in range(0, LEVELS):
-        late, between, meet = halves(level, C)
-        a = decay(between, high, low)
+        late, meet = halves(level, C)
         early, asks = tl.where(late, 0.0, keys * a).to(dtype), tl.where(late, queries * a, 0.0).to(dtype)
-        share = tl.where(meet, dB, 0.0).to(dtype)
+        share = tl.where(meet, dB, 0.0)
         dlate, dearly = times(share, early), times(tl.trans(share), asks)
         dG += asks.to(tl.float32) * dlate
         dQ += dlate * a
         if beta is not None:
-            solves, share = tl.where(late, keys * a * b, 0.0).to(dtype), tl.where(meet, dA, 0.0).to(dtype)
+            solves, share = tl.where(late, keys * a * b, 0.0).to(dtype), tl.where(meet, dA, 0.0)
             dlate = times(share, early)
             dearly += times(tl.trans(share), solves)
             dG += solves.to(tl.float32) * dlate
@@ -271,10 +274,22 @@ def gradients(
             dK += b * dlate
         dG -= early.to(tl.float32) * dearly
         dK += dearly * a
+        a = middle(level + 1, high, low, C)
+    into_end = rounded(keys * a, dtype) * dkept
+    dG += tl.where(i == C - 1, (tl.sum(into_end, 0) + tl.exp(tl.sum(x, 0)) * carried)[None, :], 0.0) - into_end
+    dK += dkept * a
+    a = decay(i >= j, high, low)
+    dG += rounded(queries * a, dtype) * dread
+    dQ += dread * a
+    if beta is not None:
+        dG += b * rounded(keys * a, dtype) * dasked
+        dasked *= a
+        db += tl.sum(keys * dasked, 1)
+        dK += b * dasked
     keep(dq + head * K, first, count, H * K, d, K, C, dQ * scale)
     keep(dk + head * K, first, count, H * K, d, K, C, dK)
     # g of a token is in the sums of all later ones, so its gradient is what they get
-    dG = times(tl.where(i <= j, 1.0, 0.0), dG)
+    dG += tl.sum(dG, 0)[None, :] - tl.cumsum(dG, 0)
     keep(dg + head * K, first, count, H * K, d, K, C, tl.where(x > LEAST, dG, 0.0))
     if beta is not None:
         c = tl.arange(0, C)
