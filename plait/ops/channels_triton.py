@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from plait.ops.chunks_gpu import Plan
 
 LEAST = tl.constexpr(-40.0)  # the log of a decay that is 0 beside a term without one: e^-40 is 4e-18
+LOG2_E = tl.constexpr(1.4426950408889634)
 LEVELS = tl.constexpr(C.bit_length() - 1)
 CHANNELS = 64  # of keys, in a program or at a time where a kernel does not need all at once
 OPTIONS = {
@@ -56,9 +57,12 @@ def logs(g, first, count, stride, d, D: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def decay(among, high, low):
-    """exp of the sums of log decays over the tokens that each row of `among` (tokens, tokens) is true for."""
+    """exp of the sums of log decays over the tokens that each row of `among` (tokens, tokens) is true for.
+
+    Scaled before they are added, neither product comes to the other: see `middle`.
+    """
     among = among.to(tl.float16)
-    return tl.exp(tl.dot(among, high) + tl.dot(among, low))
+    return tl.exp2(tl.dot(among, high) * LOG2_E + tl.dot(among, low) * LOG2_E)
 
 
 @triton.jit
