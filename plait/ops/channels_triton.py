@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 LEAST = tl.constexpr(-40.0)  # the log of a decay that is 0 beside a term without one: e^-40 is 4e-18
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEVELS = tl.constexpr(C.bit_length() - 1)
-CHANNELS = 64  # of keys, in a program or at a time where a kernel does not need all at once
+# channels of keys at a time or in a program where not all are needed at once, values of a program, and how it is compiled
 OPTIONS = {
-    "prepare": {"num_warps": 8, "num_stages": 1},
-    "forward": {"num_warps": 4, "num_stages": 2},
-    "backward": {"num_warps": 4, "num_stages": 2},
-    "gradients": {"num_warps": 8, "num_stages": 1},
+    "prepare": {"BK": 64, "num_warps": 8, "num_stages": 1},
+    "forward": {"BV": BV, "num_warps": 4, "num_stages": 2},
+    "backward": {"BV": BV, "num_warps": 4, "num_stages": 2},
+    "gradients": {"BK": 64, "BV": BV, "num_warps": 8, "num_stages": 1},
 }
 LARGE = 256  # bytes of a token's keys above which the loops over chunks hold one at a time, by more warps
 
@@ -317,11 +317,11 @@ def run_forward(
 ) -> None:
     """Shapes as in `plait.ops.chunks_gpu`."""
     n, chunks = counts(v, plan)
-    made = _prepared(q, k, g, beta, T, chunks, v.shape[1], plan, scale)
-    sizes, cuts, base = _loop(k, v), *((None, None) if plan is None else plan[:2])
+    made, loop = _prepared(q, k, g, beta, T, chunks, v.shape[1], plan, scale), _loop("forward", k, v)
+    cuts, base = (None, None) if plan is None else plan[:2]
     launch(
-        forward, n * sizes["H"] * -(-sizes["V"] // BV), *made, T, v, beta, state, o, last if state is not None else None,
-        before, written, cuts, base, v.shape[1], *strides(v, v if beta is None else beta), **sizes, **_options("forward", k),
+        forward, n * _programs(loop), *made, T, v, beta, state, o, last if state is not None else None, before, written,
+        cuts, base, v.shape[1], *strides(v, v if beta is None else beta), **loop,
     )  # fmt: skip
 
 
@@ -347,20 +347,20 @@ def run_backward(
 ) -> None:
     """What the loop reads is made again: kept, it would be more than all that is."""
     n, chunks = counts(v, plan)
-    made = _prepared(q, k, g, beta, None, chunks, v.shape[1], plan, scale)
-    sizes, cuts, base, table = _loop(k, v), *((None, None, None) if plan is None else plan)
+    made, loop = _prepared(q, k, g, beta, None, chunks, v.shape[1], plan, scale), _loop("backward", k, v)
+    cuts, base, table = (None, None, None) if plan is None else plan
     after, b = torch.empty_like(before), v if beta is None else beta
     corrected = None if beta is None else torch.empty_like(dv)
     launch(
-        backward, n * sizes["H"] * -(-sizes["V"] // BV), *made, T, beta, do, dlast, first if len(first) else None, after,
-        corrected, dv, cuts, base, v.shape[1], *strides(b, do), **sizes, **_options("backward", k),
+        backward, n * _programs(loop), *made, T, beta, do, dlast, first if len(first) else None, after, corrected, dv,
+        cuts, base, v.shape[1], *strides(b, do), **loop,
     )  # fmt: skip
-    sizes |= {"TIMES": _times(k, v), "BK": _block(k)}
+    sizes = _blocks("gradients", k, v)
     blocks = -(-sizes["K"] // sizes["BK"])
     parts = None if dbeta is None else torch.empty(blocks, *dbeta.shape, device=dbeta.device)
     launch(
         gradients, chunks * sizes["H"] * blocks, q, k, v, g, beta, do, written, corrected, before, after, dq, dk, dg, parts,
-        table, v.shape[1], v.shape[0] * v.shape[1], scale, *strides(q, k, v, g, b, do), **sizes, **OPTIONS["gradients"],
+        table, v.shape[1], v.shape[0] * v.shape[1], scale, *strides(q, k, v, g, b, do), V=v.shape[3], **sizes,
     )  # fmt: skip
     if parts is not None:
         torch.sum(parts, 0, out=dbeta)
@@ -384,28 +384,29 @@ def _prepared(
     last, B = g.new_empty(chunks, H, K, dtype=torch.float32), k.new_empty(chunks, H, C, C)
     launch(
         prepare, chunks * H, q, k, g, beta, read, asked, kept, last, B, T, None if plan is None else plan.table, tokens, scale,
-        *strides(q, k, g, g if beta is None else beta), H=H, TIMES=_times(k, g), K=K, BK=_block(k), C=C, **OPTIONS["prepare"],
+        *strides(q, k, g, g if beta is None else beta), **_blocks("prepare", k, g),
     )  # fmt: skip
     return read, asked, kept, last, B
 
 
-def _block(k: Tensor) -> int:
-    return min(CHANNELS, _padded(k.shape[3]))
+def _blocks(name: str, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """Constants of a kernel for blocks of channels; v as any tensor of all heads."""
+    H, (G, K), options = v.shape[2], k.shape[2:], OPTIONS[name]
+    return options | {"H": H, "TIMES": H // G, "K": K, "BK": min(options["BK"], _padded(K)), "C": C}
+
+
+def _loop(name: str, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """Constants of a kernel that goes through chunks."""
+    K, (H, V), options = k.shape[3], v.shape[2:], OPTIONS[name]
+    if K * k.element_size() > LARGE:
+        options = options | {"num_warps": 8, "num_stages": 1}
+    return options | {"H": H, "K": K, "V": V, "BK": _padded(K), "C": C}
+
+
+def _programs(loop: dict[str, Any]) -> int:
+    """Of a sequence."""
+    return loop["H"] * -(-loop["V"] // loop["BV"])
 
 
 def _padded(K: int) -> int:
     return max(16, triton.next_power_of_2(K))
-
-
-def _times(k: Tensor, v: Tensor) -> int:
-    return v.shape[2] // k.shape[2]
-
-
-def _loop(k: Tensor, v: Tensor) -> dict[str, Any]:
-    K, (H, V) = k.shape[3], v.shape[2:]
-    return {"H": H, "K": K, "V": V, "BK": _padded(K), "BV": BV, "C": C}
-
-
-def _options(name: str, k: Tensor) -> dict[str, int]:
-    large = k.shape[3] * k.element_size() > LARGE
-    return {"num_warps": 8, "num_stages": 1} if large else OPTIONS[name]

@@ -25,7 +25,8 @@ def test_kernels_in_the_interpreter(run_checks_in_the_interpreter):
 
 @pytest.fixture(autouse=True)
 def blocks_of_16_channels(monkeypatch):
-    monkeypatch.setattr(channels_triton, "CHANNELS", 16)
+    for name in ("prepare", "gradients"):
+        monkeypatch.setitem(channels_triton.OPTIONS, name, channels_triton.OPTIONS[name] | {"BK": 16})
 
 
 def inputs(b: int, t: int, sizes: tuple[int, int, int, int], rule: str, dtype: torch.dtype) -> list[Tensor]:
