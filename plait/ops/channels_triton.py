@@ -9,8 +9,8 @@ B_ij = sum_c q_ic k_jc e^(G_ic - G_jc) for j <= i, and A_ij = b_i sum_c k_ic k_j
 
 (arXiv 2312.06635, section 4; arXiv 2510.26692, section 3). Differences G_i - G_j are never split into G_i and -G_j, whose
 exponent may be anything: a chunk is halved again and again, as in `plait.ops.gla.decayed`, and where tokens i of a later half
-meet tokens j of the earlier one, the decay is that from the middle to i times that from j to the middle, both at most 1. Sums of
-logs are products with matrices of 0 and 1, so none is the difference of two large ones either.
+meet tokens j of the earlier one, the decay is that from the middle to i times that from j to the middle, both at most 1. Sums
+of logs are products with matrices of 0 and 1, so none is the difference of two large ones either.
 
 `prepare` makes Q', K', K", B and (I + A)^-1 of every chunk, all at once; `forward` goes through the chunks of one sequence,
 head and block of values; `backward` does so in reverse; `gradients` gives what every chunk's inputs get from that, all chunks
@@ -28,7 +28,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plait.ops.chunks_triton import BV, C, counts, inverse, keep, matrix, numbers, rows_of, strides, tile, times, tokens_of
+from plait.ops.chunks_triton import (
+    BV,
+    C,
+    counts,
+    inverse,
+    keep,
+    matrix,
+    numbers,
+    rows_of,
+    strides,
+    tile,
+    times,
+    tokens_of,
+)
 from plait.ops.launch import kernel, launch
 
 if TYPE_CHECKING:
@@ -409,4 +422,4 @@ def _programs(loop: dict[str, Any]) -> int:
 
 
 def _padded(K: int) -> int:
-    return max(16, triton.next_power_of_2(K))
+    return max(16, 1 << (K - 1).bit_length())

@@ -1,8 +1,9 @@
 """Chunked recurrences on a GPU as torch operators: with one decay a head the kernels of `plait.ops.chunks_triton`, with one a
 key channel those of `plait.ops.channels_triton`.
 
-bfloat16 or float16 in, float32 states and sums. Rounded to 16 bits is what products are taken of: states, corrected values, the
-inverses of chunks; q and k too where decays are theirs. Kept for gradients are the inputs, the inverses, the corrected values, and the state before each chunk.
+bfloat16 or float16 in (with decays per channel float32 too), float32 states and sums. Rounded to what comes in is what products
+are taken of: states, corrected values, the inverses of chunks; where decays are per channel, q and k times them. Kept for
+gradients are the inputs, the inverses, the corrected values, and the state before each chunk.
 """
 
 from collections.abc import Sequence

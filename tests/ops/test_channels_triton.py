@@ -44,7 +44,7 @@ def with_gradients(run: Callable[..., Any], tensors: Sequence[Tensor]) -> list[T
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     outputs = [x for x in run(*leaves) if x is not None]
     generator = torch.Generator().manual_seed(3)
-    loss = sum((x.double() * torch.randn(x.shape, generator=generator)).sum() for x in outputs)
+    loss = torch.stack([(x.double() * torch.randn(x.shape, generator=generator)).sum() for x in outputs]).sum()
     return [*(x.detach() for x in outputs), *torch.autograd.grad(loss, leaves)]
 
 

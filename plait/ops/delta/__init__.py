@@ -12,7 +12,7 @@ from plait.ops.decay import decay_of
 from plait.ops.delta import chunked, pooled, reference, step
 from plait.ops.frame import Rows, recur
 from plait.ops.gla import KERNELS as CHANNELS
-from plait.ops.kernels import Kernel, Kernels, always, cast, full_precision, one_token, wide
+from plait.ops.kernels import Kernel, Kernels, always, cast, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.rms_norm import l2norm
 from plait.ops.summary import Summary, of_matrices
@@ -87,18 +87,18 @@ def gated_delta(
     """Outputs and, where a state was given, the state after the last token.
 
     g is the log decay, log a <= 0, of a head or of each key channel (Kimi delta attention, arXiv 2510.26692, eq. 1:
-    S_t = S_{t-1} diag(a_t) (I - b_t k_t k_t^T) + b_t v_t k_t^T; it runs as `plait.ops.gla.dplr`). `g` key heads serve h value
-    heads in order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the number of
+    S_t = S_{t-1} diag(a_t) (I - b_t k_t k_t^T) + b_t v_t k_t^T; it runs in the forms of `plait.ops.gla`). `g` key heads serve h
+    value heads in order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the number of
     documents with `packing`. scale: on q, 1 if left out. With `gates`, g and beta come as the projections that those are made
     of. With `rows`, `state` is a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.
     """
     inputs = (q, k, v, g, beta)
+    kernels, sizes, around = KERNELS, chunks_gpu.sizes_of(k, v), gates
     if g.ndim == 4:
-        return recur(
-            CHANNELS, v, inputs, state, rows, packing, scale=scale, at=at, sizes=chunks_gpu.sizes_of(k, v), around=Removal(gates)
-        )  # fmt: skip
-    sizes = held(state) if rows is not None else chunks_gpu.sizes_of(k, v)
-    return recur(KERNELS, v, inputs, state, rows, packing, scale=scale, at=at, sizes=sizes, around=gates)
+        kernels, around = CHANNELS, Removal(gates)
+    elif rows is not None:
+        sizes = held(state)
+    return recur(kernels, v, inputs, state, rows, packing, scale=scale, at=at, sizes=sizes, around=around)
 
 
 def summary(
