@@ -272,7 +272,7 @@ def gradients(
     if beta is not None:
         b = numbers(beta + head * b_h, first, count, b_t, C)[:, None]
         db = tl.where(block == 0, db, 0.0)  # what all channels together give, one block does
-        dA = dA.to(dtype)
+        dA, dasks = dA.to(dtype), tl.zeros([C, BK], tl.float32)  # of a row of A and of K' S, before strengths
     a = tl.where(i % 2 == 1, tl.exp(x), 1.0)
     for level in range(0, LEVELS):
         late, meet = halves(level, C)
@@ -286,9 +286,7 @@ def gradients(
             dlate = times(share, early)
             dearly += times(tl.trans(share), solves)
             dG += solves.to(tl.float32) * dlate
-            dlate *= a
-            db += tl.sum(keys * dlate, 1)
-            dK += b * dlate
+            dasks += dlate * a
         dG -= early.to(tl.float32) * dearly
         dK += dearly * a
         a = middle(level + 1, high, low, C)
@@ -300,9 +298,9 @@ def gradients(
     dQ += dread * a
     if beta is not None:
         dG += b * rounded(keys * a, dtype) * dasked
-        dasked *= a
-        db += tl.sum(keys * dasked, 1)
-        dK += b * dasked
+        dasks += dasked * a
+        db += tl.sum(keys * dasks, 1)
+        dK += b * dasks
     keep(dq + head * K, first, count, H * K, d, K, C, dQ * scale)
     keep(dk + head * K, first, count, H * K, d, K, C, dK)
     # g of a token is in the sums of all later ones, so its gradient is what they get
