@@ -38,7 +38,7 @@ class Need:
 def need(teacher: ModelConfig, stage: str, run: RunConfig) -> Need:
     """What a stage needs, its student taken to be as large as its teacher: of every matrix in a slot, what it reads and gives
     is kept for the backward pass, and the stream around every slot. Of a run in parts, or one that computes activations
-    again, it is what that leaves. It is 1.0 to 1.2 times what GPUs were measured to hold (tests/convert/test_room.py)."""
+    again, it is what that leaves. Fitted to three steps on an H100 (tests/convert/test_room.py)."""
     count, slots = parameters(teacher), _slots(teacher)
     trained, head = count, SLICE * WEIGHT * HEAD + teacher.vocab * teacher.dim * WEIGHT
     if stage == "align":
