@@ -15,9 +15,11 @@ from plait.ops.summary import Summary, of_matrices
 KERNELS = Kernels(
     "gla",
     (
-        Kernel("chunks", channels_gpu.run, channels_gpu.fits, around=True),
         Kernel("step", step.run, one_token, wide=True),
         Kernel("chunked", chunked.run, always, wide=True),
+        Kernel(
+            "chunks", channels_gpu.run, channels_gpu.fits, around=True
+        ),  # where forced, until it has been held on a GPU
         Kernel("reference", reference.run, always, wide=True),
     ),
 )
