@@ -40,7 +40,7 @@ def main():
 
     def call(args):
         began = time.time()
-        done = subprocess.run([sys.executable, __file__, *map(str, args)], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, *map(str, args)], capture_output=True, encoding="utf-8")
         return args, done.returncode, done.stdout.strip(), done.stderr.strip().splitlines()[-1:], time.time() - began
 
     jobs = [("right", *x) for x in RIGHT]
