@@ -58,6 +58,17 @@ def nodes(chain: tuple[Node, ...]) -> Iterator[Node]:
             yield from nodes(branch)
 
 
+def pairs(before: tuple[Node, ...], after: tuple[Node, ...]) -> Iterator[tuple[Node, Node]]:
+    """What stands in the same place of two chains, in reading order. Where one has branches and the other a layer, or other
+    branches, what is in them has no counterpart."""
+    for old, new in zip(before, after, strict=True):
+        yield old, new
+        if isinstance(old, ParallelPlace) and isinstance(new, ParallelPlace):
+            if [*map(len, old.branches)] == [*map(len, new.branches)]:
+                for chain, other in zip(old.branches, new.branches, strict=True):
+                    yield from pairs(chain, other)
+
+
 def layers(chain: tuple[Node, ...]) -> Iterator[Place]:
     """Every layer in reading order."""
     return (node for node in nodes(chain) if isinstance(node, Place))
