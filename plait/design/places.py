@@ -63,10 +63,14 @@ def pairs(before: tuple[Node, ...], after: tuple[Node, ...]) -> Iterator[tuple[N
     branches, what is in them has no counterpart."""
     for old, new in zip(before, after, strict=True):
         yield old, new
-        if isinstance(old, ParallelPlace) and isinstance(new, ParallelPlace):
-            if [*map(len, old.branches)] == [*map(len, new.branches)]:
-                for chain, other in zip(old.branches, new.branches, strict=True):
-                    yield from pairs(chain, other)
+        if isinstance(old, ParallelPlace) and isinstance(new, ParallelPlace) and alike(old, new):
+            for chain, other in zip(old.branches, new.branches, strict=True):
+                yield from pairs(chain, other)
+
+
+def alike(one: ParallelPlace, other: ParallelPlace) -> bool:
+    """Whether each has as many branches as the other, of as many layers."""
+    return [*map(len, one.branches)] == [*map(len, other.branches)]
 
 
 def layers(chain: tuple[Node, ...]) -> Iterator[Place]:

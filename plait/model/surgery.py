@@ -10,7 +10,7 @@ from torch import nn
 
 from plait.design import declared
 from plait.design.model import ModelConfig
-from plait.design.places import Node, ParallelPlace, Place
+from plait.design.places import Node, ParallelPlace, Place, alike
 from plait.design.surgery import with_places
 from plait.design.weights import FLOAT32
 from plait.design.wrap import Wrap
@@ -83,7 +83,7 @@ class _Swap:
         if isinstance(now, Place):
             there = [] if isinstance(before, Place) else held(before, module)
             return self._taken(now, there) or self._drawn(build_layer(now, self.design), path)
-        if isinstance(before, ParallelPlace) and _alike(before, now):
+        if isinstance(before, ParallelPlace) and alike(before, now):
             return self._parallel(before, now, module, path)
         return self._beside(now, held(before, module), path)
 
@@ -152,16 +152,11 @@ def _keep(new: nn.ModuleDict, old: nn.ModuleDict) -> None:
             new[name] = old[name]
 
 
-def _alike(before: ParallelPlace, now: ParallelPlace) -> bool:
-    """Whether each has as many branches as the other, of as many layers."""
-    return [*map(len, before.branches)] == [*map(len, now.branches)]
-
-
 def _same(before: Node, now: Node) -> bool:
     """Equal but for their addresses and letters, which count anew."""
     if isinstance(before, Place) or isinstance(now, Place):
         return isinstance(before, Place) and isinstance(now, Place) and before.layer == now.layer
-    if not _alike(before, now):
+    if not alike(before, now):
         return False
     pairs = [zip(old, new, strict=True) for old, new in zip(before.branches, now.branches, strict=True)]
     parts = all(_same(*pair) for branch in pairs for pair in branch)
