@@ -46,10 +46,10 @@ def gates(design: ModelConfig) -> list[Gate]:
     return found
 
 
-def weight(model: LanguageModel, gate: Gate, branch: int | None = None) -> Tensor:
-    """What a branch, else attention, is multiplied by."""
+def weights_of(model: LanguageModel, gate: Gate) -> list[Tensor]:
+    """What each branch is multiplied by."""
     merge: Any = model.place(gate.address).merge
-    return merge.weights()[gate.attention if branch is None else branch]
+    return merge.weights()
 
 
 class Priced(Objective):
@@ -68,15 +68,16 @@ class Priced(Objective):
         loss = self.objective(batch, channels)
         if not torch.is_grad_enabled():
             return loss
-        weights = torch.stack([weight(self.model, gate).abs() for gate in self.gates])
+        weights = torch.stack([weights_of(self.model, gate)[gate.attention].abs() for gate in self.gates])
         return loss.plus({"attention": self.price * weights.sum()})
 
 
+@torch.no_grad()
 def to_prune(model: LanguageModel, attention: int | None) -> list[str]:
     """The parallel slots that are to lose their attention, those that weigh it least: all but so many as leave `attention`
     layers of it in the model; None: those whose gates have left it."""
     found = gates(model.design)
-    weights = {gate.address: abs(float(weight(model, gate))) for gate in found}
+    weights = {gate.address: abs(float(weights_of(model, gate)[gate.attention])) for gate in found}
     if attention is None:
         return [address for address, value in weights.items() if value < LEFT]
     everywhere = sum(isinstance(node.layer, Attention) for node in layers(model.design.slots))
@@ -104,5 +105,5 @@ def pruned(model: LanguageModel, addresses: list[str]) -> LanguageModel:
             gate = known[old.address]
             layer: Any = student.place(new.address)
             for parameter in getattr(layer, layer.projection).parameters():
-                parameter.mul_(weight(model, gate, 1 - gate.attention))
+                parameter.mul_(weights_of(model, gate)[1 - gate.attention])
     return student

@@ -35,7 +35,8 @@ class Plan(Struct, frozen=True, kw_only=True, tag=False):
     replace: by address in the teacher, the layer that takes an attention layer's place, as plain data; sizes left out are those
     that the attention layer's weights need; or `branches`, attention one of them, and their merge.
 
-    keep: addresses of the attention layers that stay. rule: what chose them; scores: by address, higher where attention is needed more; cost: of these. seed: of weights that nothing is carried over to.
+    keep: addresses of the attention layers that stay. rule: what chose them; scores: by address, higher where attention is needed more;
+    cost: of these. seed: of weights that nothing is carried over to.
     """
 
     teacher: str

@@ -40,7 +40,8 @@ class Merge(Struct, frozen=True, kw_only=True):
 
 
 class Sum(Merge, frozen=True, kw_only=True, tag="sum"):
-    """w_1 b_1 + ... + w_n b_n with `weights`, which are `fixed`, or learned from there on; without them all are 1."""
+    """w_1 b_1 + ... + w_n b_n with `weights`, which are `fixed`, or learned from there on while their sum stays; without them
+    all are 1."""
 
     weights: tuple[float, ...] = ()
     fixed: bool = True

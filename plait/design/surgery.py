@@ -29,6 +29,12 @@ def with_places(design: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
 SLOT = ("norms", "norm", "factor", "keep", "residual", "gives", "reads")  # of a wrap: what a slot has, and no branch
 
 
+def _inside(wrap: Wrap) -> dict[str, Any]:
+    """What of a wrap has to change for a layer in a branch to have no factor and no norm behind it."""
+    plain = {"norms": "before", "factor": 1.0, "keep": 1.0, "residual": "stream", "gives": "stream"}
+    return {name: value for name, value in plain.items() if getattr(wrap, name) not in (value, "none")}
+
+
 def standing(node: Node) -> list[Place]:
     """The layers that stand here: one, or those that are a parallel slot's branches by themselves."""
     if isinstance(node, Place):
@@ -133,14 +139,13 @@ class _Rewriter:
         return Parallel(tuple((self._branch(layer, node),) for layer in branches), merge)
 
     def _branch(self, layer: Layer, node: Node) -> Letter:
-        """A layer in a branch. It has no factor and no norm behind it: the slot has those. What is here keeps its letter."""
-        usual, inside = self.design.full_wrap, {"norms": "before", "factor": 1.0}
+        """A layer in a branch, on which only the slot's wrap acts. What is here keeps its letter."""
         same = next((place for place in standing(node) if self._equal(layer.replace(wrap=None), place)), None)
         if same is None:
-            plain = usual.norms in ("before", "none") and usual.factor == 1
-            return self._changed(layer.replace(wrap=None if plain else Wrap(**inside)))  # type: ignore[arg-type]  # its fields
+            inside = _inside(self.design.full_wrap)
+            return self._changed(layer.replace(wrap=Wrap(**inside) if inside else None))
         change = dict(self.design.at.get(same.address, {}))
-        if same.wrap.norms not in ("before", "none") or same.wrap.factor != 1:
+        if inside := _inside(same.wrap):
             change["wrap"] = {**change.get("wrap", {}), **inside}
         address = self._address(same.letter)
         if change:

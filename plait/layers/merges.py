@@ -35,7 +35,8 @@ class MergeModule(DeclaredModule):
 
 
 class SumMerge(MergeModule):
-    """w_1 b_1 + ... + w_n b_n. What is learned of the weights is how far they are from where they started."""
+    """w_1 b_1 + ... + w_n b_n. What is learned of the weights is how far they are from where they started: `shift` but for its
+    mean."""
 
     shift: nn.Parameter | None
 
@@ -48,7 +49,9 @@ class SumMerge(MergeModule):
 
     def weights(self) -> Sequence[float | Tensor]:
         """What each branch is multiplied by."""
-        return self.start if self.shift is None else [w + s for w, s in zip(self.start, self.shift, strict=True)]
+        if self.shift is None:
+            return self.start
+        return [w + s for w, s in zip(self.start, self.shift - self.shift.mean(), strict=True)]
 
     def merged(self, u: Branch, branches: list[Branch]) -> Branch:
         if not self.plain:
