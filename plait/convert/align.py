@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.convert.gates import gates
 from plait.design.model import ModelConfig
 from plait.design.places import nodes
 from plait.layers import Channels
@@ -18,6 +19,7 @@ from plait.layers.context import Context
 from plait.model import LanguageModel, Loss, Objective, SquaredError
 from plait.model.loss import loss_of
 from plait.model.objective import Batch
+from plait.model.surgery import swap
 from plait.train.step import autocast
 
 # A slot of the teacher, the stream (b, t, d) that it read, the call's context, and what it made of the stream.
@@ -59,9 +61,21 @@ def powers(teacher: LanguageModel, slots: Sequence[int], batches: Iterable[Any],
     return {slot: max(float(square) / numbers, tiny) for slot, square in squares.items()}
 
 
+def each_alone(model: LanguageModel, slots: Iterable[int]) -> dict[int, list[tuple[str, LanguageModel]]]:
+    """By slot, the addresses of what is run there and the models to run: `model` itself, or where a gate weighs attention and
+    new branches one in which that place is a branch alone, of the same weights."""
+    found: dict[int, list[tuple[str, LanguageModel]]] = {slot: [] for slot in slots}
+    for gate in gates(model.design):
+        (slot,) = slots_of(model.design, [gate.address])
+        if slot in found:
+            found[slot] += [(new, swap(model, {gate.address: new})) for new in gate.new]
+    return {slot: runs or [(model.design.slots[slot].address, model)] for slot, runs in found.items()}
+
+
 class Alignment(Objective):
     """Squared error of what each replaced slot adds to the teacher's stream, as a share of `powers`: 1 is as far off as
     adding nothing. The loss is the mean over the slots, and each one's own is a part of it, by the address in the student.
+    Of a slot in which attention has stayed beside new branches, each of these is held against it, alone.
 
     Only the replaced slots are run, so give all other weights the rate 0. Every position counts, with or without a target.
     """
@@ -69,6 +83,7 @@ class Alignment(Objective):
     def __init__(self, model: LanguageModel, teacher: LanguageModel, powers: Mapping[int, float]):
         super().__init__(model)
         self.teacher, self.powers = teacher.eval().requires_grad_(False), dict(powers)
+        self.runs = each_alone(model, self.powers)
 
     def train(self, mode: bool = True) -> "Alignment":
         super().train(mode)
@@ -80,13 +95,15 @@ class Alignment(Objective):
 
     def forward(self, batch: Batch, channels: Channels | None = None) -> Loss:
         sent, parts, own, mine = Channels(), dict[str, Tensor](), list[Tensor](), None
+        runs = sum(map(len, self.runs.values()))
         for slot, x, context, theirs in walk(self.teacher, batch, self.powers):
             mine = mine or context.slot()()
             mine.keep(context)  # what the teacher's slots have left is there for ours, but not the other way round
-            ours, _ = self.model.run(x, mine, slots=[slot], channels=sent)
-            error = loss_of(ours, SquaredError(theirs)).total / (self.powers[slot] * len(self.powers))
-            own.append(error)
-            parts[self.model.design.slots[slot].address] = error.detach()
+            for address, model in self.runs[slot]:
+                ours, _ = model.run(x, mine, slots=[slot], channels=sent)
+                error = loss_of(ours, SquaredError(theirs)).total / (self.powers[slot] * runs)
+                own.append(error)
+                parts[address] = error.detach()
         loss = Loss(torch.stack(own).sum(), self.count(batch).to(own[0].device), parts).plus(sent.losses_by_name())
         if channels is not None:
             channels.join(sent)
