@@ -165,5 +165,8 @@ def test_a_model_of_one_layer_has_no_bounds() -> None:
 
 def test_expand_ratio_says_how_many_heads() -> None:
     assert read_design(num_heads=7).hash == read_design(num_heads=None).hash == read_design(expand_ratio=None).hash
-    with pytest.raises(ValueError, match="num_heads or expand_ratio is missing"):
-        read_design(num_heads=None, expand_ratio=None)
+    for heads in (None, 17):
+        with pytest.raises(
+            ValueError, match=f"num_heads {heads} and expand_ratio .* do not say how wide a head of 16 is"
+        ):
+            read_design(num_heads=heads, expand_ratio=None)

@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = COMMON | {
 }
 
 
-def log_odds(tensor: Tensor) -> Tensor:
+def _log_odds(tensor: Tensor) -> Tensor:
     """Of the bounds of layers 1 on, one after the other (channels of layer 1, of layer 2, ...), of their tensor (layers,
     channels). In float64, log(bound) - log(1 - bound), each from a sum of its own shares: exact near 0 and 1 too."""
     x = tensor.double()
@@ -63,7 +63,7 @@ def _falls(layers: int, flat: Tensor) -> str | None:
 
 
 def bounds(layers: int) -> Form:
-    return Form(log_odds, lambda x: _shares(layers, x), exact=False, refusal=lambda x: _falls(layers, x))
+    return Form(_log_odds, lambda x: _shares(layers, x), exact=False, refusal=lambda x: _falls(layers, x))
 
 
 def _slots(design: ModelConfig) -> Iterator[Named]:
@@ -85,9 +85,11 @@ def _slots(design: ModelConfig) -> Iterator[Named]:
 def _sizes(f: Fields) -> dict[str, int]:
     """`expand_ratio` says it, whatever `num_heads` says; without it, heads do."""
     dim, heads, width = f["hidden_size"], f["num_heads"], f["expand_ratio"]
-    if width is None and heads is None:
-        raise ValueError(f"{f.where}: num_heads or expand_ratio is missing; one of them says how wide a head is")
-    width = width or dim // heads
+    width = dim // heads if heads and width is None else width
+    if not width:
+        raise ValueError(
+            f"{f.where}: num_heads {heads} and expand_ratio {width} do not say how wide a head of {dim} is"
+        )
     if f["use_lower_bound"] and dim % width:
         raise ValueError(f"{f.where}: expand_ratio {width} must divide hidden_size {dim}, as wide as the bounds are")
     return {"heads": dim // width, "state_dim": width}
