@@ -21,7 +21,7 @@ from plait.hub.compare import first_difference
 from plait.hub.families import NAMES, OUTER, Family, family
 from plait.hub.families.fields import Fields
 from plait.hub.families.left_over import left_over
-from plait.hub.weight_table import NOTHING, Piece, by_theirs, fill, made, table, torn
+from plait.hub.weight_table import NOTHING, Piece, by_theirs, fill, made, refusal, table, torn
 from plait.model.build import empty_model, to_dtype
 from plait.model.files import CONFIG, ENDS, bare, carried_files
 from plait.model.language_model import LanguageModel
@@ -163,7 +163,7 @@ def fill_model(model: LanguageModel, found: Family, files: WeightSource, device:
             raise ValueError(
                 f"{files.path_of(stored)}: {stored} has shape {tuple(tensor.shape)}, the config asks for {tuple(expected)}"
             )
-        if dtypes[tensors[name][0].ours] != tensor.dtype:
+        if dtypes[tensors[name][0].ours] != tensor.dtype and tensors[name][0].form.exact:
             widened[name] = str(tensor.dtype).removeprefix("torch.")
         fill(tensors[name], tensor, places)
     _check_tied(model, files)
@@ -248,6 +248,9 @@ def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, s
     ours = merged_tensors(model, ours)
     if apart := torn(where, ours):
         raise ValueError(f"{to} cannot hold this model: {' and '.join(apart)} are one tensor there, and differ here")
+    for parts in tensors.values():
+        if why := refusal(parts, ours):
+            raise ValueError(f"{to} cannot hold this model: {why}")
     theirs = _Theirs(tensors, ours, {name: old for name, old in same["dtypes"].items() if old == dtype})
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, theirs, {"format": "pt"}, shard_bytes)

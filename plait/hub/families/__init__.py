@@ -24,6 +24,7 @@ MODULES = {
     "nemotron_h": ("nemotron_h",),
     "mamba": ("mamba", "mamba2"),
     "fla": ("gla", "retnet", "delta_net", "gated_deltanet"),
+    "fla_hgrn2": ("hgrn2",),
     "fla_rwkv7": ("rwkv7",),
     "kimi_linear": ("kimi_linear",),
     "olmo_hybrid": ("olmo_hybrid",),
