@@ -123,7 +123,8 @@ class _Rewriter:
             merge = convert_kind(data.to_dict() if isinstance(data, Struct) else data, MERGE_KINDS, f"{where}.merge")
         if merge == self.design.merge:
             return None
-        for name, bound in self.merges.items():
+        known = {name: kind() for name, kind in MERGE_KINDS.items()} | self.merges
+        for name, bound in known.items():
             if bound == merge:
                 return name
         kind = next(name for name, kind in MERGE_KINDS.items() if kind is type(merge))
