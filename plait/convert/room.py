@@ -47,7 +47,7 @@ def need(teacher: ModelConfig, stage: str, run: RunConfig) -> Need:
     tokens = -(-run.batch // run.accumulate) * run.data.length
     inside = [numbers * BYTES[run.precision] for numbers, _ in slots]
     stream = 2 * teacher.dim * WEIGHT * len(slots)
-    held = max(inside) if run.activation_checkpointing else sum(inside)
+    held = max(inside) if run.activation_checkpointing is True else sum(inside)
     return Need(2 * count * WEIGHT + trained * TRAINED, round(MORE * tokens * (stream + held)) + head)
 
 
@@ -70,7 +70,11 @@ def what_fits(teacher: ModelConfig, stage: str, run: RunConfig, free: int) -> st
         while parts < run.batch:
             parts = min(2 * parts, run.batch)
             if need(teacher, stage, run.replace(accumulate=parts, activation_checkpointing=again)).all <= free:
-                more = f" {stage}.activation_checkpointing=true" if again and not run.activation_checkpointing else ""
+                more = (
+                    f" {stage}.activation_checkpointing=true"
+                    if again is True and run.activation_checkpointing is not True
+                    else ""
+                )
                 return f"{stage}.accumulate={parts}{more} would fit, with equal results"
     one = run.replace(batch=1, accumulate=1, activation_checkpointing=True)
     for length in (run.data.length >> shift for shift in range(run.data.length.bit_length())):

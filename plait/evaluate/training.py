@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -95,6 +95,7 @@ def train_speed(
     precision: str | None = None,
     compile: bool = False,
     packed: bool = False,
+    activation_checkpointing: Literal["cheap"] | bool = False,
     steps: int = 10,
     device: str = "auto",
 ) -> TrainSpeed:
@@ -120,6 +121,7 @@ def train_speed(
         warmup=0,
         precision=precision,
         compile=compile,
+        activation_checkpointing=activation_checkpointing,
         device=str(place),
     )
     try:
@@ -188,6 +190,7 @@ class Stepping:
         self.batches = Ahead(text, steps, 1, self.device)
         self.broken = torch.zeros((), device=self.device)
         self.done = 0
+        self.objective.model.activation_checkpointing = run.activation_checkpointing
         if run.compile:
             compile_slots(self.objective.model)
 

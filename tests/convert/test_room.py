@@ -50,6 +50,9 @@ def test_what_is_kept_is_counted(teacher):
     whole = need(teacher, "distil", run_of()).step
     assert need(teacher, "distil", run_of(accumulate=8)).step < whole / 3
     assert need(teacher, "distil", run_of(activation_checkpointing=True)).step < whole / 2
+    assert (
+        need(teacher, "distil", run_of(activation_checkpointing="cheap")).step == whole
+    )  # products are what is counted
     assert need(teacher, "distil", run_of(precision="float32")).step > 1.5 * whole
 
 
