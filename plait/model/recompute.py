@@ -29,7 +29,18 @@ def recomputed(choice: Choice, slot: nn.Module) -> Callable[..., Any] | None:
         return partial(checkpoint, use_reentrant=False)
     if torch.compiler.is_compiling() or slot._compiled_call_impl is not None:
         return None
-    return partial(checkpoint, use_reentrant=False, context_fn=_contexts)
+    return partial(checkpoint, _without_cache, use_reentrant=False, context_fn=_contexts)
+
+
+def _without_cache(run: Callable[..., Any], *args: Any) -> Any:
+    """Autocast keeps the weights that it has cast until the forward pass ends: run again without these, there would be more
+    casts than there were, and torch goes by their number. Gradients of weights used more than once then add up in float32."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        return run(*args)
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _contexts() -> Any:

@@ -11,12 +11,16 @@ from plait.model.recompute import PRODUCTS, recomputed
 from plait.ops.operator import CHEAP
 
 CHOICES = (False, "cheap", True)
+# Gradients of a weight used more than once are summed in bfloat16 where autocast casts it once, else in float32: 8 bits.
+ROUNDING = 2.0**-8
 
 
-def gradients(model, tokens, choice, cu_seqlens=None):
+def gradients(model, tokens, choice, cu_seqlens=None, autocast=False):
     model.zero_grad()
     model.activation_checkpointing = choice
-    model(tokens, cu_seqlens=cu_seqlens)[0].square().mean().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = model(tokens, cu_seqlens=cu_seqlens)[0]
+    outputs.float().square().mean().backward()
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
@@ -24,11 +28,14 @@ def gradients(model, tokens, choice, cu_seqlens=None):
 def test_no_gradient_changes(design):
     model, tokens = subject(design, "cpu", torch.float32), some_tokens(design, 70, "cpu")[None]
     cuts = torch.tensor([0, 1, 40, 70], dtype=torch.int32)
-    for documents in (None, cuts):
-        kept, *again = (gradients(model, tokens, choice, documents) for choice in CHOICES)
+    for documents, autocast in ((None, False), (cuts, False), (cuts, True)):
+        kept, *again = (gradients(model, tokens, choice, documents, autocast) for choice in CHOICES)
         for choice, found in zip(CHOICES[1:], again, strict=True):
             for (name, _), got, want in zip(model.named_parameters(), found, kept, strict=True):
-                assert (got is None) == (want is None) and (got is None or torch.equal(got, want)), (choice, name)
+                assert (got is None) == (want is None), (choice, name)
+                if got is not None and not torch.equal(got, want):
+                    assert autocast and choice == "cheap", (choice, name)
+                    assert (got - want).abs().max() <= ROUNDING * want.abs().max(), (choice, name)
 
 
 def held(model, tokens) -> int:
