@@ -135,7 +135,7 @@ def converted(options: argparse.Namespace, row: Row, seed: int, out: Path) -> di
     seconds, student = time.perf_counter() - started, load(out, stages.device, torch.float32)
     cost = stages.plan.cost
     return {
-        "asked": ask.to_dict(),
+        "asked": {name: value for name, value in ask.to_dict().items() if name != "out"},
         "keep": list(stages.plan.keep),
         "tokens": trained_tokens(stages),
         "tokens_of_rule": cost.tokens,
