@@ -82,7 +82,7 @@ def train(
         precision=precision,
         compile=compile,
         packed=packed,
-        activation_checkpointing="cheap" if recompute == Recompute.cheap else recompute is not None,
+        activation_checkpointing={None: False, "cheap": "cheap", "slots": True}[recompute],
         steps=steps,
         device=str(place),
     )
@@ -93,9 +93,9 @@ def train(
         "length": length,
         "compile": compile,
         "packed": packed,
-        "recompute": recompute and recompute.value,
+        "recompute": recompute,
+        "steps": steps,
     }
-    run |= {"steps": steps}
     return Outcome(
         facts(chosen, place) | run | train_data(speed), next=[shell("plait", "bench", "decode", design, *changes or [])]
     )

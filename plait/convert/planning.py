@@ -11,7 +11,7 @@ from plait.convert.scores import Request, Score
 from plait.convert.select import RULES, choose
 from plait.design.layers import KINDS, LETTERS, Attention, FeedForward, Layer, MixtureOfExperts
 from plait.design.model import ModelConfig
-from plait.design.places import Node, Place, pairs
+from plait.design.places import Node, Place, alike, pairs
 from plait.design.spelling import suggest
 from plait.model import LanguageModel
 from plait.model.objective import Batch
@@ -133,9 +133,8 @@ def _fit(mine: Node, new: Node) -> bool:
         return _layers_fit(mine.layer, new.layer)
     if isinstance(mine, Place) or isinstance(new, Place):
         return isinstance(mine, Place) and isinstance(mine.layer, Attention)
-    chains = list(zip(mine.branches, new.branches, strict=False))
-    same = len(mine.branches) == len(new.branches) and all(len(old) == len(own) for old, own in chains)
-    return same and all(_fit(a, b) for old, own in chains for a, b in zip(old, own, strict=True))
+    inner = zip(sum(mine.branches, ()), sum(new.branches, ()), strict=False)
+    return alike(mine, new) and all(_fit(*pair) for pair in inner)
 
 
 def _layers_fit(mine: Layer, new: Layer) -> bool:
