@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from plait.ops.cross_entropy import cross_entropy
 from plait.ops.graph import gradient
 
 IGNORE = -100  # a target that is not scored, as everywhere in the field; so is every other negative one
 SLICE = 2**25  # numbers that a rule makes of one slice: 128 MiB of float32
+ON_GPU = 4  # times as many, as with every slice the head's gradient is written once more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,14 +76,8 @@ class CrossEntropy:
             raise ValueError(f"target {int(self.targets.max())} is outside the model's vocabulary of {outputs}")
 
     def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-        y, target = at_least_float32(y), self.targets.flatten()[rows].long()
-        scored = (target >= 0).to(y.dtype)[:, None]
-        target = target.clamp_min(0)[:, None]
-        p = y.softmax(-1)  # (n, v)
-        # the largest is never rounded to 0, and all others are as far below it as their logits are
-        logp = y.gather(1, target) - y.amax(-1, keepdim=True) + p.amax(-1, keepdim=True).log()
-        sums = {"cross_entropy": -(logp * scored).sum()}
-        return sums, p.scatter_add_(1, target, -torch.ones_like(scored)).mul_(scored) if gradient else None
+        total, dy = cross_entropy(y, self.targets.flatten()[rows].long(), gradient)
+        return {"cross_entropy": total}, dy
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +221,7 @@ def head_loss(
     """The loss of `head(hidden)` by `rule`, slice by slice. `weights` are the head's parameters that may get gradients."""
     rule.check(outputs)
     learned = [weight for weight in weights if weight.requires_grad]
-    rows = max(1, SLICE // (outputs * rule.copies))
+    rows = max(1, SLICE * (ON_GPU if hidden.is_cuda else 1) // (outputs * rule.copies))
     train = torch.is_grad_enabled()
     total, names, sums = _HeadLoss.apply(hidden.flatten(0, -2), head, rule, rows, train, *learned)
     return Loss(total, rule.count(), dict(zip(names, sums.unbind(), strict=True)))
