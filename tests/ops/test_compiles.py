@@ -15,9 +15,10 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from plait.ops import channels_triton, chunks_gpu, elementwise_triton, rms_norm_triton
+from plait.ops import channels_triton, chunks_gpu, cross_entropy_triton, elementwise_triton, rms_norm_triton
 from plait.ops.attention.paged import triton as paged
 from plait.ops.attention.paged.plan import forced_plan
+from plait.ops.conv import tokens_triton
 from plait.ops.conv import triton as conv
 from plait.ops.delta import triton as delta
 from plait.ops.launch import kernel
@@ -53,7 +54,9 @@ compiled: list[str] = []
 
 @pytest.fixture(autouse=True)
 def only_the_front_end(monkeypatch):
-    for module in (paged, conv, delta, ssd, step, rms_norm_triton, elementwise_triton, channels_triton):
+    for module in (
+        paged, conv, tokens_triton, delta, ssd, step, rms_norm_triton, elementwise_triton, channels_triton, cross_entropy_triton
+    ):  # fmt: skip
         monkeypatch.setattr(module, "launch", front_end)
     compiled.clear()
 
@@ -131,3 +134,20 @@ def test_what_the_interpreter_lets_pass_is_seen():
 
     with pytest.raises(Exception, match="redefines it"):
         front_end(wrong, 1, torch.zeros(4), N=2)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_cross_entropy(gradient):
+    y = narrow(3, 5000)
+    cross_entropy_triton.run(y, numbers(3), torch.zeros(3), y.clone() if gradient else None)
+    assert compiled == ["softmax_loss"]
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("width", "bias", "packed"), [(4, True, True), (1, False, False), (2, False, True)])
+def test_convolution_over_many_tokens(width, bias, packed, silu):
+    x, weight = narrow(2, 40, 70), narrow(70, width)
+    shift, offsets = narrow(70) if bias else None, numbers(80) if packed else None
+    tokens_triton.run_forth(x, weight, shift, offsets, x.clone(), silu)
+    tokens_triton.run_back(x, weight, shift, offsets, x.clone(), x.clone(), silu)
+    assert compiled == ["forth", "back"]

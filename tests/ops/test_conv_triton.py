@@ -8,8 +8,8 @@ from torch import Tensor
 from plait.ops.conv import KERNELS
 from plait.ops.packing import Packing
 
-WITHIN = 2e-6  # of the largest value: float32, sums over 4 taps and 130 tokens
-ROWS = {"rows": (2, (65,)), "packed": (1, (1, 66, 2, 61))}
+WITHIN = 2e-6  # of the largest value: float32, sums over 4 taps and 66 tokens
+ROWS = {"rows": (2, (33,)), "packed": (1, (1, 34, 2, 29))}
 
 
 def test_kernels_in_the_interpreter(run_checks_in_the_interpreter):
@@ -21,8 +21,11 @@ def test_kernels_in_the_interpreter(run_checks_in_the_interpreter):
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def check_outputs_and_gradients(
-    rows: tuple[int, tuple[int, ...]], channels: int, width: int, bias: bool, with_state: bool, silu: bool
+    rows: tuple[int, tuple[int, ...]], channels: int, width: int, bias: bool, with_state: bool, silu: bool, monkeypatch
 ):
+    from plait.ops.conv import tokens_triton
+
+    monkeypatch.setattr(tokens_triton, "STEPS", 24)  # so that there are several programs, the last of them cut short
     torch.manual_seed(0)
     b, lengths = rows
     packing = Packing.of_lengths(lengths, torch.device("cpu")) if len(lengths) > 1 else None
