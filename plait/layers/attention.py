@@ -15,6 +15,7 @@ from plait.layers.norm import Norm
 from plait.layers.rope import sharpen, turn
 from plait.ops.attention import Heads, Start, attention
 from plait.ops.attention.paged import paged_attention, write_pages
+from plait.ops.frame import newest
 from plait.ops.kernels import Call, cast
 from plait.state import KV, Appended, Pages, State, Window
 
@@ -119,7 +120,7 @@ class AttentionLayer(MixerModule):
         o = attention(q, *seen, q_start=start, k_start=start - tail, **self.sees, **self.logits)
         kept = []
         for x in seen:
-            last = x[:, x.shape[1] - tail :] if packing is None else packing.last(x[:, prefix:], tail)
+            last = newest(x, tail) if packing is None else packing.last(x[:, prefix:], tail)
             kept.append((torch.cat([x[:, :prefix], last], 1) if prefix else last).to(state.k.dtype))
         return o if packing is None else packing.from_rows(o), Window(*kept)
 

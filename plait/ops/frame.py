@@ -96,6 +96,13 @@ def _computed(
     return y if y.dtype == like.dtype else y.to(like.dtype), state, *more
 
 
+def newest(x: Tensor, count: int) -> Tensor:
+    """The last `count` along time (b, t, ...), which a state keeps: in memory of their own where they are few of many, as a view
+    would keep all of a prompt's chunk for as long as the state lives."""
+    last = x.narrow(1, x.shape[1] - count, count)
+    return last if torch.compiler.is_compiling() or x.shape[1] <= 2 * count else last.clone()
+
+
 def _check_at(at: Tensor, state: Tensor | None, packing: Packing | None) -> None:
     if at.ndim != 1:
         raise ValueError(f"at must be the numbers of some tokens, the same for all rows; got {tuple(at.shape)}")

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.ops.conv import chunked, pooled, reference, step, tokens
-from plait.ops.frame import Rows, recur
+from plait.ops.frame import Rows, newest, recur
 from plait.ops.kernels import Kernel, Kernels, always, cast, one_token
 from plait.ops.packing import Packing
 from plait.ops.summary import Tail
@@ -35,7 +35,7 @@ def _form(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | No
         past = torch.cat([cast(state, x.dtype), x if packing is None else packing.to_rows(x)], 1)  # (n, tail + t, d)
         y = run(past, weight, bias, tail, None, **around)
         if packing is None:
-            last = cast(past.narrow(1, x.shape[1], tail), state.dtype)
+            last = cast(newest(past, tail), state.dtype)
             if at is None:
                 return y, last
             seen = at[:, None] + torch.arange(1, tail + 1, device=x.device)  # (m, tail)
