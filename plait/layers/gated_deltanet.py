@@ -8,7 +8,7 @@ from plait.design.model import ModelConfig
 from plait.design.norms import inner
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
-from plait.layers.norm import GatedNorm
+from plait.layers.norm import GatedNorm, untouched
 from plait.layers.rope import turn
 from plait.layers.short_conv import ShortConv
 from plait.ops.delta import Gates, gated_delta, whole
@@ -64,4 +64,5 @@ class GatedDeltaNetLayer(MixerModule):
 
     def at_once(self, qkv: Tensor, state: Recurrent) -> bool:
         """Whether one kernel does all of it."""
-        return self.config.rope is None and whole.fits(qkv, state.s, state.conv, self.conv1d.weight)
+        alone = self.config.rope is None and untouched(self.conv1d, self.norm)
+        return alone and whole.fits(qkv, state.s, state.conv, self.conv1d.weight)

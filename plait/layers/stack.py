@@ -55,7 +55,7 @@ from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merges import MERGES
 from plait.layers.mlstm import MLSTMLayer
 from plait.layers.moe import MixtureOfExpertsLayer
-from plait.layers.norm import Norm
+from plait.layers.norm import Norm, untouched
 from plait.layers.recurrent import RecurrentLayer
 from plait.layers.rg_lru import RGLRULayer
 from plait.layers.rwkv7 import RWKV7FeedForwardLayer, RWKV7Layer
@@ -158,8 +158,7 @@ def announce(slot: nn.Module, norm: nn.Module | None, context: Context) -> None:
     """Tell a slot which norm comes next, so that one kernel does both: on a GPU in decoding, whose steps are many small kernels,
     and where nobody has put anything else in the place of either, or listens to it."""
     alone = type(slot) is Sublayer and slot._compiled_call_impl is None
-    plain = type(norm) is Norm and not norm._forward_hooks and not norm._forward_pre_hooks
-    context.shared[NEXT] = norm if alone and plain else None
+    context.shared[NEXT] = norm if alone and type(norm) is Norm and untouched(norm) else None
 
 
 def full(factor: float | None) -> float:
