@@ -3,12 +3,14 @@
     python benchmarks/long_context.py --out benchmarks/results/long_context_h100.json [--figure docs/images/long_context.png]
     python benchmarks/long_context.py --device cpu --out /tmp/long_context.json
 
-Five designs of about 350M parameters (width 1,024, vocabulary 32,000, bfloat16, one sequence) at 1,024 to 1,048,576 tokens; on a CPU
-tiny ones, at few. Of each design and context: tokens a second of the whole prompt, milliseconds of a step (the median), and the
-most memory that was held, weights included: while the prompt was read, and with the pool that decoding copies its state to.
+Five designs of about 350M parameters (width 1,024, vocabulary 32,000, bfloat16, one sequence) at 1,024 to 1,048,576 tokens; on
+a CPU tiny ones, at few. Of each design and context: tokens a second of the whole prompt, milliseconds of a step (the median),
+and the most memory that was held, weights included: while the prompt was read, and with the pool that decoding copies its state
+to.
 
-A row stops, and says so, where memory ends or reading takes longer than `--limit` seconds; a design's longer contexts are then not
-tried. Rows are written as they are done: those that --out has already are not run again, unless a longer limit would get further.
+A row stops, and says so, where memory ends or reading takes longer than `--limit` seconds; a design's longer contexts are then
+not tried. Rows are written as they are done: those that --out has already are not run again, unless a longer limit would get
+further.
 """
 
 import argparse
@@ -158,7 +160,10 @@ def said(row: dict[str, Any]) -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """For a page: of each design and context tokens/s, ms a step, and GiB."""
     contexts = sorted({row["context"] for row in results})
-    lines = ["| design | " + " | ".join(f"{context:,}" for context in contexts) + " |", "|---" * (len(contexts) + 1) + "|"]
+    lines = [
+        "| design | " + " | ".join(f"{context:,}" for context in contexts) + " |",
+        "|---" * (len(contexts) + 1) + "|",
+    ]
     for pattern in dict.fromkeys(row["pattern"] for row in results):
         here = {row["context"]: row for row in results if row["pattern"] == pattern}
         name = pattern.replace("|", "\\|")
@@ -191,7 +196,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure, panels = plt.subplots(1, len(PANELS), figsize=(13, 4), layout="constrained")
     for panel, (name, (label, unit)) in zip(panels, PANELS.items(), strict=True):
         for pattern in dict.fromkeys(row["pattern"] for row in results):
-            points = [(row["context"], row[name] / unit) for row in results if row["pattern"] == pattern and name in row]
+            points = [
+                (row["context"], row[name] / unit) for row in results if row["pattern"] == pattern and name in row
+            ]
             panel.plot(*zip(*sorted(points), strict=True) if points else ((), ()), marker="o", label=pattern)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
@@ -216,7 +223,11 @@ def main() -> None:
     device = find_device(args.device)
     plan = PLANS["cuda" if device.type == "cuda" else "cpu"]
     plan = Plan(
-        tuple(args.designs or plan.designs), tuple(sorted(args.contexts or plan.contexts)), plan.dim, plan.vocab, plan.dtype
+        tuple(args.designs or plan.designs),
+        tuple(sorted(args.contexts or plan.contexts)),
+        plan.dim,
+        plan.vocab,
+        plan.dtype,
     )
     results = json.loads(args.out.read_text(encoding="utf-8"))["results"] if args.out.exists() else []
     about = {"machine": machine(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}

@@ -135,8 +135,8 @@ class Sampler:
     def choose(
         self, logits: Float[Tensor, "b v"], index: slice | Int[Tensor, " b"], positions: Int[Tensor, " b"] | None
     ) -> Int[Tensor, " b"]:
-        """The next token of the rows at `index`, which have `positions` tokens so far, asked for unless all are greedy; -1 where
-        the logits are not finite."""
+        """The next token of the rows at `index`; -1 where the logits are not finite. `positions`: tokens that these rows have
+        so far, None where all are greedy."""
         if self.narrowing == GREEDY:
             return logits.max(-1).indices  # argmax, which takes three times as long on a CPU
         options = Options._make([x[index] for x in self.options])

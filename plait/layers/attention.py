@@ -171,7 +171,11 @@ class AttentionLayer(MixerModule):
         if self.q_norm is not None and self.k_norm is not None:
             config = self.q_norm.config
             assert isinstance(config, RMSNorm)  # as all norms within layers
-            norms = {"norms": (self.q_norm.weight, self.k_norm.weight), "eps": config.eps, "zero_centered": config.zero_centered}
+            norms = {
+                "norms": (self.q_norm.weight, self.k_norm.weight),
+                "eps": config.eps,
+                "zero_centered": config.zero_centered,
+            }
         assert rope is not None  # or `at_once` would have said no
         turns = angles(rope, rope.rotated(qk.shape[-1]), context, qk.dtype)
         q = placed.place(qk, v, *turns, keys, values, table, context.ends, **norms)

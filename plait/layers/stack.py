@@ -155,8 +155,8 @@ def normed(norm: Norm, x: Hidden, context: Context) -> Hidden:
 
 
 def announce(slot: nn.Module, norm: nn.Module | None, context: Context) -> None:
-    """Tell a slot which norm comes next, so that one kernel does both: on a GPU in decoding, whose steps are many small kernels,
-    and where nobody has put anything else in the place of either, or listens to it."""
+    """Tell a slot which norm comes next, so that one kernel adds and norms: for decoding on a GPU, whose steps are many small
+    kernels, and where nobody has put anything else in the place of either, or waits for the norm to be called."""
     alone = type(slot) is Sublayer and slot._compiled_call_impl is None
     context.shared[NEXT] = norm if alone and type(norm) is Norm and untouched(norm) else None
 

@@ -60,7 +60,11 @@ def gated_rms_norm(
 
 
 def added_rms_norm(
-    x: Float[Tensor, "*n d"], y: Float[Tensor, "*n d"], weight: Float[Tensor, " d"], eps: float, zero_centered: bool = False
+    x: Float[Tensor, "*n d"],
+    y: Float[Tensor, "*n d"],
+    weight: Float[Tensor, " d"],
+    eps: float,
+    zero_centered: bool = False,
 ) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d"]]:
     """x + y, and the norm of that."""
     if x.dtype == y.dtype and few_rows(x, y):

@@ -32,7 +32,9 @@ def test_rows_are_kept_and_stop(run, tmp_path, monkeypatch, capsys):
     options = "--designs", "D", "[D|A]", "--contexts", 64, 128
     first = run(*options)
     assert len(first) == 4
-    assert all(row["prefill_tokens_per_s"] > 0 and row["decode_ms"] > 0 and row["peak_bytes"] > 0 for row in first.values())
+    assert all(
+        row["prefill_tokens_per_s"] > 0 and row["decode_ms"] > 0 and row["peak_bytes"] > 0 for row in first.values()
+    )
     assert first["D", 64]["state_bytes"] == first["D", 128]["state_bytes"]
     assert first["[D|A]", 64]["state_bytes"] < first["[D|A]", 128]["state_bytes"]
 
@@ -52,7 +54,9 @@ def test_what_no_device_holds_is_not_tried(run, monkeypatch):
     monkeypatch.setattr(long_context, "memory", lambda device: 2**18)
     monkeypatch.setattr(long_context, "WARM_UP", 1)
     check, asked = long_context.check_room, []
-    monkeypatch.setattr(long_context, "check_room", lambda *given: asked.append(given) or len(asked) < 2 or check(*given))
+    monkeypatch.setattr(
+        long_context, "check_room", lambda *given: asked.append(given) or len(asked) < 2 or check(*given)
+    )
     found = run("--designs", "A", "--contexts", 1024, 2048)
     assert found["A", 1024]["stopped"].startswith("memory: ")
     assert found["A", 2048]["stopped"] == "not tried after 1,024 tokens"

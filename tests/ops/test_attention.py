@@ -291,7 +291,9 @@ def test_gradients_begin_where_a_gpu_reads():
     assert fused.lined(wide[:, 32:]).data_ptr() == wide[:, 32:].data_ptr()  # as it lies
 
 
-def lined_up_at_the_end(q, k, v, cuts, more_cuts, t, s, dropout, causal, mask, *, scale, window_size_left, window_size_right):
+def lined_up_at_the_end(
+    q, k, v, cuts, more_cuts, t, s, dropout, causal, mask, *, scale, window_size_left, window_size_right
+):
     """What torch's kernel is documented to do, written out: -1 is no bound."""
     assert cuts is more_cuts is None
     assert (dropout, mask, window_size_right) == (0.0, False, -1 if causal else 0)
@@ -305,7 +307,7 @@ def lined_up_at_the_end(q, k, v, cuts, more_cuts, t, s, dropout, causal, mask, *
 @pytest.mark.parametrize("window", [None, 1, 7, 64])
 @pytest.mark.parametrize(("before", "start"), [(0, 0), (5, 5), (40, 40), (9, 4), (9, 20)])
 def test_new_tokens_in_the_flash_kernel(before, start, window, close, monkeypatch):
-    """`before` keys stand before the first of the new tokens, at `start`; where there are more of them, nobody sees the first."""
+    """`before` keys stand before the first new token, which is at `start`; of more than that nobody sees the first."""
     t = 33
     tensors = inputs(t, before + t)
     call = {"q_start": start, "k_start": start - before, "window": window}

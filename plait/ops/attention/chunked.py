@@ -1,5 +1,6 @@
 """Attention through torch's fused kernels; windows, and logits that are soft-capped or have sinks, go block by block of
-queries, so that memory for a window grows linearly in time; on a GPU windows and tokens with a past need no blocks (`flash`)."""
+queries, so that memory for a window grows linearly in time.
+On a GPU windows, and tokens with a past, need no blocks (`flash`)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,7 @@
 """Attention of new tokens to those before them too, as torch's flash kernel on a GPU: a prompt read in chunks needs no masks.
 
-The kernel lines queries and keys up at their ends, so query i of t sees the keys up to i - t from the last; torch's own function
-knows no such mask but one that is written out, t numbers a key.
+The kernel lines queries and keys up at their ends, so that the last query sees all keys; torch's own function knows no such
+mask but one that is written out, t numbers a key.
 """
 
 from typing import Any

@@ -1,5 +1,5 @@
-"""A gated DeltaNet layer between its projections, for a single token on the rows of a pool: one kernel where the convolution and
-the delta rule would be one each, and the norm another."""
+"""A gated DeltaNet layer between its projections, for a single token on the rows of a pool: one kernel where the convolution,
+the delta rule and the norm would be one each."""
 
 import torch
 from jaxtyping import Float
@@ -37,13 +37,11 @@ def run(
     tails: Float[Tensor, "n w-1 d"],
     rows: Rows,
 ) -> Float[Tensor, "b 1 h v"]:
-    """rms_norm(o) silu(z), o the outputs of the delta rule on silu(conv(x)), d channels of q, k and v; `state` and `tails` are a
-    pool's, and `rows` of them are moved on."""
-    index = None
+    """rms_norm(o) silu(z), where o are the outputs of the delta rule on silu(conv(x)), whose d channels are q, k and v. `state`
+    and `tails` are a pool's, of which `rows` are moved on."""
+    index = None if isinstance(rows, slice) else rows
     if isinstance(rows, slice):
         state, tails = state[rows], tails[rows]
-    else:
-        index = rows
     return _step(
         x, z, b, a, weight.contiguous(), gates.A_log, gates.dt_bias, norm, state, tails, index, gates.eps, gates.most, norm_eps
     )  # fmt: skip

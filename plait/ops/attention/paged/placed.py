@@ -1,5 +1,5 @@
-"""What attention does to the new tokens of a pool before it looks: queries and keys normed and turned by position, keys and values
-written to their pages. One kernel for a decoding step on a GPU, where each of these would be one."""
+"""What attention does to the new tokens of a pool before it looks: queries and keys are normed and turned by position, keys and
+values written to their pages. One kernel for a decoding step on a GPU, where each of these would be one."""
 
 import torch
 from jaxtyping import Float, Int
@@ -29,10 +29,10 @@ def place(
     eps: float = 0.0,
     zero_centered: bool = False,
 ) -> Float[Tensor, "b t h k"]:
-    """The queries, after `rms_norm` by the first of `norms` and `rotate`; the keys likewise by the second, and `write_pages`."""
-    return _place(
-        qk, v, cos.contiguous(), sin.contiguous(), *(norms or (None, None)), eps, zero_centered, k_pages, v_pages, table, lengths
-    )  # fmt: skip
+    """The queries, after `rms_norm` by the first of `norms` and `rotate`; keys likewise by the second, then `write_pages`."""
+    q_norm, k_norm = norms or (None, None)
+    turns = cos.contiguous(), sin.contiguous()
+    return _place(qk, v, *turns, q_norm, k_norm, eps, zero_centered, k_pages, v_pages, table, lengths)
 
 
 @operator("place_heads", mutates=("k_pages", "v_pages"))

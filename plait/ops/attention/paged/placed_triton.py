@@ -27,7 +27,7 @@ def place(
     T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PAGE: tl.constexpr, ZERO_CENTERED: tl.constexpr,
 ):  # fmt: skip
-    """A program does one head of one token: a query, or a key and its value. R pairs turn, and the channels after them do not."""
+    """A program does one head of one token: a query, or a key and its value. R pairs turn, the channels after them do not."""
     head, number = tl.program_id(0) % (H + G), tl.program_id(0) // (H + G)
     row, token = (number // T).to(tl.int64), number % T
     query = head < H
