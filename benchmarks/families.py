@@ -1,10 +1,11 @@
 """Hybrid families: transformers' class without kernel packages and plait, same weights, one process, turn by turn.
 
-    python benchmarks/families.py [--only falcon_h1,bamba] [--out benchmarks/results/families.json]
+    python benchmarks/families.py [--only falcon_h1,bamba] [--batch 2] [--length 256] [--out benchmarks/results/families.json]
 
-Random weights, about 4 to 12 million parameters, float32, on the CPU. Training: forward and backward of 2 x 256 tokens.
+Random weights, about 4 to 12 million parameters, float32, on the CPU. Training: forward and backward of batch x length tokens.
 Decoding: one row, a token at a time after 64 others, greedy, under torch.no_grad. Ratios are transformers' time over ours,
-medians of turns.
+medians of turns. `bound` is the ratio that a training step would have which did nothing but our matrix products of weights,
+which both must do.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from plait.hub.parity import quiet
 from plait.model import token_loss
 
 HERE = Path(__file__).parent
-BATCH, LENGTH, PROMPT, TOKENS, TURNS = 2, 256, 64, 16, 3
+PROMPT, TOKENS, TURNS = 64, 16, 3
 CACHES = ("past_key_values", "cache_params")
 SHAPE = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 704}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -76,7 +77,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_text": {**SHAPE, **HEADS, **DELTA, "head_dim": 64, "layer_types": THREE_OF_FOUR},
     "qwen3_5_moe_text": {
-        **SHAPE, **HEADS, **DELTA, **EXPERTS, "num_experts": 4, "head_dim": 64, "layer_types": THREE_OF_FOUR,
+        **{name: size for name, size in SHAPE.items() if name != "intermediate_size"}, **HEADS, **DELTA, **EXPERTS,
+        "num_experts": 4, "head_dim": 64, "layer_types": THREE_OF_FOUR,
     },
     "olmo_hybrid": {**SHAPE, **HEADS, **DELTA, "layer_types": THREE_OF_FOUR},
     "kimi_linear": {
@@ -133,11 +135,18 @@ def timed(run: Callable[..., Any], *args: Any) -> float:
     return perf_counter() - start
 
 
-def measured(name: str) -> dict[str, Any]:
+def products_ms(model: Any, tokens: torch.Tensor) -> float:
+    """Milliseconds that a training step spends in products of matrices of weights."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train_ours(model, tokens)
+    return sum(e.self_cpu_time_total for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm")) / 1e3
+
+
+def measured(name: str, batch: int, length: int) -> dict[str, Any]:
     """Medians of turns, in milliseconds."""
     with tempfile.TemporaryDirectory() as folder:
         theirs, ours = models(name, Path(folder))
-    tokens = torch.randint(4096, (BATCH, LENGTH + 1))
+    tokens = torch.randint(4096, (batch, length + 1))
     times: dict[str, list[float]] = {"train_theirs": [], "train_ours": [], "decode_theirs": [], "decode_ours": []}
     for turn in range(TURNS + 1):
         now = {
@@ -151,26 +160,32 @@ def measured(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {key: round(statistics.median(values), 3) for key, values in times.items()}
     parameters = sum(p.numel() for p in ours.parameters())
     ratios = {kind: round(found[f"{kind}_theirs"] / found[f"{kind}_ours"], 2) for kind in ("train", "decode")}
-    return {"pattern": ours.design.pattern, "parameters": parameters, **found, **ratios}
+    products = statistics.median(products_ms(ours.train(), tokens) for _ in range(TURNS))
+    bound = {"products": round(products, 3), "bound": round(found["train_theirs"] / products, 2)}
+    return {"pattern": ours.design.pattern, "parameters": parameters, **found, **ratios, **bound}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default=",".join(CONFIGS))
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "families.json")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     for name in arguments.only.split(","):
-        results[name] = measured(name)
+        results[name] = measured(name, arguments.batch, arguments.length)
         row = results[name]
         print(
-            f"{name:<18} {row['pattern']:<24} training {row['train']:5.2f}x  decoding {row['decode']:5.2f}x", flush=True
+            f"{name:<18} {row['pattern']:<24} training {row['train']:5.2f}x of {row['bound']:5.2f}x  "
+            f"decoding {row['decode']:5.2f}x",
+            flush=True,
         )
         gc.collect()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     shape = {
-        "batch": BATCH,
-        "length": LENGTH,
+        "batch": arguments.batch,
+        "length": arguments.length,
         "prompt": PROMPT,
         "tokens": TOKENS,
         "turns": TURNS,

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 TOP = 12  # kernels that are shown; all are in the JSON
 NAMED = 80  # letters of a kernel's name that are shown
 CONTEXTS = (64, 16_384)
+
+
+class Recompute(StrEnum):
+    cheap = "cheap"
+    slots = "slots"
+
 
 app = typer.Typer(help="How fast a design trains and decodes on this machine, and what the device can do at most.")
 
@@ -54,6 +61,10 @@ def train(
     packed: Annotated[
         bool, typer.Option("--packed", help="Documents of random lengths, end to end, instead of whole rows.")
     ] = False,
+    recompute: Annotated[
+        Recompute | None,
+        typer.Option(help="Activations computed again in the backward pass: whole slots, or what is cheap of them."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after others that are not.")] = 10,
     device: Device = "auto",
 ) -> Outcome:
@@ -71,12 +82,20 @@ def train(
         precision=precision,
         compile=compile,
         packed=packed,
+        activation_checkpointing={None: False, "cheap": "cheap", "slots": True}[recompute],
         steps=steps,
         device=str(place),
     )
     about(screen, chosen, place, speed.limits)
     screen.print(train_table(speed, place.type), kernel_table(speed))
-    run = {"batch": batch, "length": length, "compile": compile, "packed": packed, "steps": steps}
+    run = {
+        "batch": batch,
+        "length": length,
+        "compile": compile,
+        "packed": packed,
+        "recompute": recompute,
+        "steps": steps,
+    }
     return Outcome(
         facts(chosen, place) | run | train_data(speed), next=[shell("plait", "bench", "decode", design, *changes or [])]
     )

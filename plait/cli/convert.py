@@ -273,7 +273,8 @@ def scores(asked: Conversion, tasks: str | None) -> "dict[str, Callable[[Languag
 
     def retrieval(model: "LanguageModel") -> float:
         kinds = recall.recall_kinds(recall.fitting(model, recall.LENGTHS), recall.PAIRS)
-        found = recall.measure(model, tokenizer, kinds, **{"text": asked.data.source})
+        found = recall.measure(model, tokenizer, kinds, **{"text": asked.data.source}, write=False)
+        retrieval.tokens = sum(cell.questions * cell.kind.length for cell in found)  # of one call, for the rule's cost
         return sum(cell.chosen for cell in found) / sum(cell.questions for cell in found)
 
     def commonsense(model: "LanguageModel") -> float:

@@ -27,12 +27,13 @@ STAGES = ("align", "distil", "finish")
 # Peak learning rates of the new layers where the model is 128 wide (benchmarks/convert_cpu.py); they go by 1 / width (arXiv
 # 2203.03466), which meets what is published for widths of 1,536 to 4,096: 1e-3 to align and 1e-4 to distil.
 WIDTH = 128
+GATES, TURN = "*.merge.shift", 0.25  # a gate can go from attention to nothing in this share of a stage's steps
 RATES = {"align": 1e-2, "distil": 1e-2, "finish": 3e-3}
 TRAINING: dict[str, Any] = {
     "weight_decay": 0.0,
     "eval_every": 0,
     "sample_every": 0,
-    "save_every": 500,
+    "save_every": 250,
 }
 
 
@@ -48,14 +49,19 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
     keep: how much attention stays: a share "25%", a number of layers, or their addresses [A#3, A#7].
     select: the rule that chooses which; see `plait.convert.RULES`.
 
-    select_tokens: of text that the rule measures on; null: a twentieth of the budget.
+    select_tokens: of text that the rule measures on; null: a twentieth of the budget, 524,288 at most.
     data: as in a run; its tokenizer is the teacher's.
     calibrate: tokens of text that new layers' gates, decays and outputs are set by before training; 0: none.
     budget: tokens of text that the training stages read in all.
     align_share, finish_share: of the budget; the rest is for distilling.
     body: the learning rate of what was the teacher's, as a share of the new layers'. In alignment it is 0.
+    price: of parallel slots: nats a token that attention has to be worth in one, to keep its weight while distilling.
+    prune: which of them lose their attention after distilling, those first that weigh it least: so many that this much
+        attention is left in the model, a share "25%" or a number of layers; or "left": all whose gates have left it.
     cross_entropy: weight of the text's own loss beside the teacher's.
     temperature: of both distributions while distilling.
+    top: likeliest next ids of the teacher that are written down once at every token of the text, before distilling, and learned
+        from instead of running it at every step; all others count as one. 0: it runs at every step.
     head: "tied": as the teacher's; "own": an untied one, which begins as the embeddings; "retied": an untied one while
         distilling, which is dropped at the end. Of a teacher whose head is not tied, all are the same.
     training: keys of a run for all stages; align, distil, finish: and for one of them; `length` there is its data.length.
@@ -76,8 +82,11 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
     align_share: float = 0.2
     finish_share: float = 0.0
     body: float = 0.3
+    price: float = 0.1
+    prune: str | int | None = None
     cross_entropy: float = 0.0
     temperature: float = 1.0
+    top: int = 0
     head: Literal["tied", "own", "retied"] = "tied"
     training: dict[str, Any] = {}
     align: dict[str, Any] = {}
@@ -94,8 +103,11 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
         self._set("teacher", str(user_path(self.teacher)))
         positive(self, "budget", "temperature", "select_tokens")
         between(self, 0, 1, "align_share", "finish_share", "body")
-        between(self, 0, 1_000, "cross_entropy")
+        between(self, 0, 1_000, "cross_entropy", "price")
         between(self, 0, 2**24, "calibrate")
+        between(self, 0, 2**12, "top")
+        if self.top and self.temperature != 1:
+            raise ValueError(f"Conversion.top: what is written down has the temperature 1, not {self.temperature}")
         if self.align_share + self.finish_share > 1:
             raise ValueError(
                 f"Conversion: align_share {self.align_share} and finish_share {self.finish_share} are more than the budget"
@@ -115,13 +127,13 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
         """That a stage may read."""
         return round(self.budget * self.share(stage))
 
-    def runs(self, new: tuple[str, ...] = (), dim: int = WIDTH) -> dict[str, RunConfig]:
+    def runs(self, new: tuple[str, ...] = (), dim: int = WIDTH, gated: bool = False) -> dict[str, RunConfig]:
         """The training run of each stage that has a share of the budget; `new`: addresses of the new layers in the student,
-        which is `dim` wide."""
+        which is `dim` wide; gated: whether it has gates."""
         stages = [stage for stage in STAGES if self.tokens(stage)]
-        return {stage: self._run(stage, new, dim) for stage in stages}
+        return {stage: self._run(stage, new, dim, gated) for stage in stages}
 
-    def _run(self, stage: str, new: tuple[str, ...], dim: int) -> RunConfig:
+    def _run(self, stage: str, new: tuple[str, ...], dim: int, gated: bool) -> RunConfig:
         keys = {"lr": RATES[stage] * WIDTH / dim} | TRAINING | self.training | getattr(self, stage)
         length = keys.pop("length", min(ALIGN_LENGTH, self.data.length) if stage == "align" else self.data.length)
         tokens = self.tokens(stage)
@@ -132,14 +144,15 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
                 f"({batch} sequences of {length}); give at least "
                 f"{ceil(batch * length / self.share(stage)):,}"
             )
-        body = 0.0 if stage == "align" else self.body
+        body, steps = 0.0 if stage == "align" else self.body, tokens // (batch * length)
+        gates = {GATES: max(1.0, 1 / (TURN * steps * keys["lr"]))} if gated and stage != "align" else {}
         return RunConfig(
             design="AF",  # until the stage before has left a model to start from
             data=self.data.replace(length=length),
             folder=str(Path(self.out, stage)),
-            steps=tokens // (batch * length),
+            steps=steps,
             batch=batch,
-            rates={"*": body} | dict.fromkeys(new, 1.0) if new else {},
+            rates={"*": body} | dict.fromkeys(new, 1.0) | gates if new else {},
             seed=self.seed,
             device=self.device,
             **keys,

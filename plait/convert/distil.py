@@ -1,10 +1,41 @@
 """Distillation: the whole student learns the teacher's next-token distribution (`plait.model.Distillation`)."""
 
-import torch
+from typing import Any
 
-from plait.model import LanguageModel
+import torch
+from torch import Tensor
+
+from plait.convert.remembered import Remembered
+from plait.model import CrossEntropy, Distillation, LanguageModel, Mixed
 from plait.model.build import empty_model
 from plait.model.files import stored
+from plait.model.top_kl import TopKL
+
+
+class FromDisk(Distillation):
+    """Distillation from what the teacher has said of the training text; it runs for other text alone, as for what was held
+    out."""
+
+    def __init__(self, model: LanguageModel, teacher: LanguageModel, said: Remembered, *, cross_entropy: float = 0.0):
+        super().__init__(model, teacher, cross_entropy=cross_entropy)
+        self.said = said
+
+    def scored(self, batch: Any) -> Tensor:
+        return (batch.targets.flatten() >= 0) & self.said.known(batch).to(batch.targets.device)
+
+    def count(self, batch: Any) -> Tensor:
+        return super().count(batch) if batch.places is None else self.scored(batch).sum()
+
+    def rule(self, batch: Any) -> Any:
+        if batch.places is None:
+            return super().rule(batch)
+        ids, logp, left = (x.to(batch.inputs.device) for x in self.said.read(batch))
+        scored = self.scored(batch)
+        kl = TopKL(ids.int(), logp, left, scored)
+        if not self.cross_entropy:
+            return kl
+        text = CrossEntropy(torch.where(scored.view_as(batch.targets), batch.targets, -100))
+        return Mixed(((1.0, kl), (self.cross_entropy, text)))
 
 
 def untied(model: LanguageModel) -> LanguageModel:

@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.convert.measured import places_of
-from plait.convert.scores import Request, Score, Scores, divergences, student, timed, with_one
+from plait.convert.scores import Request, Score, Scores, divergences, precision, student, timed, with_one
 from plait.design import declared
 from plait.layers.context import Context
 from plait.model.language_model import LanguageModel
 from plait.model.objective import Batch, Distillation
+from plait.train.step import autocast
 
 GATE_RATE = 0.1
 MIXER_RATE, BODY_RATE = 1e-4, 7e-6  # of KL-guided GA-S2 (arXiv 2512.20569), stage 2
@@ -127,7 +128,9 @@ def _learn(
     for step in range(steps):
         batch = data[step % len(data)]
         before()
-        objective(batch).mean.backward()
+        with autocast(objective.model.device, precision(objective.model)):
+            loss = objective(batch).mean
+        loss.backward()
         optimiser.step()
         optimiser.zero_grad()
         out.tokens += 2 * batch.inputs.numel()

@@ -75,5 +75,6 @@ def _replaced(teacher: LanguageModel, request: Request, data: Sequence[Batch], o
 
 
 def _counted(score: Score, model: LanguageModel, out: Scores) -> float:
+    value = float(score(model))
     out.tokens += getattr(score, "tokens", 0)
-    return float(score(model))
+    return value

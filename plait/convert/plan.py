@@ -6,8 +6,8 @@ from typing import Any, Self
 
 import torch
 
-from plait.convert.fit import fitted, plain
-from plait.design.layers import Attention, Layer
+from plait.convert.parallel import Target, target, target_data
+from plait.design.layers import Attention
 from plait.design.load import read_mapping
 from plait.design.model import ModelConfig
 from plait.design.places import layers
@@ -33,8 +33,10 @@ class Plan(Struct, frozen=True, kw_only=True, tag=False):
     """teacher: what `plait.load` takes; teacher_hash: of its design and weights (`teacher_hash`).
 
     replace: by address in the teacher, the layer that takes an attention layer's place, as plain data; sizes left out are those
-    that the attention layer's weights need. keep: addresses of the attention layers that stay. rule: what chose them; scores:
-    by address, higher where attention is needed more; cost: of these. seed: of weights that nothing is carried over to.
+    that the attention layer's weights need; or `branches`, attention one of them, and their merge.
+
+    keep: addresses of the attention layers that stay. rule: what chose them; scores: by address, higher where attention is
+    needed more; cost: of these. seed: of weights that nothing is carried over to.
     """
 
     teacher: str
@@ -53,7 +55,7 @@ class Plan(Struct, frozen=True, kw_only=True, tag=False):
         full = {}
         for address, mixer in replace.items():
             _attention(places, teacher.design, address)
-            full[address] = _full(places, address, mixer).to_dict() | plain(mixer)  # what it says of defaults, too
+            full[address] = target_data(places[address], mixer, f"plan: {address}")
         keep = tuple(address for address in places if address not in full)
         plan = cls(teacher=name, teacher_hash=teacher_hash(teacher), replace=full, keep=keep, **rest)
         plan.check(teacher)
@@ -86,12 +88,12 @@ class Plan(Struct, frozen=True, kw_only=True, tag=False):
             said = "neither kept nor replaced" if left else "kept and replaced"
             raise ValueError(f"plan: {(left or both)[0]} is {said}; every attention layer is one of the two")
 
-    def layers(self, design: ModelConfig) -> dict[str, Layer]:
+    def layers(self, design: ModelConfig) -> dict[str, Target]:
         """What stands at each replaced address, sizes filled in."""
         places = attention_places(design)
         for address in self.replace:
             _attention(places, design, address)
-        return {address: _full(places, address, mixer) for address, mixer in self.replace.items()}
+        return {address: target(places[address], mixer, f"plan: {address}") for address, mixer in self.replace.items()}
 
 
 def attention_places(design: ModelConfig) -> dict[str, Attention]:
@@ -105,10 +107,6 @@ def teacher_hash(teacher: LanguageModel) -> str:
     for name, x in sorted(stored(teacher).items()):
         digest.update(weights_hash({name: x.to(torch.promote_types(x.dtype, torch.float32))}).encode())
     return f"{teacher.design.hash}-{digest.hexdigest()[:16]}"
-
-
-def _full(places: dict[str, Attention], address: str, mixer: Any) -> Layer:
-    return fitted(places[address], mixer, f"plan: {address}")
 
 
 def _attention(places: dict[str, Attention], design: ModelConfig, address: str) -> Attention:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from plait.convert.conversion import Conversion
+from plait.convert.parallel import BEGINNING, alone, standing_for
 from plait.convert.plan import Cost, Plan, attention_places
 from plait.convert.scores import Request, Score
 from plait.convert.select import RULES, choose
 from plait.design.layers import KINDS, LETTERS, Attention, FeedForward, Layer, MixtureOfExperts
 from plait.design.model import ModelConfig
-from plait.design.places import Node, Place, layers
+from plait.design.places import Node, Place, alike, pairs
 from plait.design.spelling import suggest
 from plait.model import LanguageModel
 from plait.model.objective import Batch
@@ -43,14 +44,16 @@ def make_plan(
         if asked.keep is not None:
             raise ValueError("--to says which layers stay; --keep goes with --mixer, or with --select")
         return Plan.of(teacher, asked.teacher, laid, rule="pattern", seed=asked.seed)
-    mixers = [*laid.values()] or [mixer_of(name) for name in asked.mixer]
+    mixers = [*laid.values()] or [mixer_of(name, teacher.design) for name in asked.mixer]
     if not mixers:
         raise ValueError('say what takes attention\'s place: --to PATTERN, such as "((DF)3 AF)", or --mixer D')
     keep, listed = kept(asked, list(places), len(places) - len(laid) if laid else None)
     rule = "list" if listed else asked.select or RULE
     if rule not in RULES:
         raise ValueError(f"--select: there is no rule {rule!r}; {suggest(rule, RULES)}")
-    request = Request(mixer=mixers[0], keep=keep, seed=asked.seed, listed=listed, commonsense=scores.get("commonsense"))
+    request = Request(
+        mixer=alone(mixers[0]), keep=keep, seed=asked.seed, listed=listed, commonsense=scores.get("commonsense")
+    )
     measures = rule not in ("uniform", "list")
     found = RULES[rule](teacher, request, data() if measures else (), scores.get("recall"))
     stay = choose(found.scores, keep, rule)
@@ -65,11 +68,9 @@ def kept(asked: Conversion, places: list[str], of_pattern: int | None) -> tuple[
     keep = asked.keep if asked.keep is not None else of_pattern if of_pattern is not None else KEEP
     if isinstance(keep, tuple):
         return len(keep), keep
-    if isinstance(keep, str) and (share := SHARE.fullmatch(keep.strip())):
-        count = round(float(share[1]) / 100 * len(places))
-    elif isinstance(keep, int) or keep.strip().isdigit():
-        count = int(keep)
-    else:
+    count = share(str(keep), len(places))
+    if count is None:
+        assert isinstance(keep, str)
         listed = tuple(word.strip() for word in keep.split(","))
         return len(listed), listed
     if not 0 <= count < len(places):
@@ -79,8 +80,20 @@ def kept(asked: Conversion, places: list[str], of_pattern: int | None) -> tuple[
     return count, ()
 
 
-def mixer_of(name: str) -> dict[str, Any]:
-    """What a letter or a kind stands for."""
+def share(text: str, of: int) -> int | None:
+    """How many of so many "25%" or "4" are; None for what is neither."""
+    if found := SHARE.fullmatch(text.strip()):
+        return round(float(found[1]) / 100 * of)
+    return int(text) if text.strip().isdigit() else None
+
+
+def mixer_of(name: str, design: ModelConfig) -> dict[str, Any]:
+    """What a letter, a kind or "[D|A]" stands for."""
+    if name.startswith("["):
+        slots = ModelConfig(vocab=design.vocab, dim=design.dim, pattern=name, merge=BEGINNING).slots
+        if len(slots) != 1:
+            raise ValueError(f"--mixer: {name!r} is {len(slots)} slots; expected one, such as '[D|A]'")
+        return standing_for(slots[0], LETTERS, "--mixer")
     if name in LETTERS:
         return LETTERS[name].to_dict()
     if name in KINDS:
@@ -91,7 +104,7 @@ def mixer_of(name: str) -> dict[str, Any]:
 def laid_out(design: ModelConfig, pattern: str) -> dict[str, dict[str, Any]]:
     """What takes the place of which attention layer where the teacher is to have `pattern`, repeated to its depth. Raises
     ValueError where the two do not fit slot by slot."""
-    target = ModelConfig(vocab=design.vocab, dim=design.dim, pattern=pattern, layers=design.layers)
+    target = ModelConfig(vocab=design.vocab, dim=design.dim, pattern=pattern, layers=design.layers, merge=BEGINNING)
     bound, slots = LETTERS | dict(design.layers), target.slots
     if len(slots) > len(design.slots):
         raise ValueError(
@@ -105,9 +118,10 @@ def laid_out(design: ModelConfig, pattern: str) -> dict[str, dict[str, Any]]:
                 f"--to {pattern!r} has {new.address} where the teacher has {mine.address}: its slots must be the teacher's, "
                 f"{design.pattern!r}, with other mixers in the place of attention"
             )
-        for old, own in zip(layers((mine,)), layers((new,)), strict=True):
-            if isinstance(old.layer, Attention) and not isinstance(own.layer, Attention):
-                found[old.address] = bound[own.letter].to_dict()
+        for old, own in pairs((mine,), (new,)):
+            stays = isinstance(own, Place) and isinstance(own.layer, Attention)
+            if isinstance(old, Place) and isinstance(old.layer, Attention) and not stays:
+                found[old.address] = standing_for(own, bound, f"--to {pattern!r}")
     if not found:
         raise ValueError(f"--to {pattern!r} replaces nothing of the teacher's {design.pattern!r}")
     return found
@@ -118,10 +132,9 @@ def _fit(mine: Node, new: Node) -> bool:
     if isinstance(mine, Place) and isinstance(new, Place):
         return _layers_fit(mine.layer, new.layer)
     if isinstance(mine, Place) or isinstance(new, Place):
-        return False
-    pairs = list(zip(mine.branches, new.branches, strict=False))
-    same = len(mine.branches) == len(new.branches) and all(len(old) == len(own) for old, own in pairs)
-    return same and all(_fit(a, b) for old, own in pairs for a, b in zip(old, own, strict=True))
+        return isinstance(mine, Place) and isinstance(mine.layer, Attention)
+    inner = zip(sum(mine.branches, ()), sum(new.branches, ()), strict=False)
+    return alike(mine, new) and all(_fit(*pair) for pair in inner)
 
 
 def _layers_fit(mine: Layer, new: Layer) -> bool:

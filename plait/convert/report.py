@@ -14,6 +14,7 @@ NAMES = {
     "transfer": "weights carried over",
     "align": "aligned",
     "distil": "distilled",
+    "prune": "pruned",
     "finish": "finished on long text",
 }
 ERROR = "error, as a share of what the layer adds"
@@ -89,12 +90,16 @@ def plan_picture(plan: Mapping[str, Any]) -> str:
 
 
 def plan_words(plan: Mapping[str, Any]) -> str:
-    kinds = ", ".join(sorted({layer["kind"] for layer in plan["replace"].values()}))
+    kinds = ", ".join(sorted({_kinds(mixer) for mixer in plan["replace"].values()}))
     cost = plan.get("cost", {})
     paid = f" It took {cost['tokens']:,} tokens and {cost['seconds']:.1f} s." if cost.get("tokens") else ""
     kept = len(plan.get("keep", ()))
     chosen = f"{kept} of {len(plan['places'])} attention layers stay, chosen by {plan.get('rule', 'list')}"
     return f"{chosen}; the others became {kinds}.{paid}"
+
+
+def _kinds(mixer: Mapping[str, Any]) -> str:
+    return mixer["kind"] if "kind" in mixer else " beside ".join(branch["kind"] for branch in mixer["branches"])
 
 
 def by_length(name: str, values: Mapping[str, float]) -> plots.Line:

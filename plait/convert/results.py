@@ -12,8 +12,8 @@ from plait.data import Tokenizer
 from plait.design.count import parameters
 from plait.files import json_text, read_text, write_text
 from plait.model import LanguageModel, NextToken
-from plait.opening import load
-from plait.run_folder import METRICS, latest
+from plait.opening import folder_design, load
+from plait.run_folder import METRICS
 from plait.train import heldout_loss
 from plait.train.metrics import read_metrics
 
@@ -31,7 +31,7 @@ def results(stages: Stages, measures: Mapping[str, Measure], facts: dict[str, An
     if path.is_file():
         return json.loads(read_text(path))
     teacher, student, plan = stages.teacher, load(stages.folder, stages.device, torch.float32), stages.plan
-    left = [TRANSFER, *(name for name in TRAINED if latest(stages.folder / name) is not None)]
+    left = stages.left()
     after = {name: perplexity(stages, load(stages.folder / name, stages.device, torch.float32)) for name in left[:-1]}
     data = {
         "teacher": {"name": stages.asked.teacher, **described(stages, teacher, measures)},
@@ -70,7 +70,8 @@ def trained(stages: Stages, stage: str) -> dict[str, Any]:
     history = read_metrics(stages.folder / stage / METRICS)
     steps = [record for record in history if "loss" in record]
     last = steps[-1]  # which says what its loss is the sum of where that is more than one
-    parts = (last.get("losses") or dict.fromkeys(stages.new_layers(), last["loss"])) if stage == "align" else {}
+    new = stages.new_layers(folder_design(stages.folder / TRANSFER))
+    parts = (last.get("losses") or dict.fromkeys(new, last["loss"])) if stage == "align" else {}
     return {
         "tokens": steps[-1]["tokens"],
         "seconds": sum(record["step_s"] for record in steps),

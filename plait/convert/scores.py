@@ -15,6 +15,8 @@ from plait.model.language_model import LanguageModel
 from plait.model.loss import KL
 from plait.model.objective import Batch
 from plait.model.surgery import swap
+from plait.train.instructions import fast_dtype
+from plait.train.step import autocast
 
 Score = Callable[[LanguageModel], float]  # higher is better; its attribute `tokens`, if any: what one call reads
 
@@ -107,17 +109,24 @@ def divergences(
     teacher: LanguageModel, models: dict[str, LanguageModel], data: Sequence[Batch], scores: Scores
 ) -> dict[str, float]:
     """KL(teacher || model) in nats a scored position, of every model; the teacher runs once a batch."""
-    totals = dict.fromkeys(models, 0.0)
-    count = 0
-    with torch.no_grad():
+    zero = torch.zeros((), dtype=torch.float64, device=teacher.device)
+    totals, count = dict.fromkeys(models, zero), 0
+    with torch.no_grad(), autocast(teacher.device, precision(teacher)):
         for batch in data:
             theirs = _features(teacher, batch)
             rule = KL(theirs, teacher.head, scored=batch.targets >= 0)
             count += int(rule.count())
             for name, model in models.items():
-                totals[name] += float(model.head.loss(_features(model, batch), rule).total)
+                totals[name] = totals[name] + model.head.loss(_features(model, batch), rule).total.double()
             scores.tokens += batch.inputs.numel() * (1 + len(models))
-    return {name: total / max(1, count) for name, total in totals.items()}
+    return {name: float(total) / max(1, count) for name, total in totals.items()}
+
+
+def precision(model: LanguageModel) -> str:
+    """What a rule reads text in: bfloat16 on a GPU that is fast in it. The rounding is the teacher's too, up to the layer
+    that differs."""
+    fast = model.device.type == "cuda" and fast_dtype(model.device) == torch.bfloat16
+    return "bfloat16" if fast and model.dtype == torch.float32 else "float32"
 
 
 def _features(model: LanguageModel, batch: Batch) -> Tensor:

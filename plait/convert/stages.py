@@ -3,7 +3,9 @@
     convert.yaml    what was asked for
     plan.yaml       which layers stay, and what the others become; a person may edit it before the stages after it begin
     transfer/       the student before any training, and the plan that it was made by
+    said/           where the teacher's distributions are kept (`Conversion.top`)
     align/, distil/, finish/    runs, as `plait train` leaves them
+    prune/          the distilled student without the attention that its gates have left (`Conversion.prune`)
     config.json, model.safetensors, ...    the converted model, with the teacher's tokenizer
     report.json, report.html
 
@@ -24,35 +26,41 @@ from rich.console import Console
 
 from plait.convert.align import Alignment, powers, slots_of
 from plait.convert.conversion import Conversion
-from plait.convert.distil import retied, untied
-from plait.convert.plan import Plan
-from plait.convert.planning import make_plan
+from plait.convert.distil import FromDisk, retied, untied
+from plait.convert.gates import Priced, gates, pruned, to_prune
+from plait.convert.parallel import is_parallel, new_places
+from plait.convert.plan import Plan, teacher_hash
+from plait.convert.planning import make_plan, share
+from plait.convert.remembered import Remembered
+from plait.convert.room import check_room
 from plait.convert.scores import Score
 from plait.convert.transfer import student_of
 from plait.data import Loader, Shards, Tokenizer, load_tokenizer
 from plait.data.gguf_file import gguf_path
 from plait.design.load import read_mapping
-from plait.design.places import nodes
+from plait.design.model import ModelConfig
+from plait.design.places import pairs
 from plait.design.struct import convert as from_data
 from plait.design.yaml_core import write_yaml
 from plait.files import write_text
-from plait.model import Distillation, LanguageModel, model_folder, save
+from plait.model import Distillation, LanguageModel, Objective, model_folder, save
 from plait.model.device import find_device
 from plait.model.files import ENDS
 from plait.model.objective import Batch
-from plait.opening import load
+from plait.opening import folder_design, load
 from plait.run_folder import latest, step_of
 from plait.train import Interrupted, RunConfig, train
 from plait.train.heldout import heldout_documents, packed, pieces, up_to
 from plait.train.inputs import open_shards
 from plait.train.lock import alone_in
 
-ASKED, PLAN, TRANSFER, UNTIED = "convert.yaml", "plan.yaml", "transfer", "untied"
+ASKED, PLAN, TRANSFER, UNTIED, SAID, PRUNE = "convert.yaml", "plan.yaml", "transfer", "untied", "said", "prune"
 FREE = ("device", "out", "teacher")  # where it is computed, and where things lie: the plan knows the teacher's weights
 CALIBRATION_LENGTH = 512  # tokens of a row
+SELECT_TOKENS = 2**19  # at most, where nothing is said: a rule reads them once for each layer
 SCALE_TOKENS = 16_384  # held-out tokens that a layer's output is measured on
 TRAINED = ("align", "distil", "finish")
-ORDER = ("plan", "transfer", *TRAINED, "model")
+ORDER = ("plan", "transfer", "align", "distil", PRUNE, "finish", "model")
 
 
 @dataclass
@@ -68,8 +76,9 @@ class Stages:
         does."""
         with alone_in(self.folder, "another conversion"):
             self.claim()
+            self.check_room()
             for stage in ORDER[: ORDER.index(last) + 1]:
-                own = {"plan": self.make_plan, "transfer": self.transfer, "model": self.finish_model}
+                own = {"plan": self.make_plan, "transfer": self.transfer, PRUNE: self.prune, "model": self.finish_model}
                 own[stage]() if stage in own else self.train(stage)
 
     @property
@@ -93,6 +102,17 @@ class Stages:
             return
         if any(self.folder.glob("*.safetensors")) or latest(self.folder) is not None:
             raise ValueError(f"{self.folder} holds a model or a run: give another --out")
+
+    def check_room(self) -> None:
+        """Raise ValueError where a stage that is to be done does not fit on the GPU, or its files on the disk."""
+        if self.device.type == "cuda":
+            runs = self.asked.runs().items()
+            left = {stage: self.suited(run, stage) for stage, run in runs if not self.is_done(stage)}
+            free, _ = torch.cuda.mem_get_info(self.device)
+            check_room(folder_design(self.asked.teacher), left, free, str(self.device))
+        for stage, run in self.asked.runs().items():
+            if self.asked.top and stage != "align" and not self.is_done(stage):
+                self.said(run.data.length).check()
 
     @cached_property
     def device(self) -> torch.device:
@@ -128,10 +148,12 @@ class Stages:
     def make_plan(self) -> None:
         path = self.folder / PLAN
         if path.is_file():
+            kept_attention(self.asked.prune, self.plan)
             self.keep_asked()
             return
         with self.console.status("choosing the layers that stay"):
             plan = make_plan(self.asked, self.teacher, self.measured_on, self.scores)
+        kept_attention(self.asked.prune, plan)  # raises for what cannot be
         plan.write(path)
         self.keep_asked()
         cost = f"; it took {plan.cost.tokens:,} tokens and {plan.cost.seconds:.1f} s" if plan.cost.tokens else ""
@@ -148,7 +170,8 @@ class Stages:
         """What a rule measures on: the first batches of the text."""
         run = list(self.asked.runs().values())[-1]
         size = run.batch * run.data.length
-        count = max(1, (self.asked.select_tokens or self.asked.budget // 20) // size)
+        tokens = self.asked.select_tokens or min(self.asked.budget // 20, SELECT_TOKENS)
+        count = max(1, tokens // size)
         loader = Loader(self.shards, batch=run.batch, length=run.data.length, seed=self.asked.seed)
         return [batch.to(self.device) for batch in islice(loader, count)]
 
@@ -183,23 +206,35 @@ class Stages:
         rows = [ids[begins[i * len(begins) // count] :][:length].astype("int64") for i in range(count)]
         return torch.stack([torch.from_numpy(row) for row in rows]).to(self.device)
 
-    def new_layers(self) -> tuple[str, ...]:
-        """Addresses of the replaced layers in the student."""
-        student = load(self.folder / TRANSFER).design
-        pairs = zip(nodes(self.teacher.design.slots), nodes(student.slots), strict=True)
-        return tuple(new.address for old, new in pairs if old.address in self.plan.replace)
+    def new_layers(self, student: ModelConfig) -> tuple[str, ...]:
+        """Addresses of the layers that a student has in the place of the teacher's, or beside them."""
+        found = [
+            pair for pair in pairs(self.teacher.design.slots, student.slots) if pair[0].address in self.plan.replace
+        ]
+        return tuple(new.address for old, now in found for new in new_places(old, now))
 
     # training
 
     def run(self, stage: str) -> RunConfig | None:
         """The run of a stage that has a share of the budget, from what the stages before it have left."""
-        run = self.asked.runs(self.new_layers(), self.teacher.design.dim).get(stage)
-        return None if run is None else run.replace(design=None, start=str(self.begins(stage)))
+        if not self.asked.tokens(stage):
+            return None
+        start = self.begins(stage)
+        student = folder_design(start)
+        run = self.asked.runs(self.new_layers(student), self.teacher.design.dim, bool(gates(student)))[stage]
+        return self.suited(run, stage).replace(design=None, start=str(start))
+
+    def suited(self, run: RunConfig, stage: str) -> RunConfig:
+        """In bfloat16 on a GPU where nothing else is said."""
+        said = "precision" in self.asked.training | getattr(self.asked, stage)
+        return run if said or self.device.type != "cuda" else run.replace(precision="bfloat16")
 
     def begins(self, stage: str) -> Path:
         """What holds the weights that a stage begins with: those of the stage before it that there was."""
         before = [name for name in TRAINED[: TRAINED.index(stage)] if self.asked.tokens(name)]
         start = self.folder / (before[-1] if before else TRANSFER)
+        if stage == "finish" and (self.folder / PRUNE).is_dir():
+            start = self.folder / PRUNE
         first = stage != "align" and "distil" not in before
         if not (first and self.asked.head != "tied" and self.teacher.design.tied):
             return start
@@ -219,6 +254,8 @@ class Stages:
             result = train(run, objective=self.objective(stage, run), console=self.console)
         except Interrupted as stop:
             raise Interrupted(f"{stage} stopped and saved", stop.folder, stop.checkpoint) from None
+        finally:
+            self.__dict__.pop("teacher", None)  # the run may have compiled its slots, for the shapes of training alone
         self.say(f"{stage}: held-out loss {result.heldout.loss:.4f}, {result.seconds:.0f} s")
 
     def is_done(self, stage: str) -> bool:
@@ -227,16 +264,47 @@ class Stages:
 
     def objective(self, stage: str, run: RunConfig) -> Callable[[LanguageModel], Any]:
         if stage != "align":
-            how = {"temperature": self.asked.temperature, "cross_entropy": self.asked.cross_entropy}
-            return partial(Distillation, teacher=self.teacher, **how)
+            how = {"teacher": self.teacher, "cross_entropy": self.asked.cross_entropy}
+            more = {"said": self.written(run)} if self.asked.top else {"temperature": self.asked.temperature}
+            kind = FromDisk if self.asked.top else Distillation
+            return partial(self.distillation, stage, partial(kind, **how, **more))
         slots = slots_of(self.teacher.design, self.plan.replace)
         found = powers(self.teacher, slots, self.heldout(run.data.length, SCALE_TOKENS), run.precision)
         return partial(Alignment, teacher=self.teacher, powers=found)
+
+    def distillation(self, stage: str, made: Callable[[LanguageModel], Objective], model: LanguageModel) -> Objective:
+        """With a price on attention while its gates may leave it."""
+        priced = stage == "distil" and self.asked.price and gates(model.design)
+        return Priced(made(model), self.asked.price) if priced else made(model)
+
+    def said(self, length: int) -> Remembered:
+        """What the teacher says of the training text, as far as it has been written down."""
+        top = min(self.asked.top, self.teacher.design.vocab)
+        return Remembered(self.folder / SAID / str(length), self.shards, length, top, teacher_hash(self.teacher))
+
+    def written(self, run: RunConfig) -> Remembered:
+        """All of it, file by file."""
+        said = self.said(run.data.length)
+        for done, number in enumerate(missing := said.missing()):
+            with self.console.status(f"writing down what the teacher says: {done} of {len(missing)}"):
+                said.write(number, self.teacher, run.precision)
+        return said
 
     def heldout(self, length: int, tokens: int) -> Any:
         """Batches of held-out text."""
         parts = up_to(pieces(heldout_documents(self.shards), length), tokens)
         return packed(parts, self.shards.token_bytes(), 8 * length)
+
+    # attention that its gates have left
+
+    def prune(self) -> None:
+        folder = self.folder / PRUNE
+        if self.asked.prune is None or folder.is_dir():
+            return
+        model = load(self.last())
+        gone = to_prune(model, kept_attention(self.asked.prune, self.plan))
+        write_folder(folder, lambda temporary: save(pruned(model, gone), temporary, self.tokenizer))
+        self.say(f"prune: {', '.join(gone) or 'no slot'} without attention from here on")
 
     # the model
 
@@ -250,8 +318,35 @@ class Stages:
 
     def last(self) -> Path:
         """What holds the newest weights."""
-        trained = [name for name in TRAINED if latest(self.folder / name) is not None]
-        return self.folder / (trained[-1] if trained else TRANSFER)
+        return self.folder / self.left()[-1]
+
+    def left(self) -> list[str]:
+        """The folders that hold weights, in order."""
+        return [name for name in ORDER if self.holds(name)]
+
+    def holds(self, name: str) -> bool:
+        return latest(self.folder / name) is not None if name in TRAINED else (self.folder / name).is_dir()
+
+
+def kept_attention(prune: str | int | None, plan: Plan) -> int | None:
+    """How many attention layers pruning leaves; None: as many as their gates do. Raises ValueError where that cannot be."""
+    if prune is None:
+        return None
+    beside = sum(is_parallel(mixer) for mixer in plan.replace.values())
+    if not beside:
+        raise ValueError(
+            "prune: attention goes from parallel slots, and there are none; give --to or --mixer such as '[D|A]'"
+        )
+    if prune == "left":
+        return None
+    everywhere = len(plan.keep) + beside
+    count = share(str(prune), len(plan.keep) + len(plan.replace))
+    if count is None or not len(plan.keep) <= count <= everywhere:
+        raise ValueError(
+            f"prune: {prune!r} leaves no number of attention layers from {len(plan.keep)}, which stand alone, to {everywhere}; "
+            "expected such a number, a share of all such as '25%', or 'left'"
+        )
+    return count
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -35,7 +35,7 @@ Span = tuple[int, int, int]  # tokens of one piece: the first, how many, the end
 @dataclass(frozen=True, slots=True)
 class Batch:
     """inputs, targets: int64 (1, n); cu_seqlens: int32 (pieces + 1,), from 0 to n, always on the CPU; bytes: UTF-8 bytes of
-    the targets.
+    the targets; places: int64 (pieces,), where in the corpus each piece begins, on the CPU; None where that is not known.
 
     A target of -100 is not scored: the position of an end of text, whose next token is another document's.
     """
@@ -44,17 +44,20 @@ class Batch:
     targets: Tensor
     cu_seqlens: Tensor
     bytes: int
+    places: Tensor | None = None
 
     def part(self, start: int, end: int) -> "Batch":
         """The tokens from `start` to `end`, both of which are bounds of documents."""
         inside = (self.cu_seqlens >= start) & (self.cu_seqlens <= end)
-        return Batch(self.inputs[:, start:end], self.targets[:, start:end], self.cu_seqlens[inside] - start, 0)
+        cuts = self.cu_seqlens[inside] - start
+        places = None if self.places is None else self.places[inside[:-1] & (self.cu_seqlens[:-1] < end)]
+        return Batch(self.inputs[:, start:end], self.targets[:, start:end], cuts, 0, places)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """On another device, with all that layers will want to know of the documents there."""
         inputs, targets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.inputs, self.targets))
         Packing.of(self.cu_seqlens, inputs)  # the model finds it again by its offsets
-        return Batch(inputs, targets, self.cu_seqlens, self.bytes)
+        return Batch(inputs, targets, self.cu_seqlens, self.bytes, self.places)
 
 
 class Loader:
@@ -145,6 +148,7 @@ class Loader:
             targets=torch.from_numpy(targets[None]),
             cu_seqlens=torch.tensor(cuts, dtype=torch.int32),
             bytes=int(self._token_bytes[targets[targets != NO_TARGET]].sum()),
+            places=torch.tensor([start for start, _, _ in spans]),
         )
 
     def _own_spans(self) -> tuple[list[Span], tuple[int, int, int]]:

@@ -40,15 +40,20 @@ class Merge(Struct, frozen=True, kw_only=True):
 
 
 class Sum(Merge, frozen=True, kw_only=True, tag="sum"):
-    """w_1 b_1 + ... + w_n b_n with fixed `weights`; without them all are 1."""
+    """w_1 b_1 + ... + w_n b_n with `weights`, which are `fixed`, or learned from there on while their sum stays; without them
+    all are 1."""
 
     weights: tuple[float, ...] = ()
+    fixed: bool = True
 
     def check(self, widths: tuple[int, ...]) -> None:
         super().check(widths)
         given = len(self.weights)
         if given not in (0, len(widths)):
             raise ValueError(f"Sum.weights has {given} numbers for {len(widths)} branches")
+
+    def merging(self, dim: int, widths: tuple[int, ...]) -> Weights:
+        return (Weight("shift", (len(widths),), "vector", Constant(0.0)),) if not self.fixed else ()
 
 
 class Average(Merge, frozen=True, kw_only=True, tag="average"):

@@ -58,6 +58,21 @@ def nodes(chain: tuple[Node, ...]) -> Iterator[Node]:
             yield from nodes(branch)
 
 
+def pairs(before: tuple[Node, ...], after: tuple[Node, ...]) -> Iterator[tuple[Node, Node]]:
+    """What stands in the same place of two chains, in reading order. Where one has branches and the other a layer, or other
+    branches, what is in them has no counterpart."""
+    for old, new in zip(before, after, strict=True):
+        yield old, new
+        if isinstance(old, ParallelPlace) and isinstance(new, ParallelPlace) and alike(old, new):
+            for chain, other in zip(old.branches, new.branches, strict=True):
+                yield from pairs(chain, other)
+
+
+def alike(one: ParallelPlace, other: ParallelPlace) -> bool:
+    """Whether each has as many branches as the other, of as many layers."""
+    return [*map(len, one.branches)] == [*map(len, other.branches)]
+
+
 def layers(chain: tuple[Node, ...]) -> Iterator[Place]:
     """Every layer in reading order."""
     return (node for node in nodes(chain) if isinstance(node, Place))

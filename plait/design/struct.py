@@ -91,9 +91,11 @@ class UnknownKind(ValueError):
 
 
 def words(kind: Any) -> tuple[Any, ...]:
-    """The few values that a type, Literal or Literal | None, allows; none where it allows others."""
+    """The few values that a type allows, one of Literal, None and bool; none where it allows others."""
     kinds = [k for k in (get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)) if k is not type(None)]
-    return get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else ()
+    named = [value for k in kinds if get_origin(k) is Literal for value in get_args(k)]
+    few = named and all(k is bool or get_origin(k) is Literal for k in kinds)
+    return (*named, *((True, False) if bool in kinds else ())) if few else ()
 
 
 def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str, also: Collection[str] = ()) -> None:
@@ -103,8 +105,9 @@ def check_keys(fields: dict[str, Any], cls: type[msgspec.Struct], where: str, al
         if key not in types and key != "kind" and key not in also:
             raise ValueError(f"{where}: unknown key {key!r}; {suggest(str(key), [*types, *also])}")
         options = words(types.get(key))
-        if options and value not in options and value is not None:
-            raise ValueError(f"{where}.{key}: {value!r} does not exist; {suggest(str(value), map(str, options))}")
+        if options and not any(value == word and type(value) is type(word) for word in options) and value is not None:
+            known = [json.dumps(option).strip('"') for option in options]
+            raise ValueError(f"{where}.{key}: {value!r} does not exist; {suggest(str(value), known)}")
         for inner in (types.get(key), *get_args(types.get(key))):  # X, or each part of X | None
             if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
                 check_keys(value, inner, f"{where}.{key}")

@@ -1,6 +1,6 @@
 """The token loop: all rows advance together, and each leaves when it is done."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -122,7 +122,7 @@ def continuations(
     ends: Collection[int] = (),
     vocab: int | None = None,
     done: set[int] | None = None,
-) -> Iterator[tuple[int, int]]:
+) -> Generator[tuple[int, int]]:
     """(row, token) as they come; one of `ends` ends its row and is left out. Rows that the caller adds to `done` meanwhile are
     taken out before the next step."""
     if not len(prompts):

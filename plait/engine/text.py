@@ -1,6 +1,7 @@
 """Text in, text out: whole or as it comes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import TypeVar
 
 from plait.data.chat_template import need_template
@@ -81,8 +82,13 @@ def stream(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    pieces = _pieces(model, tokenizer, [prompt], max_tokens, sampling, stop, chat)
-    return (piece for _, piece in pieces)
+    return _of_one(_pieces(model, tokenizer, [prompt], max_tokens, sampling, stop, chat))
+
+
+def _of_one(pieces: Generator[tuple[int, str]]) -> Generator[str]:
+    with closing(pieces):  # a generator that is closed lets go of those inside it only later, from Python 3.12 on
+        for _, piece in pieces:
+            yield piece
 
 
 def _pieces(
@@ -93,7 +99,7 @@ def _pieces(
     sampling: Sampling,
     stop: str | Sequence[str],
     chat: bool,
-) -> Iterator[tuple[int, str]]:
+) -> Generator[tuple[int, str]]:
     """(row, text) as it comes. Checks everything before it returns."""
     check_vocab(model, tokenizer)
     for row, prompt in enumerate(prompts):
@@ -119,18 +125,19 @@ def _texts(
     sampling: Sampling,
     stops: tuple[str, ...],
     ends: tuple[int, ...],
-) -> Iterator[tuple[int, str]]:
+) -> Generator[tuple[int, str]]:
     texts = [StoppedText(tokenizer.stream(after=prompt), stops) for prompt in ids]
     done: set[int] = set()
     tokens = continuations(
         model, ids, max_tokens=max_tokens, sampling=sampling, ends=ends, vocab=tokenizer.vocab, done=done
     )
-    for row, token in tokens:
-        piece = texts[row].push(token)
-        if texts[row].ended:
-            done.add(row)
-        if piece:
-            yield row, piece
+    with closing(tokens):
+        for row, token in tokens:
+            piece = texts[row].push(token)
+            if texts[row].ended:
+                done.add(row)
+            if piece:
+                yield row, piece
     for row, text in enumerate(texts):
         piece = text.finish()
         if piece:

@@ -89,11 +89,12 @@ def measure(
     text: str = "stdlib",
     questions: int = QUESTIONS,
     seed: int = 0,
+    write: bool = True,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Found]:
     """`questions` of each kind, with filler from `text`, a source as `data.source` names it. `progress` is told how many of all
-    questions are answered. Raises ValueError where a kind's facts do not fit, the text is too short, or the model's positions
-    are."""
+    questions are answered. Without `write` the model chooses only, which is sooner done, and `written` is 0. Raises ValueError
+    where a kind's facts do not fit, the text is too short, or the model's positions are."""
     check_vocab(model, tokenizer)
     if questions < 1:
         raise ValueError(f"questions must be at least 1, got {questions}")
@@ -107,7 +108,7 @@ def measure(
     for kind in kinds:
         asked = list(questions_of(kind, tokenizer, filler, questions, seed))
         done = len(found) * questions
-        found.append(_ask(model, tokenizer, kind, asked, lambda count, done=done: progress(done + count, total)))
+        found.append(_ask(model, tokenizer, kind, asked, write, lambda count, done=done: progress(done + count, total)))
     return found
 
 
@@ -116,11 +117,12 @@ def _ask(
     tokenizer: Tokenizer,
     kind: Kind,
     asked: Sequence[Hidden],
+    write: bool,
     progress: Callable[[int], object],
 ) -> Found:
     questions = [Question(hidden.context, hidden.choices, f"length {kind.length:,}") for hidden in asked]
     chosen = written = 0
-    answered = answers(model, questions, write=ROOM, vocab=tokenizer.vocab)
+    answered = answers(model, questions, write=ROOM if write else 0, vocab=tokenizer.vocab)
     for done, (hidden, answer) in enumerate(zip(asked, answered, strict=True), start=1):
         scores = [score.loglikelihood for score in answer.scores]
         chosen += scores.index(max(scores)) == hidden.right

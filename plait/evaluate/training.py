@@ -30,6 +30,7 @@ from plait.evaluate.room import largest, no_memory, release
 from plait.layers import Channels
 from plait.model import NextToken, build
 from plait.model.device import find_device, memory
+from plait.model.recompute import Choice
 from plait.ops.numbers import whole_number
 from plait.train.ahead import Ahead
 from plait.train.config import RunConfig
@@ -95,14 +96,16 @@ def train_speed(
     precision: str | None = None,
     compile: bool = False,
     packed: bool = False,
+    activation_checkpointing: Choice = False,
     steps: int = 10,
     device: str = "auto",
 ) -> TrainSpeed:
     """Time `steps` steps of `batch` rows of `length` tokens, after WARM_UP others.
 
     precision: float32 or bfloat16 (autocast), by itself what the device is quick in. packed: documents of random lengths
-    (lognormal, 600 tokens on average) end to end instead of whole rows. Raises ValueError for what is not known or does not
-    fit, with what would.
+    (lognormal, 600 tokens on average) end to end instead of whole rows. activation_checkpointing: as in a run.
+
+    Raises ValueError for what is not known or does not fit, with what would.
     """
     batch, length, steps = (
         whole_number(name, value, 1) for name, value in (("batch", batch), ("length", length), ("steps", steps))
@@ -120,6 +123,7 @@ def train_speed(
         warmup=0,
         precision=precision,
         compile=compile,
+        activation_checkpointing=activation_checkpointing,
         device=str(place),
     )
     try:
@@ -188,6 +192,7 @@ class Stepping:
         self.batches = Ahead(text, steps, 1, self.device)
         self.broken = torch.zeros((), device=self.device)
         self.done = 0
+        self.objective.model.activation_checkpointing = run.activation_checkpointing
         if run.compile:
             compile_slots(self.objective.model)
 

@@ -20,7 +20,8 @@ from plait.files import user_path, write_atomic, write_text
 from plait.hub.compare import first_difference
 from plait.hub.families import NAMES, OUTER, Family, family
 from plait.hub.families.fields import Fields
-from plait.hub.weight_table import NOTHING, Piece, by_theirs, fill, made, table, torn
+from plait.hub.families.left_over import left_over
+from plait.hub.weight_table import NOTHING, Piece, by_theirs, fill, made, refusal, table, torn
 from plait.model.build import empty_model, to_dtype
 from plait.model.files import CONFIG, ENDS, bare, carried_files
 from plait.model.language_model import LanguageModel
@@ -82,7 +83,11 @@ def text_config(raw: dict[str, Any], where: Path) -> dict[str, Any]:
 
 def design_of(found: Family, raw: dict[str, Any], where: str) -> ModelConfig:
     """The design that a config describes. Every field of it has been read, or is an error."""
-    fields = Fields(normalised(found, raw, where).to_dict(), where)
+    values = normalised(found, raw, where).to_dict()
+    turned = values.get("rope_parameters") or {}
+    if "partial_rotary_factor" in turned and turned["partial_rotary_factor"] == values.get("partial_rotary_factor"):
+        del values["partial_rotary_factor"]  # transformers before 5.20 has it in both places
+    fields = Fields(values, where)
     try:
         design = found.design(fields)
     except ValueError as error:
@@ -92,8 +97,9 @@ def design_of(found: Family, raw: dict[str, Any], where: str) -> ModelConfig:
 
 
 def normalised(found: Family, raw: dict[str, Any], where: str) -> PreTrainedConfig:
-    """The config with transformers' defaults where it says nothing, and older spellings in the newest one."""
-    numbers = json.loads(json.dumps(raw), object_hook=_number)
+    """The config with transformers' defaults where it says nothing, older spellings in the newest, and nothing left over."""
+    known = {name: value for name, value in raw.items() if name not in left_over(found.model_type, raw)}
+    numbers = json.loads(json.dumps(known), object_hook=_number)
     try:
         if found.defaults is not None:
             return PreTrainedConfig.from_dict({**found.defaults, **numbers})
@@ -157,7 +163,7 @@ def fill_model(model: LanguageModel, found: Family, files: WeightSource, device:
             raise ValueError(
                 f"{files.path_of(stored)}: {stored} has shape {tuple(tensor.shape)}, the config asks for {tuple(expected)}"
             )
-        if dtypes[tensors[name][0].ours] != tensor.dtype:
+        if dtypes[tensors[name][0].ours] != tensor.dtype and tensors[name][0].form.exact:
             widened[name] = str(tensor.dtype).removeprefix("torch.")
         fill(tensors[name], tensor, places)
     _check_tied(model, files)
@@ -242,13 +248,16 @@ def export(model: LanguageModel, folder: str | Path, to: str | None = None, *, s
     ours = merged_tensors(model, ours)
     if apart := torn(where, ours):
         raise ValueError(f"{to} cannot hold this model: {' and '.join(apart)} are one tensor there, and differ here")
+    for parts in tensors.values():
+        if why := refusal(parts, ours):
+            raise ValueError(f"{to} cannot hold this model: {why}")
     theirs = _Theirs(tensors, ours, {name: old for name, old in same["dtypes"].items() if old == dtype})
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, theirs, {"format": "pt"}, shard_bytes)
     for name, content in model.tokenizer_files.items():
         write_atomic(folder / name, partial(_write_bytes, content))
     own = {"architectures": [found.architecture], "dtype": dtype, "model_type": found.model_type}
-    text = json.loads(config.to_json_string(use_diff=False)) | own
+    text = json.loads(config.to_json_string(use_diff=False)) | left_over(to, same["config"]) | own
     write_text(folder / CONFIG, json.dumps(text, indent=2) + "\n")
     return found.model_type
 

@@ -16,10 +16,16 @@ from plait.design.weights import Weight
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How their rows (n, ...) become ours, and ours theirs: two functions that undo each other to the bit."""
+    """How their rows (n, ...) become ours, and ours theirs: two functions that undo each other to the bit, unless it is not
+    `exact`; what is made of ours then is as wide as ours, whatever it was read from.
+
+    refusal: why their tensor cannot be made of such rows of ours, in words; None where it can.
+    """
 
     read: Callable[[Tensor], Tensor]
     write: Callable[[Tensor], Tensor]
+    exact: bool = True
+    refusal: Callable[[Tensor], str | None] | None = None
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -38,6 +44,7 @@ class Rows:
 
     groups: it does so group by group, each with its share of every part: q and gate of the first head, then of the second.
     both: and so does ours. chunk: it holds chunk i of n of all rows, as torch.chunk cuts them, whatever they are.
+    share: they are run i of n equal ones that it holds, once in our form; the others are of other weights.
     A name may have "{part}", for a tensor each, and "{expert}", for the matrices of a stack.
     """
 
@@ -47,6 +54,7 @@ class Rows:
     both: bool = False
     form: Form = SAME
     chunk: tuple[int, int] | None = None
+    share: tuple[int, int] = (0, 1)
 
 
 Place = str | Rows | tuple[Rows, ...]
@@ -154,9 +162,10 @@ def _pieces(together: list[Weight], rows: Rows, inside: str, leaf: str) -> Itera
             for run in runs:
                 yield _piece(here.replace("{part}", run.part), run, 0, run.size, rows, index)
         else:
-            start, total = 0, sum(run.size for run in runs)
+            held, (nth, count) = sum(run.size for run in runs), rows.share
+            start = nth * held
             for run in runs:
-                yield _piece(here, run, start, total, rows, index)
+                yield _piece(here, run, start, count * held, rows, index)
                 start += run.size // rows.groups
 
 
@@ -218,10 +227,22 @@ def made(pieces: list[Piece], ours: Mapping[str, Tensor]) -> Tensor:
     first, example = pieces[0], ours[pieces[0].ours]
     if len(pieces) == 1 and first.form is SAME and example.numel() == first.total * prod(first.shape):
         return example.reshape(first.total, *first.shape)
-    room = torch.empty((first.total, *first.shape), dtype=example.dtype, device=example.device)
+    return first.form.write(_gathered(pieces, ours))
+
+
+def refusal(pieces: list[Piece], ours: Mapping[str, Tensor]) -> str | None:
+    """Why one of their tensors cannot be made, in words."""
+    why = pieces[0].form.refusal
+    return None if why is None else why(_gathered(pieces, ours))
+
+
+def _gathered(pieces: list[Piece], ours: Mapping[str, Tensor]) -> Tensor:
+    """The rows of one of their tensors, still in our form."""
+    first, example = pieces[0], ours[pieces[0].ours]
+    rows = torch.empty((first.total, *first.shape), dtype=example.dtype, device=example.device)
     for piece in pieces:
-        piece.source(room).copy_(piece.target(ours[piece.ours]))
-    return first.form.write(room)
+        piece.source(rows).copy_(piece.target(ours[piece.ours]))
+    return rows
 
 
 def fill(pieces: list[Piece], theirs: Tensor, ours: Mapping[str, Tensor]) -> None:

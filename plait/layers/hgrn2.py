@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from plait.design.layers import HGRN2
 from plait.design.model import ModelConfig
+from plait.design.norms import RMSNorm
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
@@ -33,6 +34,10 @@ class HGRN2Layer(MixerModule):
         super().__init__(config, design)
         if config.lower_bound is not None:
             self.bound = None
+
+    def norms(self, design: ModelConfig) -> RMSNorm:
+        found, eps = super().norms(design), self.config.norm_eps
+        return found if eps is None else found.replace(eps=eps)
 
     def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None

@@ -1,5 +1,7 @@
 """Merges: how the branches of a parallel slot become one output."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -33,15 +35,27 @@ class MergeModule(DeclaredModule):
 
 
 class SumMerge(MergeModule):
-    """w_1 b_1 + ... + w_n b_n."""
+    """w_1 b_1 + ... + w_n b_n. What is learned of the weights is how far they are from where they started: `shift` but for its
+    mean."""
+
+    shift: nn.Parameter | None
 
     def __init__(self, config: Sum, dim: int, widths: tuple[int, ...]):
         super().__init__(config, dim, widths)
-        self.weights = config.weights
+        self.start = config.weights or (1.0,) * len(widths)
+        self.plain = not config.weights and config.fixed
+        if config.fixed:
+            self.shift = None
+
+    def weights(self) -> Sequence[float | Tensor]:
+        """What each branch is multiplied by."""
+        if self.shift is None:
+            return self.start
+        return [w + s for w, s in zip(self.start, self.shift - self.shift.mean(), strict=True)]
 
     def merged(self, u: Branch, branches: list[Branch]) -> Branch:
-        if self.weights:
-            branches = [w * b for w, b in zip(self.weights, branches, strict=True)]
+        if not self.plain:
+            branches = [w * b for w, b in zip(self.weights(), branches, strict=True)]
         return sum(branches[1:], branches[0])
 
 

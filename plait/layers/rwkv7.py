@@ -12,6 +12,7 @@ from plait.design.layers.rwkv7 import SHIFTED
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.layers.declared import LayerModule, MixerModule
+from plait.ops.channels_gpu import REMOVAL
 from plait.ops.conv import causal_conv
 from plait.ops.gla import dplr
 from plait.ops.kernels import Call, cast, wide
@@ -45,8 +46,8 @@ class RWKV7Layer(MixerModule):
     norm: "HeadNorm"
 
     @classmethod
-    def ops(cls, config: RWKV7, call: Call) -> list[tuple[str, None]]:
-        return [("conv", None), ("gla", None)]
+    def ops(cls, config: RWKV7, call: Call) -> list[tuple[str, str | None]]:
+        return [("conv", None), ("gla", REMOVAL)]
 
     def assemble(self, design: ModelConfig) -> None:
         self.norm = HeadNorm(self.config.heads, self.config.inner(), self.config.norm_eps)

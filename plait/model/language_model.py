@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from plait.design import count
 from plait.design.declared import front_weights
@@ -24,6 +23,7 @@ from plait.layers.start import empty
 from plait.model.front import with_meta
 from plait.model.head import Head
 from plait.model.padding import Padding, check_longest, packed
+from plait.model.recompute import Choice, recomputed
 from plait.model.tracing import refuse_tracing
 from plait.ops.numbers import whole_number
 from plait.ops.packing import Packing
@@ -54,7 +54,7 @@ class LanguageModel(nn.Module):
         self.norm = Norm(design.dim, design.norm)
         self._make_head()
         self.reads_embeddings = any(slot.wrap.reads == "stream_and_embeddings" for slot in design.slots)
-        self.activation_checkpointing = False
+        self.activation_checkpointing: Choice = False
         self.listeners: Mapping[int, Mapping[Place, Listener]] = {}  # by slot; see `plait.model.listening`
         self.tokenizer_files: dict[str, bytes] = {}  # by name, of the folder it came from; `plait.save` writes them
         self.origin: dict[str, Any] | None = (
@@ -178,6 +178,20 @@ class LanguageModel(nn.Module):
             return hidden, state.then(slots, stretch.x.shape[1], after)
         return hidden, state.then(slots, stretch.packing.counts, after)
 
+    def stream(
+        self, tokens: Shaped[Tensor, "b t ..."], *, cu_seqlens: Int[Tensor, " n+1"] | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Context]:
+        """What the first slot reads of sequences from their beginning, and the context of that call: `run` goes on from both,
+        slot by slot where that is asked. Arguments as in `forward`."""
+        tokens, packing = self._checked_inputs(tokens), None
+        if cu_seqlens is None:
+            check_longest(tokens.shape[1], self.max_positions)
+        else:
+            packing = packed(tokens, cu_seqlens, self.max_positions)
+        stretch = with_meta(self._embed(tokens), self.meta, None, packing)
+        context = context_for(stretch.x, packing=stretch.packing)
+        return self._placed(stretch.x, context), context
+
     @torch.no_grad()
     def _on_pool(
         self,
@@ -282,14 +296,12 @@ class LanguageModel(nn.Module):
         channels: Channels | None,
     ) -> tuple[Float[Tensor, "b t d"], SlotState]:
         listeners = self.listeners.get(i, None if channels is None else {})
-        again = self.activation_checkpointing and torch.is_grad_enabled()
+        again = recomputed(self.activation_checkpointing, slot)
         try:
-            if (
-                listeners is None and not again
-            ):  # nothing is sent, or computed again: what is shared may be left in place
+            if listeners is None and again is None:  # nothing is sent: what is shared may be left in place
                 return slot(x, context, before)
-            if again:
-                x, new, here = checkpoint(_run, slot, x, context.slot(listeners), before, use_reentrant=False)
+            if again is not None:
+                x, new, here = again(_run, slot, x, context.slot(listeners), before)
             else:
                 x, new, here = _run(slot, x, context.slot(listeners), before)
         except NotConverged as error:

@@ -10,9 +10,10 @@ from torch import nn
 
 from plait.design import declared
 from plait.design.model import ModelConfig
-from plait.design.places import Node, ParallelPlace, Place
+from plait.design.places import Node, ParallelPlace, Place, alike
 from plait.design.surgery import with_places
 from plait.design.weights import FLOAT32
+from plait.design.wrap import Wrap
 from plait.layers.merges import MERGES
 from plait.layers.norm import Norm
 from plait.layers.stack import ChainLayer, ParallelLayer, Sublayer, build_layer
@@ -25,7 +26,9 @@ def swap(model: LanguageModel, changes: Mapping[str, Any], *, seed: int = 0) -> 
 
     All other modules are the very objects of `model`, which itself stays as it is; new weights are drawn from `seed`, as
     `plait.build` would draw them, in the dtype and on the device of the model. A change is a layer config, a kind's name,
-    or a mapping of fields to change. Raises ValueError for an address, a field or a size that does not exist or fit.
+    or a mapping of fields to change; branches side by side, "[D|A]" or a mapping with `branches` and `merge`, of which those
+    that stood there keep their modules; at a parallel slot, the address of the one of its layers that stays. Raises
+    ValueError for an address, a field or a size that does not exist or fit.
     """
     design = with_places(model.design, changes)
     student = copy.copy(model)
@@ -36,6 +39,22 @@ def swap(model: LanguageModel, changes: Mapping[str, Any], *, seed: int = 0) -> 
     student.max_positions = LanguageModel.limit(design)
     student.reads_embeddings = any(slot.wrap.reads == "stream_and_embeddings" for slot in design.slots)
     return student
+
+
+Held = tuple[Place, nn.Module]  # a layer of the old model, and its module
+
+
+def held(node: Node, module: Any) -> list[Held]:
+    """The layers that stand in a place: one, or those that are branches by themselves."""
+    if isinstance(node, Place):
+        return [(node, module)]
+    chains = zip(node.branches, module.branches, strict=True)
+    return [(b[0], chain.layers[0]) for b, chain in chains if len(b) == 1 and isinstance(b[0], Place)]
+
+
+def _inner(wrap: Wrap) -> Wrap:
+    """What of a wrap is in the layer itself."""
+    return Wrap(reads=wrap.reads, value_residual=wrap.value_residual)
 
 
 class _Swap:
@@ -62,9 +81,33 @@ class _Swap:
         if _same(before, now):
             return module
         if isinstance(now, Place):
-            return self._drawn(build_layer(now, self.design), path)
-        assert isinstance(before, ParallelPlace)
-        return self._parallel(before, now, module, path)
+            there = [] if isinstance(before, Place) else held(before, module)
+            return self._taken(now, there) or self._drawn(build_layer(now, self.design), path)
+        if isinstance(before, ParallelPlace) and alike(before, now):
+            return self._parallel(before, now, module, path)
+        return self._beside(now, held(before, module), path)
+
+    def _beside(self, now: ParallelPlace, there: list[Held], path: str) -> ParallelLayer:
+        """Branches where there was a layer, or other branches; one that stood there is the one that did."""
+        chains = []
+        for b, branch in enumerate(now.branches):
+            parts = []
+            for i, node in enumerate(branch):
+                assert isinstance(node, Place)  # of what `with_places` puts there
+                drawn_at = f"{path}branches.{b}.layers.{i}."
+                parts.append(self._taken(node, there) or self._drawn(build_layer(node, self.design), drawn_at))
+            chains.append(self._like_model(ChainLayer(parts, [node.wrap for node in branch], self.design.dim)))
+        parallel = self._like_model(ParallelLayer(chains, now, self.design))
+        parallel.merge = self._drawn(parallel.merge, f"{path}merge.")
+        return parallel
+
+    def _taken(self, now: Place, there: list[Held]) -> nn.Module | None:
+        """The module of an equal layer of those that are there, which is taken out of them."""
+        for at, (place, module) in enumerate(there):
+            if place.layer.replace(wrap=_inner(place.wrap)) == now.layer.replace(wrap=_inner(now.wrap)):
+                del there[at]
+                return module
+        return None
 
     def _parallel(self, before: ParallelPlace, now: ParallelPlace, module: ParallelLayer, path: str) -> ParallelLayer:
         chains = []
@@ -113,6 +156,8 @@ def _same(before: Node, now: Node) -> bool:
     """Equal but for their addresses and letters, which count anew."""
     if isinstance(before, Place) or isinstance(now, Place):
         return isinstance(before, Place) and isinstance(now, Place) and before.layer == now.layer
+    if not alike(before, now):
+        return False
     pairs = [zip(old, new, strict=True) for old, new in zip(before.branches, now.branches, strict=True)]
     parts = all(_same(*pair) for branch in pairs for pair in branch)
     return parts and replace(before, branches=(), address="") == replace(now, branches=(), address="")

@@ -1,11 +1,14 @@
-"""Chunked recurrences with one decay a head on a GPU: the kernels of `plait.ops.chunks_triton` as torch operators.
+"""Chunked recurrences on a GPU as torch operators: with one decay a head the kernels of `plait.ops.chunks_triton`, with one a
+key channel those of `plait.ops.channels_triton`.
 
-bfloat16 or float16 in, float32 states and sums. Rounded to 16 bits is what products are taken of: states, corrected values, the
-inverses of chunks. Kept for gradients are the inputs, the inverses, the corrected values, and the state before each chunk.
+bfloat16 or float16 in (with decays per channel float32 too), float32 states and sums. Rounded to what comes in is what products
+are taken of: states, corrected values, the inverses of chunks; where decays are per channel, q and k times them. Kept for
+gradients are the inputs, the inverses, the corrected values, and the state before each chunk.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -62,7 +65,7 @@ def run(
     own: bool = False,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Shapes as in `ssd` and, with `beta`, in `gated_delta`."""
+    """Shapes as in `ssd` and, with `beta`, in `gated_delta`; with a decay per channel, in `gla` and `gated_delta`."""
     dtype = v.dtype
     q, k, v = (_laid_out(x.to(dtype)) for x in (q, k, v))
     g, beta = _laid_out(g), None if beta is None else _laid_out(beta)
@@ -116,14 +119,12 @@ def _forward(
     gradients: bool,
 ) -> list[Tensor]:
     """O, the last states, and what `_backward` needs: the state before each chunk, the inverses, the corrected values."""
-    from plait.ops import chunks_triton
-
     room = _room(q, k, v, beta, cu_seqlens, gradients)
     last = v.new_empty(
         _sequences(v, cu_seqlens) if state is not None else 0, *v.shape[2:], k.shape[3], dtype=torch.float32
     )
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    chunks_triton.run_forward(q, k, v, g, beta, state, o, last, *room, _planned(cu_seqlens, v.device), scale)
+    _kernels(g).run_forward(q, k, v, g, beta, state, o, last, *room, _planned(cu_seqlens, v.device), scale)
     return [o, last, *(x if x is not None else v.new_empty(0) for x in room)]
 
 
@@ -133,6 +134,12 @@ def _(q, k, v, g, beta, state, cu_seqlens, scale, gradients):
     last = v.new_empty(rows, *v.shape[2:], k.shape[3], dtype=torch.float32)
     room = _room(q, k, v, beta, cu_seqlens, gradients)
     return [v.new_empty(v.shape), last, *(x if x is not None else v.new_empty(0) for x in room)]
+
+
+def _kernels(g: Tensor) -> ModuleType:
+    from plait.ops import channels_triton, chunks_triton
+
+    return channels_triton if g.ndim == 4 else chunks_triton
 
 
 def _room(
@@ -166,14 +173,12 @@ def _backward(
     has_state: bool,
 ) -> list[Tensor]:
     """Gradients at q, k, v, g, beta where there is one, and the states."""
-    from plait.ops import chunks_triton
-
     h, (before, T, written) = v.shape[2], saved
     dq, dk = (torch.empty(*x.shape[:2], h, x.shape[3], dtype=x.dtype, device=x.device) for x in (q, k))
     dv, dg = torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty(g.shape, device=g.device)
-    dbeta = None if beta is None else torch.empty(g.shape, device=g.device)
+    dbeta = None if beta is None else torch.empty(beta.shape, device=g.device)
     first = v.new_empty(_sequences(v, cu_seqlens) if has_state else 0, h, v.shape[3], k.shape[3], dtype=torch.float32)
-    chunks_triton.run_backward(
+    _kernels(g).run_backward(
         q, k, v, g, beta, _laid_out(do.to(v.dtype)), None if dlast is None else dlast.float().contiguous(),
         before, T, written, dq, dk, dv, dg, dbeta, first, _planned(cu_seqlens, v.device), scale,
     )  # fmt: skip

@@ -92,23 +92,14 @@ def times(x, y):
     return tl.dot(x, y, input_precision="tf32x3")
 
 
-@kernel
-def invert(
-    k, g, beta, T, table, tokens, k_t, k_h, g_t, g_h, b_t, b_h,
-    H: tl.constexpr, TIMES: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """A program inverts I + A of one chunk of one head.
+@triton.jit
+def inverse(A, C: tl.constexpr):
+    """(I + A)^-1 of an A that is 0 from the diagonal on.
 
     The four blocks of 16 on the diagonal are inverted one row after the other, which no gates make inexact. With D their
     inverses and N = D (I + A) - I, which has only blocks below the diagonal, so that N^4 = 0, (I + A)^-1 = (I - N)(I + N^2) D.
     """
-    head, chunk = tl.program_id(0) % H, tl.program_id(0) // H
-    first, count = tokens_of(chunk, table, tokens, C)
-    i, j, d = tl.arange(0, C), tl.arange(0, 16), tl.arange(0, BK)
-    keys = tile(k + head // TIMES * k_h, first, count, k_t, d, K, C)
-    _, _, P = decays(g + head * g_h, first, count, g_t, C)
-    b = numbers(beta + head * b_h, first, count, b_t, C)
-    A = tl.where(i[:, None] > i[None, :], tl.dot(keys, tl.trans(keys)) * P * b[:, None], 0.0)
+    i, j = tl.arange(0, C), tl.arange(0, 16)
     diagonal = i[:, None] // 16 == i[None, :] // 16
     D = -tl.sum(tl.reshape(tl.where(diagonal, A, 0.0), [C // 16, 16, C // 16, 16]), 2)  # (blocks, 16, 16)
     for row in range(2, 16):
@@ -120,9 +111,24 @@ def invert(
     D = tl.where(diagonal, D, 0.0)
     N = times(D, tl.where(diagonal, 0.0, A))
     unit = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
-    M = times(unit - N, unit + times(N, N))
+    return times(times(unit - N, unit + times(N, N)), D)
+
+
+@kernel
+def invert(
+    k, g, beta, T, table, tokens, k_t, k_h, g_t, g_h, b_t, b_h,
+    H: tl.constexpr, TIMES: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A program inverts I + A of one chunk of one head."""
+    head, chunk = tl.program_id(0) % H, tl.program_id(0) // H
+    first, count = tokens_of(chunk, table, tokens, C)
+    i, d = tl.arange(0, C), tl.arange(0, BK)
+    keys = tile(k + head // TIMES * k_h, first, count, k_t, d, K, C)
+    _, _, P = decays(g + head * g_h, first, count, g_t, C)
+    b = numbers(beta + head * b_h, first, count, b_t, C)
+    A = tl.where(i[:, None] > i[None, :], tl.dot(keys, tl.trans(keys)) * P * b[:, None], 0.0)
     there = tl.program_id(0).to(tl.int64) * C * C
-    tl.store(T + there + i[:, None] * C + i[None, :], times(M, D).to(T.dtype.element_ty))
+    tl.store(T + there + i[:, None] * C + i[None, :], inverse(A, C).to(T.dtype.element_ty))
 
 
 @triton.jit
@@ -323,17 +329,17 @@ def run_forward(
     scale: float,
 ) -> None:
     """Shapes as in `plait.ops.chunks_gpu`. Inverses are made first, if there are any."""
-    sizes, n, chunks = _sizes(k, v), *_counts(v, plan)
+    sizes, n, chunks = _sizes(k, v), *counts(v, plan)
     if beta is not None:
         table = None if plan is None else plan.table
         launch(
-            invert, chunks * sizes["H"], k, g, beta, T, table, v.shape[1], *_strides(k, g, beta),
+            invert, chunks * sizes["H"], k, g, beta, T, table, v.shape[1], *strides(k, g, beta),
             **_without(sizes, "V"), **OPTIONS["invert"],
         )  # fmt: skip
     cuts, base = (None, None) if plan is None else plan[:2]
     launch(
         forward, n * sizes["H"] * -(-sizes["V"] // BV), q, k, v, g, beta, T, state, o, last if state is not None else None,
-        before, written, cuts, base, v.shape[1], scale, *_strides(q, k, v, g, beta if beta is not None else g),
+        before, written, cuts, base, v.shape[1], scale, *strides(q, k, v, g, beta if beta is not None else g),
         **sizes, BV=BV, **OPTIONS["forward"],
     )  # fmt: skip
 
@@ -358,19 +364,19 @@ def run_backward(
     plan: "Plan | None",
     scale: float,
 ) -> None:
-    sizes, n, chunks = _sizes(k, v), *_counts(v, plan)
+    sizes, n, chunks = _sizes(k, v), *counts(v, plan)
     cuts, base, table = (None, None, None) if plan is None else plan
     after = torch.empty_like(before)
     corrected = dv if beta is None else torch.empty_like(dv)
     b = g if beta is None else beta
     launch(
         backward, n * sizes["H"] * -(-sizes["V"] // BV), q, k, g, beta, T, do, dlast, first if len(first) else None, after,
-        corrected, cuts, base, v.shape[1], scale, *_strides(q, k, g, b, do),
+        corrected, cuts, base, v.shape[1], scale, *strides(q, k, g, b, do),
         **sizes, BV=BV, **OPTIONS["backward"],
     )  # fmt: skip
     launch(
         gradients, chunks * sizes["H"], q, k, v, g, beta, do, written, corrected, before, after, dq, dk, dv, dg, dbeta, table,
-        v.shape[1], scale, *_strides(q, k, v, g, b, do),
+        v.shape[1], scale, *strides(q, k, v, g, b, do),
         **sizes, BV=BV, **OPTIONS["gradients"],
     )  # fmt: skip
 
@@ -384,12 +390,12 @@ def _without(sizes: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in sizes.items() if key != name}
 
 
-def _counts(v: Tensor, plan: "Plan | None") -> tuple[int, int]:
+def counts(v: Tensor, plan: "Plan | None") -> tuple[int, int]:
     """Sequences and chunks."""
     b, t = v.shape[:2]
     return (b, b * -(-t // C)) if plan is None else (len(plan.base), len(plan.table))
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
+def strides(*tensors: Tensor) -> tuple[int, ...]:
     """From token to token, and from head to head."""
     return tuple(stride for x in tensors for stride in (x.stride(1), x.stride(2)))

@@ -97,8 +97,8 @@ def _computed(
 
 
 def newest(x: Tensor, count: int) -> Tensor:
-    """The last `count` along time (b, t, ...), which a state keeps: in memory of their own where they are few of many. A view
-    would keep all of a prompt's chunk for as long as the state lives."""
+    """The last `count` along time (b, t, ...), which a state keeps: in memory of their own where they are few of many, as a
+    view would keep all of a prompt's chunk for as long as the state lives."""
     last = x.narrow(1, x.shape[1] - count, count)
     return last if torch.compiler.is_compiling() or x.shape[1] <= 2 * count else last.clone()
 

@@ -6,7 +6,9 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from plait.ops.kernels import full_precision
 
@@ -50,17 +52,22 @@ def gradient(backward: F) -> F:
     return once_differentiable(run)  # type: ignore[return-value]
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 _AUTOGRAD_KEYS = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther)
 
 
 @contextmanager
 def autograd_inside() -> Iterator[None]:
-    """Autograd within the body of a custom op, where torch switches it off, dispatch keys and all."""
+    """Autograd within the body of a custom op, where torch switches it off, dispatch keys and all. What it saves is its own:
+    hooks around the op, such as activation checkpointing's, would run the whole slot again to give it back."""
     before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in _AUTOGRAD_KEYS]
     for key in _AUTOGRAD_KEYS:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
             yield
     finally:
         for key, excluded in zip(_AUTOGRAD_KEYS, before, strict=True):

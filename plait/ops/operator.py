@@ -6,12 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHEAP: set[str] = set()  # operators whose results are sooner computed again than kept
 
-def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+
+def operator(name: str, mutates: tuple[str, ...] = (), cheap: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """`torch.library.custom_op` as plait::name, whose first call would load torch's compiler, and Triton with it.
 
-    What it `mutates` are arguments' names. Its first tensor's device is where it launches.
+    What it `mutates` are arguments' names; cheap: a pass over what it reads, and no more. Its first tensor's device is where it
+    launches.
     """
+
+    if cheap:
+        CHEAP.add(name)
 
     def define(run: Callable[..., Any]) -> Any:
         torch.library.define(f"plait::{name}", torch.library.infer_schema(run, mutates_args=mutates))

@@ -132,7 +132,7 @@ def _known(cuts: tuple[int, ...], device: torch.device) -> Packing:
         return packing
 
 
-@operator("packing")
+@operator("packing", cheap=True)
 def _planned(cu_seqlens: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`offsets`, `documents`, `index` and `back` of a `Packing`, in shapes that follow those of the arguments alone."""
     packing = known(cu_seqlens, like.device)

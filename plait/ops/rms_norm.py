@@ -81,7 +81,7 @@ def l2norm(x: Float[Tensor, "*n k"], eps: float = 1e-6) -> Float[Tensor, "*n k"]
     return _L2Norm.apply(x, eps) if torch.is_grad_enabled() else x * _scale(x, eps, 1.0)
 
 
-@operator("rms_norm")
+@operator("rms_norm", cheap=True)
 def _rows(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, zero_centered: bool, gate_first: bool) -> Tensor:
     from plait.ops import rms_norm_triton
 

@@ -54,7 +54,7 @@ def _turned(
     return y
 
 
-@operator("rotate")
+@operator("rotate", cheap=True)
 def _rows(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     from plait.ops import elementwise_triton
 

@@ -88,7 +88,7 @@ _geglu = _gated(_gelu, _gelu_backward)
 _exact_geglu = _gated(partial(_gelu, form=EXACT), partial(_gelu_backward, form=EXACT))
 
 
-@operator("swiglu")
+@operator("swiglu", cheap=True)
 def _rows(hidden: Tensor) -> Tensor:
     from plait.ops import elementwise_triton
 

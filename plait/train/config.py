@@ -84,8 +84,9 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
         that fits counts: {"*": 0.1, D: 1} trains D ten times as fast as the rest. 0: they stay as they are.
 
     precision: "float32", or "bfloat16": autocast, weights stay float32.
-    activation_checkpointing: recompute activations in the backward pass, to save memory.
-    compile: torch.compile, each kind of slot once.     device: "auto" is CUDA where there is one, else "cpu".
+    activation_checkpointing: compute activations again in the backward pass, to save memory; true: all inside a slot, "cheap":
+        not what products with weights, attention and kernels of recurrences give (a compiled slot is so by itself).
+    compile: torch.compile, each kind of slot once (a teacher's too).  device: "auto" is CUDA where there is one, else "cpu".
 
     eval_every, sample_every, save_every: steps between; 0: only at the end (a sample: never).
     eval_tokens: held-out tokens an evaluation reads at most.
@@ -117,7 +118,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     rates: dict[str, float] = {}
 
     precision: str = "float32"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["cheap"] | bool = False
     compile: bool = False
     device: str = "auto"
 

@@ -43,7 +43,7 @@ from plait.train.rates import frozen, rates
 from plait.train.result import Result
 from plait.train.signals import Signals
 from plait.train.solver import STAT, as_data, records
-from plait.train.step import backward, compile_slots
+from plait.train.step import backward, compile_slots, models_of
 
 Sample = Callable[[LanguageModel, Tokenizer, str], str]
 
@@ -199,7 +199,8 @@ class _Training:
         run, position, heldout, begun = self.run, self.position, None, self.position.step
         self.model.activation_checkpointing = run.activation_checkpointing
         if run.compile:
-            compile_slots(self.model)
+            compile_slots(*models_of(self.objective))
+            self.objective.compiled = True
         self.objective.train()
         while position.step < run.steps:
             with without(self.model, asleep(self.delayed, position.step)):

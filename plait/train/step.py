@@ -15,13 +15,19 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def compile_slots(model: LanguageModel) -> None:
+def compile_slots(*models: LanguageModel) -> None:
     """Equal slots share their graphs, in training and in evaluation; all are kept in one place, which is made for a single
     function: without more room the slots that come last would run as they are."""
     config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 4 * len(model.slots))
-    for slot in model.slots:
-        slot.compile()
+    config.recompile_limit = max(config.recompile_limit, 4 * sum(len(model.slots) for model in models))
+    for model in models:
+        for slot in model.slots:
+            slot.compile()
+
+
+def models_of(objective: Objective) -> list[LanguageModel]:
+    """The model that is trained, and those that it is held against."""
+    return [module for module in objective.modules() if isinstance(module, LanguageModel)]
 
 
 def split(batch: Any, parts: int) -> list[Any]:

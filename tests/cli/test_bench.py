@@ -22,10 +22,11 @@ def close(value: float):
     return pytest.approx(value, rel=ROUNDING)
 
 
-@pytest.mark.parametrize("more", [[], ["--packed"], ["--precision", "float32"]])
+@pytest.mark.parametrize("more", [[], ["--packed"], ["--precision", "float32"], ["--recompute", "cheap"]])
 def test_train(plait, more):
     data = plait("bench", "train", *TINY, *("--batch", "2", "--length", "40", "--steps", "2"), *more, "--json").json
     assert data["hash"] == DESIGN.hash
+    assert data["recompute"] == ("cheap" if "cheap" in more else None)
     assert data["parameters"] == parameters(DESIGN)
     assert data["tokens"] == 80
     assert data["tokens_per_s"] * data["step_s"] == close(80)

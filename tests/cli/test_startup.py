@@ -8,32 +8,25 @@ import pytest
 
 HEAVY = ("torch", "transformers", "tokenizers", "numpy", "matplotlib", "jinja2")
 PROGRAM = """
-import json, sys, time
-started = time.process_time()
+import json, sys
 from plait.cli import main
 try:
     main(sys.argv[1:])
 except SystemExit as ended:
     assert ended.code == 0, ended.code
-print(json.dumps([time.process_time() - started, sorted(name for name in sys.modules if "." not in name)]))
+print(json.dumps(sorted(name for name in sys.modules if "." not in name)))
 """
 
 
-def start(*arguments: str) -> tuple[float, set[str]]:
-    """CPU seconds that importing and running took, and the modules that were loaded."""
+def start(*arguments: str) -> set[str]:
+    """The modules that were loaded when a command had run."""
     ended = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
-    seconds, modules = json.loads(ended.stdout.splitlines()[-1])
-    return seconds, set(modules)
+    return set(json.loads(ended.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["show"], ["show", "((DF)3 AF)6", "dim=768"], ["train", "--help"]])
 def test_nothing_heavy_is_loaded(arguments):
-    _, modules = start(*arguments)
-    assert not modules & set(HEAVY)
-
-
-def test_help_answers_in_under_a_third_of_a_second():
-    assert min(start("--help")[0] for _ in range(3)) < 0.3
+    assert not start(*arguments) & set(HEAVY)
 
 
 def test_generating_loads_no_compiler(tmp_path):
@@ -41,7 +34,7 @@ def test_generating_loads_no_compiler(tmp_path):
 
     design = plait.ModelConfig(vocab=257, dim=64, pattern="D M W G H S [A|D]:gated [A|M]:merge_attention F")
     plait.save(plait.build(design), tmp_path, plait.load_tokenizer("bytes"))
-    _, modules = start("generate", str(tmp_path), "x", "--max-tokens", "2", "--device", "cpu")
+    modules = start("generate", str(tmp_path), "x", "--max-tokens", "2", "--device", "cpu")
     assert "torch" in modules
     assert not modules & {"transformers", "sympy", "datasets", "matplotlib"}  # sympy: torch.compile's
 

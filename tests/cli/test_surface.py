@@ -25,7 +25,8 @@ SURFACE = {
         *("--seed", "--data", "--device", "--import"),
     ],
     "bench train": [
-        *("design", "changes", "--batch", "--length", "--precision", "--compile", "--packed", "--steps", "--device"),
+        *("design", "changes", "--batch", "--length", "--precision", "--compile", "--packed", "--recompute", "--steps"),
+        "--device",
     ],
     "bench decode": ["design", "changes", "--context", "--batch", "--precision", "--steps", "--device"],
     "demo": ["--text", "--out", "--fresh"],

@@ -23,8 +23,8 @@ def without_encoding(source: str) -> list[int]:
         name = call.func.attr if method else getattr(call.func, "id", "")
         given = {keyword.arg: keyword.value for keyword in call.keywords}
         strings = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-        text = getattr(given.get("text") or given.get("universal_newlines"), "value", False)
-        if text and "encoding" not in given:
+        text = getattr(given.get("text") or given.get("universal_newlines"), "value", None)
+        if text is True and "encoding" not in given:
             lines.append(call.lineno)
         if name not in TEXT_CALLS or "encoding" in given or (method and name == "open" and owner(call) in OTHER_OPENS):
             continue

@@ -22,7 +22,15 @@ VISION = {
     "out_hidden_size": 16,
     "num_position_embeddings": 16,
 }
+SIGLIP = {
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+}
 CLASSES = {
+    "gemma3": transformers.Gemma3ForConditionalGeneration,
     "qwen3_5": transformers.Qwen3_5ForConditionalGeneration,
     "qwen3_5_moe": transformers.Qwen3_5MoeForConditionalGeneration,
 }
@@ -34,7 +42,11 @@ CLASSES = {
 def test_the_text_model_of_several_parts(name: str, tied: bool, tmp_path: Path) -> None:
     """Read out of a folder with image weights and layers that guess ahead, and written as a text model of its own."""
     text = family(OUTER[name]).tiny(Random(5)) | {"tie_word_embeddings": tied}
-    vision = VISION | {"out_hidden_size": text["hidden_size"]}
+    if name == "gemma3":
+        text["final_logit_softcapping"] = (
+            None  # transformers' class of several parts leaves it out; no published config has it
+        )
+    vision = SIGLIP | {"patch_size": 14} if name == "gemma3" else VISION | {"out_hidden_size": text["hidden_size"]}
     parts: dict[str, Any] = {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
     config = CONFIG_MAPPING[name](**parts)
     torch.manual_seed(0)
@@ -43,7 +55,8 @@ def test_the_text_model_of_several_parts(name: str, tied: bool, tmp_path: Path) 
         parameter.data += 0.05 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"mtp.fc.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    ahead = {} if name == "gemma3" else {"mtp.fc.weight": torch.zeros(3, 3)}
+    save_file(tensors | ahead, tmp_path / "model.safetensors", {"format": "pt"})
     tokens = torch.randint(97, (1, 21))
     expected = theirs(input_ids=tokens, use_cache=False).logits
     ours = read(tmp_path)

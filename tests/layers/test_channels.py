@@ -53,7 +53,7 @@ def hgrn2(layer, x):
     f = low + (1 - low) * torch.sigmoid(f)
     q, f, i = (y.unflatten(-1, (c.heads, -1)) for y in (F.silu(q), f, i))
     o = recurrence(start(c.heads, i, f), f, 1 - f, i, q).flatten(2)
-    return layer.out_proj(F.rms_norm(o, o.shape[-1:], layer.norm.weight, EPS))
+    return layer.out_proj(F.rms_norm(o, o.shape[-1:], layer.norm.weight, c.norm_eps or EPS))
 
 
 def rwkv7(layer, x, first=None):
@@ -87,6 +87,7 @@ LAYERS = {
     "gla": (gla, plait.GLA(heads=2, head_dim=6, value_head_dim=10)),
     "hgrn2": (hgrn2, plait.HGRN2(heads=2, state_dim=6, head_dim=9)),
     "hgrn2, bound given": (hgrn2, plait.HGRN2(heads=2, state_dim=6, lower_bound=0.2)),
+    "hgrn2, norm": (hgrn2, plait.HGRN2(heads=2, state_dim=6, norm_eps=0.1)),
     "hgrn2, no bound": (hgrn2, plait.HGRN2(heads=2, state_dim=6, lower_bound=0.0)),
     "rwkv7": (rwkv7, plait.RWKV7(heads=2, head_dim=10, value_residual=False)),
     "rwkv7, mixed with its own values": (rwkv7, plait.RWKV7(heads=2, head_dim=10)),

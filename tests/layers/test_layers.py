@@ -125,6 +125,13 @@ class TestMerges:
         merge, u, branches = self.merge(plait.Average)
         assert torch.allclose(merge(u, branches), torch.stack(branches).mean(0))
 
+    def test_learned_weights_start_where_they_are_said_to_and_keep_their_sum(self):
+        merge, u, branches = self.merge(plait.Sum, weights=(0.0, 1.0, 0.5), fixed=False)
+        assert torch.equal(merge(u, branches), branches[1] + 0.5 * branches[2])
+        merge.shift.data = torch.tensor([0.9, -0.3, 0.0], dtype=torch.float64)
+        weights = (0.7, 0.5, 0.3)  # by as much as each is off their mean, 0.2
+        assert torch.allclose(merge(u, branches), sum(w * b for w, b in zip(weights, branches, strict=True)))
+
     def test_projection(self):
         merge, u, branches = self.merge(plait.Projection)
         assert torch.allclose(merge(u, branches), torch.cat(branches, -1) @ merge.out_proj.weight.T)

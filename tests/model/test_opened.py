@@ -12,6 +12,7 @@ from plait.design import declared
 from plait.layers import context_for
 from plait.layers.attention import AttentionLayer
 from plait.model import KL, CrossEntropy, Distillation, Mixed, NextToken, Regression, SquaredError
+from plait.model import loss as losses_module
 from plait.model.loss import SLICE, loss_of
 
 TOKENS = torch.arange(24).view(2, 12) % 31
@@ -157,6 +158,23 @@ class TestRules:
         both = Mixed(((0.3, KL(theirs, teacher.head, T, scored)), (2.0, CrossEntropy(TOKENS))))
         self.check(model, both, lambda y: 0.3 * kl(y) + 2.0 * cross_entropy(y, TOKENS))
 
+    def test_a_compiled_kl_is_the_same(self, monkeypatch):
+        """In slices of two sizes, traced but for the compiler's own work."""
+        traced = torch.compile(losses_module._narrow_kl, backend="eager", fullgraph=True)
+        monkeypatch.setattr(losses_module, "_compiled_kl", lambda: traced)
+        monkeypatch.setattr(losses_module, "SLICE", 31 * 7)
+        model, teacher = self.models()
+        student, compiled = Distillation(model, teacher), Distillation(model, teacher)
+        compiled.compiled = True
+        grads = []
+        for objective in (student, compiled):
+            model.zero_grad()
+            objective(batch_of(TOKENS, TOKENS.roll(-1, 1))).total.backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+        torch.compiler.reset()
+
     def test_squared_error(self, sliced):
         model, _ = self.models(head=plait.Regression(outputs=5))
         targets, scored = torch.randn(2, 12, 5, dtype=torch.float64), TOKENS % 2 > 0
@@ -263,8 +281,40 @@ class TestPlaces:
         assert torch.equal(plait.load(tmp_path)(TOKENS)[0], student(TOKENS)[0])
 
     @pytest.mark.parametrize(
+        "where",
+        [{}, {"at": {"A#1": {"kv_heads": 1}}}, {"wrap": {"norms": "both", "factor": 0.5}}, {"merge": "gated"}],
+        ids=lambda where: ",".join(where),
+    )
+    def test_a_layer_beside_another_and_back(self, where):
+        layers = {"A": {"kind": "attention", "heads": 4, "kv_heads": 2}}
+        model = plait.build({"vocab": 257, "dim": 64, "pattern": "(AF)2", "layers": layers, **where})
+        merge = plait.Sum(weights=(0, 1), branch_norm=False)
+        student = plait.swap(model, {"A#1": {"branches": ["mamba2", "A#1"], "merge": merge}})
+        assert student.design.pattern == "AF[M|A]:sum_a F"
+        assert student.place("A#1") is model.place("A#1") and student.slots[2].norm is model.slots[2].norm
+        assert torch.equal(student(TOKENS)[0], model(TOKENS)[0])
+        names = {name: tuple(p.shape) for name, p in student.named_parameters()}
+        assert {w.name: w.shape for w in declared.weights(student.design)} == names
+        again = plait.swap(student, {"par#0": "A#1"})
+        assert again.design.hash == model.design.hash
+        assert all(a is b for a, b in zip(again.parameters(), model.parameters(), strict=True))
+        other = plait.swap(student, {"par#0": "M#0"})
+        assert other.design.pattern == "AFMF" and other.place("M#0") is student.place("M#0")
+        more = plait.swap(student, {"par#0": "[A|D|M]"})
+        assert more.design.pattern == "AF[A|D|M]F" and more.place("A#1") is model.place("A#1")
+        assert more.place("M#0") is student.place("M#0")
+
+    @pytest.mark.parametrize(
         ("change", "message"),
         [
+            ({"A#1": "[D|Q]"}, "swap A#1: no layer is bound to 'Q'"),
+            ({"A#1": "[D|AF]"}, "swap A#1: a branch here is one layer, got 'AF'"),
+            ({"A#1": "[D|A]F"}, "swap A#1: '.D|A.F' is more than one slot"),
+            ({"A#1": "[D|A]:gatd"}, "unknown merge 'gatd'; did you mean 'gated'"),
+            ({"A#1": {"branches": ["mamba2"]}}, "one branch alone is not parallel"),
+            ({"A#1": {"branches": ["mamba2", "A#0"]}}, "'A#0' does not stand here; did you mean 'A#1'"),
+            ({"A#1": {"branches": ["mamba2", "A#1"], "marge": "sum"}}, "'branches' and a 'merge', not 'marge'"),
+            ({"par#0": "A#1"}, "swap par#0: 'A#1' does not stand here"),
             ({"A#9": "gru"}, "there is no place 'A#9'"),
             ({"A#1": {"hedas": 2}}, "unknown key 'hedas'; did you mean 'heads'"),
             ({"A#1": "gruu"}, "unknown kind 'gruu'; did you mean 'gru'"),

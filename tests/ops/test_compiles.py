@@ -1,4 +1,4 @@
-"""Kernels of a decoding step as an H100 would have them: through Triton's front end, which knows types that its interpreter
+"""Kernels as an H100 would have them: through Triton's front end, which knows types that its interpreter
 does not look at."""
 
 import sys
@@ -15,7 +15,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from plait.ops import elementwise_triton, rms_norm_triton
+from plait.ops import channels_triton, chunks_gpu, elementwise_triton, rms_norm_triton
 from plait.ops.attention.paged import triton as paged
 from plait.ops.attention.paged.plan import forced_plan
 from plait.ops.conv import triton as conv
@@ -31,7 +31,7 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"
 
 def front_end(run, programs: int, *args: Tensor | float | None, **constants) -> None:
     """In the place of `launch`: no more than Triton's first pass."""
-    options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     signature, known = {}, {}
     for name, arg in zip(run.arg_names, args, strict=False):
         kind = POINTERS[arg.dtype] if isinstance(arg, Tensor) else {int: "i32", float: "fp32"}.get(type(arg))
@@ -53,7 +53,7 @@ compiled: list[str] = []
 
 @pytest.fixture(autouse=True)
 def only_the_front_end(monkeypatch):
-    for module in (paged, conv, delta, ssd, step, rms_norm_triton, elementwise_triton):
+    for module in (paged, conv, delta, ssd, step, rms_norm_triton, elementwise_triton, channels_triton):
         monkeypatch.setattr(module, "launch", front_end)
     compiled.clear()
 
@@ -93,6 +93,18 @@ def test_steps(rows):
         state = torch.zeros(5, len(cell.states), 2, 64)
         step.run(bound, narrow(2, 1, len(cell.inputs), 2, 64), state, rows, q, torch.zeros(3))
     assert len(compiled) == 9
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("rule", ["gla", "kda"])
+def test_decays_per_channel(rule, packed):
+    q, v, g, beta = narrow(1, 70, 2, 96), narrow(1, 70, 2, 80), torch.zeros(1, 70, 2, 96), torch.zeros(1, 70, 2)
+    cuts = torch.tensor([0, 5, 70]) if packed else None
+    g.requires_grad_()
+    state = torch.zeros(1 + packed, 2, 80, 96)
+    o, last = chunks_gpu._chunked(q, q, v, g, beta if rule == "kda" else None, state, cuts, 1.0, True)
+    (o.sum() + last.sum()).backward()
+    assert compiled == ["prepare", "forward", "prepare", "backward", "gradients"]
 
 
 def test_what_goes_row_by_row():

@@ -54,6 +54,11 @@ def test_every_key_is_documented():
         ({"optimizer": "adam"}, "did you mean 'adamw'?"),
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"precision": "float16"}, "did you mean 'bfloat16'?"),
+        (
+            {"activation_checkpointing": "chep"},
+            "run.activation_checkpointing: 'chep' does not exist; did you mean 'cheap'?",
+        ),
+        ({"resume": "yes"}, "run.resume: 'yes' does not exist; known: auto, false, true"),
         ({"steps": 0}, "steps must be above 0"),
         ({"lr": "fast"}, "lr: expected a number, got 'fast'"),
         ({"batch": 6, "accumulate": 4}, "4 does not divide batch 6"),

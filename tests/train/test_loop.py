@@ -47,6 +47,7 @@ def test_checkpointing_and_accumulation_change_no_result(make_run, quiet):
 
     plain = losses("plain")
     assert losses("recomputed", activation_checkpointing=True) == plain
+    assert losses("what is cheap recomputed", activation_checkpointing="cheap") == plain
     assert losses("in parts", accumulate=4) == pytest.approx(plain, rel=1e-4)
     # at a rate whose updates do not amplify rounding, losses agree to bfloat16's 8 bits, times a few
     gentle = losses("gentle", lr=1e-4)

@@ -18,12 +18,16 @@ from plait.train import Interrupted, RunConfig, load_run, train
 from tests.engine.conftest import CHATML, letters
 
 TOKENS = torch.arange(40)[None] % 256
-MERGED = 2e-5  # float32: (W + BA) x beside W x + B A x, logits of size 1
+MERGED = 2e-5  # of the largest logit, float32: (W + BA) x beside W x + B A x; machines sum these in orders of their own
 
 
 def logits(model):
     with torch.no_grad():
         return model(TOKENS)[0] if isinstance(model, plait.LanguageModel) else model(input_ids=TOKENS).logits
+
+
+def alike(got, expected):
+    assert (got - expected).abs().max() <= MERGED * expected.abs().max()
 
 
 @pytest.fixture
@@ -86,14 +90,14 @@ def test_a_run_is_its_base_and_additions_wherever_it_is_loaded(tuned, base, quie
     tensors = load_file(result.checkpoint / "training.safetensors")
     assert all("lora_" in name for name in tensors if name.startswith("optimizer."))
     theirs = peft.PeftModel.from_pretrained(plait.hub.PlaitForCausalLM.from_pretrained(base), result.checkpoint)
-    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=MERGED)
+    alike(logits(theirs), expected)
     loaded = plait.load(result.folder)
-    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=MERGED)
+    alike(logits(loaded), expected)
     for name, model in {"result": result.model, "loaded": loaded}.items():
         plait.save(model, tmp_path / name)
-        torch.testing.assert_close(logits(plait.load(tmp_path / name)), expected, rtol=0, atol=MERGED)
+        alike(logits(plait.load(tmp_path / name)), expected)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        torch.testing.assert_close(logits(again), expected, rtol=0, atol=MERGED)
+        alike(logits(again), expected)
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     on_top = train(tuned(folder="top", start=str(result.folder), steps=1), console=quiet)
     assert on_top.model.base[0] == str(result.checkpoint.resolve())
@@ -110,7 +114,7 @@ def test_a_model_of_transformers_is_tuned_and_goes_back(tuned, quiet, tmp_path, 
     for name, model in {"result": result.model, "loaded": plait.load(result.folder)}.items():
         assert plait.export(model, tmp_path / name) == "llama"
         theirs = LlamaForCausalLM.from_pretrained(tmp_path / name)
-        torch.testing.assert_close(logits(theirs), logits(result.model), rtol=0, atol=MERGED)
+        alike(logits(theirs), logits(result.model))
     assert (logits(result.model) - logits(plait.load(tmp_path / "llama"))).abs().max() > 0.05
 
 
@@ -129,7 +133,7 @@ def test_another_base_is_refused(tuned, base, quiet, tmp_path):
     config = result.checkpoint / "adapter_config.json"
     said = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "moved")}
     config.write_text(json.dumps(said))
-    torch.testing.assert_close(logits(plait.load(result.folder)), logits(result.model), rtol=0, atol=MERGED)
+    alike(logits(plait.load(result.folder)), logits(result.model))
     config.write_text(json.dumps(said | {"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora is True; plait reads LoRA with use_dora False alone"):
         plait.load(result.folder)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from plait.convert.parallel import new_places
 from plait.convert.plan import Plan
 from plait.convert.transfer.calibrate import calibrate
 from plait.convert.transfer.calibrate import some_text as some_text
@@ -30,6 +31,7 @@ from plait.design.layers import (
     RetNet,
     SimpleGLA,
 )
+from plait.design.places import pairs
 from plait.layers.attention import AttentionLayer
 from plait.layers.declared import LayerModule
 from plait.model.language_model import LanguageModel
@@ -66,11 +68,14 @@ def student_of(
     """
     changes = plan.layers(teacher.design)
     student = swap(teacher, changes, seed=plan.seed if seed is None else seed)
-    there = dict(zip(teacher.design.places(), student.design.places(), strict=True))  # as many, in the same order
-    for address in changes:
-        transfer(teacher.place(address), student.place(there[address]))
+    places = pairs(teacher.design.slots, student.design.slots)
+    there = [
+        (old.address, new.address) for old, now in places if old.address in changes for new in new_places(old, now)
+    ]
+    for old, new in there:
+        transfer(teacher.place(old), student.place(new))
     if text is not None:
-        _calibrated(teacher, student, {address: there[address] for address in changes}, text)
+        _calibrated(teacher, student, there, text)
     return student
 
 
@@ -82,10 +87,10 @@ def transfer(old: nn.Module, new: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _calibrated(teacher: LanguageModel, student: LanguageModel, there: dict[str, str], text: Tensor) -> None:
+def _calibrated(teacher: LanguageModel, student: LanguageModel, there: list[tuple[str, str]], text: Tensor) -> None:
     """Every layer by what the teacher's reads, as soon as it reads it, so that no two layers' inputs are held."""
     hooks = []
-    for address, here in there.items():
+    for address, here in there:
         old, new = teacher.place(address), student.place(here)
 
         def hook(old: Any, inputs: Any, new: Any = new) -> None:

@@ -13,16 +13,18 @@ class HGRN2(Mixer, frozen=True, kw_only=True, tag="hgrn2"):
 
     `state_dim` (k of a head) is the expansion; heads default to as many as make the forget gates as wide as the model.
     `lower_bound`: of all forget gates, 0 to 1; left out it is learned, channel by channel.
+    `norm_eps` is that of the norm; null: the design's.
     """
 
     heads: int = DERIVED
     state_dim: int = DERIVED
     head_dim: int = DERIVED
     lower_bound: float | None = None
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "heads", "state_dim", "head_dim")
+        positive(self, "heads", "state_dim", "head_dim", "norm_eps")
         if self.lower_bound is not None and not 0 <= self.lower_bound < 1:
             raise ValueError(f"HGRN2.lower_bound must be at least 0 and below 1, got {self.lower_bound}")
 

@@ -24,13 +24,14 @@ MODULES = {
     "nemotron_h": ("nemotron_h",),
     "mamba": ("mamba", "mamba2"),
     "fla": ("gla", "retnet", "delta_net", "gated_deltanet"),
+    "fla_hgrn2": ("hgrn2",),
     "fla_rwkv7": ("rwkv7",),
     "kimi_linear": ("kimi_linear",),
     "olmo_hybrid": ("olmo_hybrid",),
     "qwen_hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
 }
 # of several parts, of which plait reads the text model, by that one's family
-OUTER = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+OUTER = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 NAMES = tuple(name for names in MODULES.values() for name in names)
 # flash-linear-attention's, of which transformers has no class; its kernels want a GPU
 FLA = tuple(name for module, names in MODULES.items() if module.startswith("fla") for name in names)

@@ -36,7 +36,7 @@ class Family:
     alike: fields, together, that may say the same in several ways: they stay what they were where they still say it.
     tiny: fields of a small config, drawn from all that the family allows.
     defaults: of the config, where transformers has no class that knows them.
-    within: what names of tensors begin with in files of several parts, and what here: "model.language_model.", "model.".
+    within: what names of tensors begin with in files of several parts, and what here: ("model.language_model.", "model.").
     """
 
     model_type: str
@@ -49,13 +49,15 @@ class Family:
     ends: Rules = field(default_factory=lambda: ENDS)
     aliases: tuple[str, ...] = ()
     alike: tuple[tuple[str, ...], ...] = ()
-    within: tuple[str, str] = ("", "")
+    within: tuple[tuple[str, str], ...] = ()
     defaults: Mapping[str, Any] | None = None
 
     def named(self, name: str) -> str:
         """What a tensor is called where the text model stands alone."""
-        longer, shorter = self.within
-        return f"{shorter}{name.removeprefix(longer)}" if longer and name.startswith(longer) else name
+        for longer, shorter in self.within:
+            if name.startswith(longer):
+                return f"{shorter}{name.removeprefix(longer)}"
+        return name
 
 
 def blocks(*rules: Rules, inside: str = "model.layers.{}.") -> Callable[[ModelConfig], Iterator[Named]]:

@@ -85,18 +85,23 @@ def common(f: Fields) -> None:
         raise ValueError(f"{f.where}: attnres_block_size: residuals that are attended to are not read")
 
 
+def swiglu(f: Fields) -> SwiGLU:
+    """Of an `intermediate_size` or, without one, of a ratio, in steps of 256."""
+    f.must(hidden_act="swish")
+    hidden, ratio = f.get("intermediate_size"), f["hidden_ratio"] or 4
+    if hidden is None:
+        hidden = -(-int(f["hidden_size"] * ratio * 2 / 3) // 256) * 256
+    return SwiGLU(hidden=hidden)
+
+
 def _design(layer: Callable[[Fields], Layer]) -> Callable[[Fields], ModelConfig]:
     def design(f: Fields) -> ModelConfig:
         common(f)
-        f.must(hidden_act="swish")
-        hidden, ratio = f.get("intermediate_size"), f["hidden_ratio"] or 4
-        if hidden is None:
-            hidden = -(-int(f["hidden_size"] * ratio * 2 / 3) // 256) * 256
         return ModelConfig(
             vocab=f["vocab_size"],
             dim=f["hidden_size"],
             pattern=f"(XF){f['num_hidden_layers']}",
-            layers={"X": layer(f), "F": SwiGLU(hidden=hidden)},
+            layers={"X": layer(f), "F": swiglu(f)},
             norm=RMSNorm(eps=f["norm_eps"]),
             tie_embeddings=f["tie_word_embeddings"],
         )

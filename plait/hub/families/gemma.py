@@ -129,6 +129,13 @@ FAMILIES = (
         slots=blocks(*RULES),
         tiny=_tiny_gemma3,
         holds=(Attention, GEGLU),
+        # beside what sees images, as transformers names them today and as published files do
+        within=(
+            ("model.language_model.", "model."),
+            ("language_model.model.", "model."),
+            ("language_model.lm_head.", "lm_head."),
+        ),
+        aliases=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
         alike=(("rope_parameters",),),
     ),
 )

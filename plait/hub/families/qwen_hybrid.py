@@ -265,7 +265,7 @@ def _family(
         # the layers that guess several tokens ahead, which transformers does not run either, and what sees images
         aliases=(r"mtp\..*", r"model\.visual\..*"),
         alike=(("mlp_only_layers", "decoder_sparse_step", "num_experts"), ("rope_parameters",)),
-        within=("model.language_model.", "model."),
+        within=(("model.language_model.", "model."),),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plait.ops.graph import gradient, one_step
 from plait.ops.kernels import WIDE
+from plait.ops.operator import operator
 
 aten: Any = torch.ops.aten
 
@@ -43,20 +44,27 @@ def run(
     return _halved(q, k, v, scale, count)
 
 
+@operator("attention_in_halves")
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, pieces: int) -> list[Tensor]:
+    """o, and the log of every query's sum of weights. One operator: what it works on in place is nobody else's."""
+    count = pieces
+    o, lse = _attend(*(_cut(x, count) for x in (q, k, v)), scale=scale, causal=True)
+    o, lse = o.view(*q.shape[:3], -1), lse.view(q.shape[:3])
+    while count > 1:
+        count //= 2
+        (_, late), (k_early, _), (v_early, _) = (_halves(x, count) for x in (q, k, v))
+        part, part_lse = _attend(late, k_early, v_early, scale=scale, causal=False)
+        _, o_late = _halves(o, count)
+        _, lse_late = _halves(lse, count)
+        o_late.lerp_(part, torch.sigmoid(part_lse - lse_late)[..., None])
+        lse_late.copy_(torch.logaddexp(lse_late, part_lse))
+    return [o, lse]
+
+
 class _Halved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, pieces: int) -> Tensor:
-        count = pieces
-        o, lse = _attend(*(_cut(x, count) for x in (q, k, v)), scale=scale, causal=True)
-        o, lse = o.view(*q.shape[:3], -1), lse.view(q.shape[:3])
-        while count > 1:
-            count //= 2
-            (_, late), (k_early, _), (v_early, _) = (_halves(x, count) for x in (q, k, v))
-            part, part_lse = _attend(late, k_early, v_early, scale=scale, causal=False)
-            _, o_late = _halves(o, count)
-            _, lse_late = _halves(lse, count)
-            o_late.lerp_(part, torch.sigmoid(part_lse - lse_late)[..., None])
-            lse_late.copy_(torch.logaddexp(lse_late, part_lse))
+        o, lse = _forward(q, k, v, scale, pieces)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.how = scale, pieces
         return o

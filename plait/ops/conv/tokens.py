@@ -56,7 +56,7 @@ class _Filtered(torch.autograd.Function):
 _filtered = one_step(_Filtered)
 
 
-@operator("conv_tokens")
+@operator("conv_tokens", cheap=True)
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor | None, silu: bool) -> Tensor:
     from plait.ops.conv import tokens_triton
 

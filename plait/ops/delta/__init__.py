@@ -11,8 +11,8 @@ from plait.ops import chunks_gpu
 from plait.ops.decay import decay_of
 from plait.ops.delta import chunked, pooled, reference, step
 from plait.ops.frame import Rows, recur
-from plait.ops.gla import dplr
-from plait.ops.kernels import Kernel, Kernels, always, cast, full_precision, one_token, wide
+from plait.ops.gla import KERNELS as CHANNELS
+from plait.ops.kernels import Kernel, Kernels, always, cast, one_token, wide
 from plait.ops.packing import Packing
 from plait.ops.rms_norm import l2norm
 from plait.ops.summary import Summary, of_matrices
@@ -53,6 +53,23 @@ class Gates(NamedTuple):
         return y
 
 
+class Removal(NamedTuple):
+    """The rule with a decay per key channel, for the forms of `plait.ops.gla` that know `dplr` alone."""
+
+    gates: Gates | None
+
+    def before(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v, g and p of `dplr`, which reads before the decay what the delta rule reads after it."""
+        if self.gates is not None:
+            q, k, v, g, beta = self.gates.before(q, k, v, g, beta)
+        times, k, v, g, beta = v.shape[2] // k.shape[2], wide(k), wide(v), wide(g), wide(beta)[..., None]
+        q, k = (x if times == 1 else x.repeat_interleave(times, 2) for x in (q, k))
+        return q, k, beta * v, g, -beta * k * decay_of(g)
+
+    def after(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        return y
+
+
 def gated_delta(
     q: Float[Tensor, "b t g k"],
     k: Float[Tensor, "b t g k"],
@@ -70,25 +87,18 @@ def gated_delta(
     """Outputs and, where a state was given, the state after the last token.
 
     g is the log decay, log a <= 0, of a head or of each key channel (Kimi delta attention, arXiv 2510.26692, eq. 1:
-    S_t = S_{t-1} diag(a_t) (I - b_t k_t k_t^T) + b_t v_t k_t^T; it runs as `plait.ops.gla.dplr`). `g` key heads serve h value
-    heads in order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the number of
+    S_t = S_{t-1} diag(a_t) (I - b_t k_t k_t^T) + b_t v_t k_t^T; it runs in the forms of `plait.ops.gla`). `g` key heads serve h
+    value heads in order (h a multiple). Computed in float32, or float64 for float64 inputs. n is the batch, or the number of
     documents with `packing`. scale: on q, 1 if left out. With `gates`, g and beta come as the projections that those are made
     of. With `rows`, `state` is a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.
     """
+    inputs = (q, k, v, g, beta)
+    kernels, sizes, around = KERNELS, chunks_gpu.sizes_of(k, v), gates
     if g.ndim == 4:
-        with full_precision(v.device):
-            inputs = _removal(*((q, k, v, g, beta) if gates is None else gates.before(q, k, v, g, beta)))
-        o, state, *states = dplr(*inputs, scale=scale, state=state, rows=rows, packing=packing, at=at)
-        return cast(o, v.dtype), state, *states
-    sizes, inputs = held(state) if rows is not None else chunks_gpu.sizes_of(k, v), (q, k, v, g, beta)
-    return recur(KERNELS, v, inputs, state, rows, packing, scale=scale, at=at, sizes=sizes, around=gates)
-
-
-def _removal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v, g and p of `dplr`, which reads before the decay what the delta rule reads after it."""
-    times, k, v, g, beta = v.shape[2] // k.shape[2], wide(k), wide(v), wide(g), wide(beta)[..., None]
-    q, k = (x if times == 1 else x.repeat_interleave(times, 2) for x in (q, k))
-    return q, k, beta * v, g, -beta * k * decay_of(g)
+        kernels, around = CHANNELS, Removal(gates)
+    elif rows is not None:
+        sizes = held(state)
+    return recur(kernels, v, inputs, state, rows, packing, scale=scale, at=at, sizes=sizes, around=around)
 
 
 def summary(

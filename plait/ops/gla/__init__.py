@@ -3,6 +3,8 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from plait.ops import channels_gpu
+from plait.ops.chunks_gpu import sizes_of
 from plait.ops.decay import decay_of
 from plait.ops.frame import Rows, recur
 from plait.ops.gla import chunked, reference, step
@@ -15,6 +17,9 @@ KERNELS = Kernels(
     (
         Kernel("step", step.run, one_token, wide=True),
         Kernel("chunked", chunked.run, always, wide=True),
+        Kernel(
+            "chunks", channels_gpu.run, channels_gpu.fits, around=True
+        ),  # where forced, until it has been held on a GPU
         Kernel("reference", reference.run, always, wide=True),
     ),
 )
@@ -38,7 +43,7 @@ def gla(
     float64 inputs. n is the batch, or the documents packed. scale: on q, 1 if left out. With `rows`, `state` is a pool's
     (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.
     """
-    return recur(KERNELS, v, (q, k, v, g), state, rows, packing, scale=scale, at=at)
+    return recur(KERNELS, v, (q, k, v, g), state, rows, packing, scale=scale, at=at, sizes=sizes_of(k, v))
 
 
 def dplr(
@@ -61,7 +66,8 @@ def dplr(
     in `gla`.
     """
     removal = (p,) if z is None else (p, z)
-    return recur(KERNELS, v, (q, k, v, g, *removal), state, rows, packing, scale=scale, at=at)
+    inputs = (q, k, v, g, *removal)
+    return recur(KERNELS, v, inputs, state, rows, packing, scale=scale, at=at, sizes=channels_gpu.REMOVAL)
 
 
 def summary(

@@ -31,8 +31,8 @@ def run(
             table, first = table.gather(1, index.clamp(max=table.shape[1] - 1)), index[:, :1] * page
         keys, values = pages(k, table), pages(v, table)
     at = torch.arange(keys.shape[1], device=q.device)
-    mask = visible(lengths, t, at if first is None else first + at, window)
-    return attend(q, keys, values, mask, scale, softcap, sinks)
+    seen = visible(lengths, t, at if first is None else first + at, window)
+    return attend(q, keys, values, added(seen, q.dtype), scale, softcap, sinks)
 
 
 def visible(lengths: Tensor, t: int, at: Tensor, window: int | None) -> Bool[Tensor, "b one t s"]:
@@ -43,6 +43,11 @@ def visible(lengths: Tensor, t: int, at: Tensor, window: int | None) -> Bool[Ten
     at, ends = at if at.ndim == 1 else at[:, None], ends[..., None]  # (s) or (b, 1, s), (b, t, 1)
     seen = at < ends
     return (seen if window is None else seen & (at >= ends - window))[:, None]
+
+
+def added(seen: Bool[Tensor, "b one t s"], dtype: torch.dtype) -> Float[Tensor, "b one t s"]:
+    """What is added to logits: 0 where a key is seen, else -inf."""
+    return torch.where(seen, torch.zeros((), dtype=dtype, device=seen.device), -torch.inf)
 
 
 def touched(tokens: int, page: int) -> int:
@@ -59,7 +64,7 @@ def attend(
     q: Float[Tensor, "b t h k"],
     keys: Float[Tensor, "b s g k"],
     values: Float[Tensor, "b s g v"],
-    mask: Bool[Tensor, "b one t s"] | None,
+    mask: Float[Tensor, "b one t s"] | None,
     scale: float,
     softcap: float | None,
     sinks: Float[Tensor, " h"] | None,
@@ -91,7 +96,7 @@ def _weigh(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
+        logits = logits + mask
     if sinks is not None:  # one more key, whose value is nothing
         sink = wide(sinks).view(1, k.shape[1], -1, 1).repeat_interleave(q.shape[2] * k.shape[1] // len(sinks), 2)
         logits = torch.cat([logits, sink.expand(len(q), -1, -1, -1)], 3)

@@ -1,9 +1,12 @@
 """Attention over pages where the host may read lengths for nothing: no more keys than the longest row has."""
 
+from functools import lru_cache
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from plait.ops.attention.paged.gathered import attend, pages, visible
+from plait.ops.attention.paged.gathered import added, attend, pages, visible
 
 
 def run(
@@ -28,5 +31,13 @@ def run(
         keys, values = (pages(x, table)[:, before : before + high - low] for x in (k, v))
     if t == 1 and min(ends) == high:  # all see all of it
         return attend(q, keys, values, None, scale, softcap, sinks)
-    mask = visible(lengths, t, torch.arange(low, high, device=q.device), window)
-    return attend(q, keys, values, mask, scale, softcap, sinks)
+    return attend(q, keys, values, _mask(tuple(ends), t, low, high, window, q.dtype), scale, softcap, sinks)
+
+
+@lru_cache(maxsize=8)  # the layers of a step ask for the same one after the other
+def _mask(
+    ends: tuple[int, ...], t: int, low: int, high: int, window: int | None, dtype: torch.dtype
+) -> Float[Tensor, "b one t s"]:
+    """Which of the keys `low` to `high` each row's last t tokens see."""
+    with torch.inference_mode(False):  # a call with gradients may be the next to use it
+        return added(visible(torch.tensor(ends), t, torch.arange(low, high), window), dtype)

@@ -1,0 +1,336 @@
+"""What `plait convert` makes of one teacher at equal budgets: a row a kind of target, and a row a rule that chooses what stays.
+
+    python benchmarks/convert_table.py --budget 20M --text "books/*.txt" --tasks lm-eval-data --out table.json
+    python benchmarks/convert_table.py --teacher runs/demo/transformer --text stdlib --budget 200k --device cpu --out table.json
+    python benchmarks/convert_table.py --show table.json
+
+A row that is in the JSON file is skipped, and the file is written anew, whole, after every row, so that a run that was stopped
+goes on; with --folder a row that was stopped goes on at its step. Rows of one file have the same teacher, budget and text.
+Kinds stand where a quarter of the attention layers stays, evenly spread, but for those that say otherwise; rules choose which
+quarter stays of `D`. Perplexity is over held-out documents, in pieces as long as those trained on.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from plait.cli.convert import COMMONSENSE, count, known_data, scores
+from plait.convert import RULES, Conversion, Plan, Stages, attention_places
+from plait.convert.results import perplexity
+from plait.convert.scores import Request
+from plait.convert.select import choose
+from plait.data import Tokenizer
+from plait.design.count import parameters, state_bytes
+from plait.evaluate.machine import machine
+from plait.evaluate.recall import DEPTHS, fitting, measure, needle_kinds
+from plait.evaluate.tasks import run_task
+from plait.files import write_text
+from plait.model import LanguageModel
+from plait.opening import load
+
+QUARTER = "25%"
+FAR = 16_384  # tokens of context that states are compared at
+PREFIX = 4  # tokens of a window's permanent beginning
+FINISH = 0.2  # of the budget, after pruning
+
+Replace = Callable[[LanguageModel, int], dict[str, Any]]  # by address, what takes its place; of text in pieces so long
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a conversion differs from the others: by what it asks for, or by a plan of its own."""
+
+    asks: dict[str, Any] = field(default_factory=dict)
+    plan: Replace | None = None
+
+
+def kind(mixer: str, select: str = "uniform", keep: str | int = QUARTER) -> Row:
+    return Row({"mixer": [mixer], "keep": keep, "select": select})
+
+
+def small_latents(teacher: LanguageModel, length: int) -> dict[str, Any]:
+    """Latent attention everywhere, with a quarter of what attention remembers of a token."""
+    found = {}
+    for address, old in attention_places(teacher.design).items():
+        turned = 0 if old.rope is None else max(2, old.rope.rotated(old.head_dim) // 4 * 2)
+        rank = 2 * old.kv_heads * old.head_dim // 4 - turned
+        found[address] = {"kind": "latent_attention", "rank": max(8, rank)} | ({"rope_dim": turned} if turned else {})
+    return found
+
+
+def windows(teacher: LanguageModel, length: int) -> dict[str, Any]:
+    """Windows of a quarter of the length and a permanent beginning, where the even rule keeps no attention."""
+    places, mixer = (
+        list(attention_places(teacher.design)),
+        {"window": max(1, length // 4), "prefix": PREFIX, "sinks": True},
+    )
+    keep = round(len(places) / 4)
+    even = choose(RULES["uniform"](teacher, Request(mixer=mixer, keep=keep), (), None).scores, keep, "uniform")
+    return {address: mixer for address in places if address not in even}
+
+
+def last_half(teacher: LanguageModel, length: int) -> dict[str, Any]:
+    """What stays is spread evenly over the last half of the depth."""
+    places = list(attention_places(teacher.design))
+    keep, late = round(len(places) / 4), places[len(places) // 2 :]
+    stay = {late[(2 * i + 1) * len(late) // (2 * keep)] for i in range(keep)}
+    return {address: "gated_deltanet" for address in places if address not in stay}
+
+
+KINDS: dict[str, Row] = {
+    "L 25% + M": Row({"to": "((MF)3 LF)"}),
+    "L, a quarter of the cache": Row(plan=small_latents),
+    "D": kind("D"),
+    "K": kind("K"),
+    "X": kind("X"),
+    "G": kind("G"),
+    "window + sinks": Row(plan=windows),
+    "D everywhere": kind("D", keep=0),
+    "[D|A] pruned to 25%": Row({"mixer": ["[D|A]"], "keep": 0, "prune": QUARTER, "finish_share": FINISH}),
+    "[D|A]": Row({"mixer": ["[D|A]"], "keep": 0, "price": 0.0, "cross_entropy": 0.1}),
+}
+SELECTIONS: dict[str, Row] = {
+    "D by kl": kind("D", "kl"),
+    "D by recall": kind("D", "recall"),
+    "D by halo": kind("D", "halo"),
+    "D, last half": Row(plan=last_half),
+}
+ROWS = KINDS | SELECTIONS  # the even rule's row is "D"
+GROUPS = {"kinds": list(KINDS), "selections": list(SELECTIONS), "all": list(ROWS)}
+
+
+def asked(options: argparse.Namespace, row: Row, seed: int, out: Path) -> Conversion:
+    data = known_data(options.teacher) | {"length": options.length, "heldout": options.heldout, "cache": options.cache}
+    return Conversion(
+        teacher=options.teacher,
+        out=str(out),
+        data=data | {"source": options.text},
+        budget=count(options.budget),
+        seed=seed,
+        device=options.device,
+        training={"eval_tokens": options.eval_tokens} | ({"batch": options.batch} if options.batch else {}),
+        **row.asks,
+    )
+
+
+def converted(options: argparse.Namespace, row: Row, seed: int, out: Path) -> dict[str, Any]:
+    """One conversion, and what is measured of it."""
+    ask, started = asked(options, row, seed, out), time.perf_counter()
+    stages = Stages(ask, Console(stderr=True), scores(ask, options.tasks))
+    if row.plan is not None and not (out / "plan.yaml").is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        plan = Plan.of(stages.teacher, ask.teacher, row.plan(stages.teacher, options.length), seed=seed)
+        plan.write(out / "plan.yaml")
+    stages.upto("model")
+    seconds, student = time.perf_counter() - started, load(out, stages.device, torch.float32)
+    cost = stages.plan.cost
+    return {
+        "asked": {name: value for name, value in ask.to_dict().items() if name != "out"},
+        "keep": list(stages.plan.keep),
+        "tokens": trained_tokens(stages),
+        "tokens_of_rule": cost.tokens,
+        "seconds": seconds,
+        "seconds_of_rule": cost.seconds,
+        **measured(options, stages, student),
+        "perplexity_transfer": perplexity(stages, load(out / "transfer", stages.device, torch.float32)),
+    }
+
+
+def trained_tokens(stages: Stages) -> int:
+    """That the training stages read."""
+    return sum(run.steps * run.batch * run.data.length for run in stages.asked.runs().values())
+
+
+def measured(options: argparse.Namespace, stages: Stages, model: LanguageModel) -> dict[str, Any]:
+    tokenizer = stages.tokenizer
+    return {
+        "pattern": model.design.pattern,
+        "parameters": parameters(model.design),
+        "perplexity": perplexity(stages, model),
+        "needle": needle(options, model, tokenizer),
+        "commonsense": commonsense(options, model, tokenizer),
+        "state_bytes": state_bytes(model.design, FAR, "bfloat16"),
+    }
+
+
+def needle(options: argparse.Namespace, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, float]:
+    """The share of needles chosen right, over all depths, by length."""
+    found: dict[str, float] = {}
+    for length in fitting(model, options.needle):
+        cells = measure(
+            model,
+            tokenizer,
+            needle_kinds([length], DEPTHS),
+            text=options.text,
+            questions=options.questions,
+            write=False,
+        )
+        found[str(length)] = sum(cell.chosen for cell in cells) / sum(cell.questions for cell in cells)
+    return found
+
+
+def commonsense(options: argparse.Namespace, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, float]:
+    """Accuracies, where there are files of lm-eval's."""
+    if options.tasks is None:
+        return {}
+    tasks = {task: run_task(model, tokenizer, task, options.tasks, limit=options.records) for task in COMMONSENSE}
+    return {task: result.metrics["acc"] for task, result in tasks.items()}
+
+
+SAME = (
+    "teacher",
+    "budget",
+    "length",
+    "batch",
+    "text",
+    "heldout",
+    "eval_tokens",
+    "needle",
+    "questions",
+    "tasks",
+    "records",
+)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    return json.loads(json.dumps({name: getattr(options, name) for name in SAME}))
+
+
+def opened(options: argparse.Namespace) -> dict[str, Any]:
+    """The table as far as it goes. Ends the program where the file's rows are of other settings."""
+    if not options.out.is_file():
+        return {"settings": settings(options), "machine": machine(), "rows": {}}
+    table = json.loads(options.out.read_text(encoding="utf-8"))
+    for name, value in settings(options).items():
+        if table["settings"][name] != value:
+            sys.exit(f"{options.out} has rows of --{name} {table['settings'][name]}, not {value}: give another --out")
+    return table
+
+
+def teacher_row(options: argparse.Namespace) -> dict[str, Any]:
+    """What is measured of the teacher, once."""
+    stages = Stages(asked(options, ROWS["D"], 0, Path("unused")), Console(stderr=True))
+    return measured(options, stages, stages.teacher)
+
+
+def shown(table: dict[str, Any]) -> str:
+    """The table as Markdown: means over seeds, and of perplexity how far apart they are."""
+    teacher = table["teacher"]
+    lines = [
+        "| row | pattern | tokens | seconds | perplexity / teacher's | needle | commonsense | state at 16k |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| teacher | `{teacher['pattern']}` | | | {teacher['perplexity']:.3f} | {shares(teacher['needle'])} | "
+        f"{average(teacher['commonsense'])} | {teacher['state_bytes']:,} |",
+    ]
+    for name, seeds in table["rows"].items():
+        runs = list(seeds.values())
+        ratios = [run["perplexity"] / teacher["perplexity"] for run in runs]
+        apart = f" ({min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else ""
+        mean = {key: sum(run[key] for run in runs) / len(runs) for key in ("tokens", "seconds", "state_bytes")}
+        needles = {n: sum(run["needle"][n] for run in runs) / len(runs) for n in runs[0]["needle"]}
+        tasks = {n: sum(run["commonsense"][n] for run in runs) / len(runs) for n in runs[0]["commonsense"]}
+        lines.append(
+            f"| {cell(name)} | `{cell(runs[0]['pattern'])}` | {mean['tokens']:,.0f} | "
+            f"{mean['seconds']:,.0f} | {sum(ratios) / len(ratios):.3f}{apart} | {shares(needles)} | {average(tasks)} | "
+            f"{mean['state_bytes'] / teacher['state_bytes']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def shares(values: dict[str, float]) -> str:
+    return ", ".join(f"{value:.2f} at {int(length):,}" for length, value in values.items())
+
+
+def average(values: dict[str, float]) -> str:
+    return f"{sum(values.values()) / len(values):.3f}" if values else ""
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="smollm2", help="what plait.load takes")
+    parser.add_argument(
+        "--rows", nargs="+", default=["all"], help=f"{', '.join(GROUPS)}, or some of: {', '.join(ROWS)}"
+    )
+    parser.add_argument("--budget", default="5M", help="tokens that each conversion trains on")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a piece of text")
+    parser.add_argument(
+        "--batch", type=int, help="sequences in a step, of all stages; else as `plait convert` has them"
+    )
+    parser.add_argument("--text", default="stdlib", help="a source of text, as `plait convert --data` takes it")
+    parser.add_argument(
+        "--heldout", type=float, default=0.05, help="the share of its documents that perplexity is over"
+    )
+    parser.add_argument("--eval-tokens", type=int, default=131_072, help="of these, at most")
+    parser.add_argument(
+        "--needle", nargs="*", type=int, default=[1024, 4096], help="lengths at which a needle is looked for"
+    )
+    parser.add_argument("--questions", type=int, default=10, help="needles of each length and depth")
+    parser.add_argument("--tasks", help="the folder of lm-eval's files; without it commonsense is not measured")
+    parser.add_argument("--records", type=int, default=500, help="of each task, the first")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--cache", default="runs/cache", help="where the tokenized text is kept")
+    parser.add_argument("--folder", type=Path, help="where conversions are kept; else none is")
+    parser.add_argument(
+        "--out", type=Path, default=Path("convert_table.json"), help="the JSON file that rows are added to"
+    )
+    parser.add_argument("--show", type=Path, help="print the table of a JSON file, and no more")
+    options = parser.parse_args()
+    options.rows = [name for word in options.rows for name in GROUPS.get(word, [word])]
+    for name in options.rows:
+        if name not in ROWS:
+            parser.error(f"there is no row {name!r}; expected {', '.join((*GROUPS, *ROWS))}")
+    return options
+
+
+def one_row(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    if options.folder is not None:
+        words = "".join(letter if letter.isalnum() else "-" for letter in name)
+        return converted(options, ROWS[name], seed, options.folder / f"{words}-{seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        return converted(options, ROWS[name], seed, Path(folder, "out"))
+
+
+def main() -> None:
+    options = parsed()
+    if options.show is not None:
+        print(shown(json.loads(options.show.read_text(encoding="utf-8"))))
+        return
+    table, failed = opened(options), False
+    if "teacher" not in table:
+        table["teacher"] = teacher_row(options)
+        write_text(options.out, json.dumps(table, indent=1) + "\n")
+    for name, seed in [(name, seed) for seed in options.seeds for name in options.rows]:
+        seeds = table["rows"].get(name, {})
+        if str(seed) in seeds:
+            continue
+        try:
+            row = one_row(options, name, seed)
+        except (ValueError, RuntimeError):  # the other rows are worth having
+            traceback.print_exc()
+            failed = True
+            continue
+        table["rows"][name] = seeds | {str(seed): row}
+        write_text(options.out, json.dumps(table, indent=1) + "\n")
+        ratio = row["perplexity"] / table["teacher"]["perplexity"]
+        print(f"{name}, seed {seed}: {ratio:.4f} in {row['seconds']:.0f} s", flush=True)
+    print(shown(table))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
