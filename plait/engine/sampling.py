@@ -133,16 +133,17 @@ class Sampler:
             x[to] = x[row]
 
     def choose(
-        self, logits: Float[Tensor, "b v"], index: slice | Int[Tensor, " b"], positions: Int[Tensor, " b"]
+        self, logits: Float[Tensor, "b v"], index: slice | Int[Tensor, " b"], positions: Int[Tensor, " b"] | None
     ) -> Int[Tensor, " b"]:
-        """The next token of the rows at `index`, which have `positions` tokens so far; -1 where the logits are not finite."""
+        """The next token of the rows at `index`; -1 where the logits are not finite. `positions`: tokens that these rows have
+        so far, None where all are greedy."""
         if self.narrowing == GREEDY:
             return logits.max(-1).indices  # argmax, which takes three times as long on a CPU
         options = Options._make([x[index] for x in self.options])
         if self.held is not None:
             logits = torch.where(self.held[index], penalised(logits, options.penalty), logits)
         tokens = logits.max(-1).indices
-        if self.narrowing.sampled:
+        if self.narrowing.sampled and positions is not None:
             drawn = draw(narrow(logits, options, self.narrowing), uniform(options.key, positions))
             tokens = torch.where(options.temperature > 0, drawn, tokens)
         if self.held is not None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from plait.engine.sampling import Sampler, Sampling
+from plait.engine.sampling import GREEDY, Sampler, Sampling
 from plait.model.language_model import LanguageModel
 from plait.state import Pool, PoolRows
 
@@ -86,7 +86,8 @@ class Step:
         """Next tokens from what the head reads."""
         logits = self.model.head(hidden)
         logits = logits if self.vocab == logits.shape[-1] else logits[:, : self.vocab]
-        tokens = self.sampler.choose(logits, at.index, self.pool.starts[at.index])
+        positions = None if self.sampler.narrowing == GREEDY else self.pool.starts[at.index]
+        tokens = self.sampler.choose(logits, at.index, positions)
         self.tokens[at.index] = tokens.clamp_min(0)
         return tokens
 

@@ -6,4 +6,6 @@ from plait.layers.context import Context as Context
 from plait.layers.context import context_for as context_for
 from plait.layers.context import pooled_context as pooled_context
 from plait.layers.stack import Sublayer as Sublayer
+from plait.layers.stack import announce as announce
 from plait.layers.stack import build_stack as build_stack
+from plait.layers.stack import normed as normed

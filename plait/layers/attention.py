@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from plait.design.layers import Attention
 from plait.design.model import ModelConfig
+from plait.design.norms import RMSNorm
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
-from plait.layers.norm import Norm
-from plait.layers.rope import sharpen, turn
+from plait.layers.norm import Norm, untouched
+from plait.layers.rope import angles, sharpen, turn
 from plait.ops.attention import Heads, Start, attention
-from plait.ops.attention.paged import paged_attention, write_pages
+from plait.ops.attention.paged import paged_attention, placed, write_pages
 from plait.ops.frame import newest
 from plait.ops.kernels import Call, cast
 from plait.state import KV, Appended, Pages, State, Window
@@ -67,7 +68,19 @@ class AttentionLayer(MixerModule):
     ) -> tuple[Float[Tensor, "b t d"], KV | Window | Pages | None]:
         c, (b, t, _) = self.config, x.shape
         qk, v, *gate = self.qkv_proj(x).split_with_sizes(self.widths, -1)
-        qk, v = self.normed(qk.view(b, t, c.heads + c.kv_heads, -1)), v.view(b, t, c.kv_heads, -1)
+        qk, v = qk.view(b, t, c.heads + c.kv_heads, -1), v.view(b, t, c.kv_heads, -1)
+        if context.rows is not None and isinstance(state, Pages) and self.at_once(qk, v, state):
+            o = self.placed(qk, v, context, state)
+        else:
+            o, state = self.attended(qk, v, context, state)
+        o = o.flatten(2)
+        return o * torch.sigmoid(gate[0]) if gate else o, state
+
+    def attended(
+        self, qk: Float[Tensor, "b t h k"], v: Float[Tensor, "b t g k"], context: Context, state: Any
+    ) -> tuple[Float[Tensor, "b t h k"], Any]:
+        """From what is projected to the heads' outputs, one thing after the other."""
+        c, qk = self.config, self.normed(qk)
         if self.value_mix is not None:
             v = self.with_first(v, self.value_mix, context)
         if c.rope is not None:
@@ -85,8 +98,7 @@ class AttentionLayer(MixerModule):
             o, state = over_all(q, [k, v], context, state, self.attend)
         else:
             raise TypeError(f"attention has no use for a state of kind {state.kind!r}")
-        o = o.flatten(2)
-        return o * torch.sigmoid(gate[0]) if gate else o, state
+        return o, state
 
     def normed(self, qk: Float[Tensor, "b t h k"]) -> Float[Tensor, "b t h k"]:
         """Queries and keys, where they are normed: each head, or all of them together."""
@@ -142,6 +154,32 @@ class AttentionLayer(MixerModule):
         table = None if rows is None else rows[:, None]
         write_pages(keys, values, k, v, table, place_in_ring(context.starts, self.config.prefix, size) + 1)
         return paged_attention(q, keys, values, table, ends.clamp_max(size), **self.logits)
+
+    def at_once(self, qk: Tensor, v: Tensor, state: Pages) -> bool:
+        """Whether one kernel norms, turns and writes the new tokens of a pool."""
+        c, (keys, values) = self.config, state.tensors().values()
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        simple = c.rope is not None and c.qk_norm != "wide" and c.temperature is None and self.value_mix is None
+        turned = simple and c.rope is not None and c.rope.rotated(qk.shape[-1])
+        return bool(turned) and untouched(*norms) and placed.fits(qk, v, keys, values)
+
+    def placed(self, qk: Tensor, v: Tensor, context: Context, state: Pages) -> Tensor:
+        """`pooled` of what is projected."""
+        (keys, values), table, rope, norms = state.tensors().values(), context.table, self.config.rope, {}
+        if table is None:  # a row's one page is its own
+            keys, values = keys[context.rows], values[context.rows]
+        if self.q_norm is not None and self.k_norm is not None:
+            config = self.q_norm.config
+            assert isinstance(config, RMSNorm)  # as all norms within layers
+            norms = {
+                "norms": (self.q_norm.weight, self.k_norm.weight),
+                "eps": config.eps,
+                "zero_centered": config.zero_centered,
+            }
+        assert rope is not None  # or `at_once` would have said no
+        turns = angles(rope, rope.rotated(qk.shape[-1]), context, qk.dtype)
+        q = placed.place(qk, v, *turns, keys, values, table, context.ends, **norms)
+        return paged_attention(q, keys, values, table, context.ends, **self.logits)
 
     def round_the_ring(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context, room: tuple[Tensor, Tensor], rows: Tensor | None

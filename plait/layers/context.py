@@ -136,7 +136,9 @@ def context_for(
 def pooled_context(inputs: Shaped[Tensor, "b t ..."], at: PoolRows) -> Context:
     """The context of a call on rows of a pool: of device tensors alone."""
     pool = at.pool
-    starts = pool.starts[at.index].clone()  # what a view shows moves on with the call
-    positions = starts[:, None] + torch.arange(inputs.shape[1], device=inputs.device)
+    starts, count = pool.starts[at.index], inputs.shape[1]
+    if isinstance(at.index, slice):
+        starts = starts.clone()  # what a view shows moves on with the call
+    positions = starts[:, None] if count == 1 else starts[:, None] + torch.arange(count, device=inputs.device)
     table = None if at.straight else pool.table[at.index]
     return Context(positions, starts, rows=at.index, table=table)

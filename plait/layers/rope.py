@@ -19,9 +19,7 @@ def turn(x: Float[Tensor, "b t h k"], rope: RoPE, context: Context) -> Float[Ten
     rotated = rope.rotated(x.shape[-1])
     if not rotated:  # of heads so narrow that a fraction of them is less than a pair
         return x
-    key = "rope", rope.theta, rope.scaling and rope.scaling.key, rotated, x.dtype
-    cos, sin = context.cached(key, lambda: _angles(rope, rotated, context, x.dtype))
-    return rotate(x, cos, sin)
+    return rotate(x, *angles(rope, rotated, context, x.dtype))
 
 
 def turn_both(
@@ -45,15 +43,22 @@ def sharpen(q: Float[Tensor, "b t h k"], temperature: Temperature, context: Cont
     return q * cast(context.cached(("temperature", scale, every, q.dtype), factor), q.dtype)
 
 
-def _angles(rope: RoPE, rotated: int, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos (b, t, 1, 1, r/2), and sin with the sign of either member (b, t, 1, 2, r/2).
+def angles(rope: RoPE, rotated: int, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos (b, t, 1, 1, r/2), and sin with the sign of either member (b, t, 1, 2, r/2); once for all layers of a call."""
+    key = "rope", rope.theta, rope.scaling and rope.scaling.key, rotated, dtype
+    return context.cached(key, lambda: _angles(rope, rotated, context.positions, dtype))
+
+
+def _angles(rope: RoPE, rotated: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `angles`.
 
     Angles are float32 at least: bfloat16 cannot tell position 256 from 257.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    turns, factor = frequencies(rope, rotated, context.positions.device, wide)
-    angles = context.positions[..., None, None, None].to(wide) * turns
-    cos, sin = angles.cos(), angles.sin()
+    kept = type(positions) is Tensor and not torch.compiler.is_compiling()
+    turns, factor = (_kept_frequencies if kept else frequencies)(rope, rotated, positions.device, wide)
+    turned = positions[..., None, None, None].to(wide) * turns
+    cos, sin = turned.cos(), turned.sin()
     if factor != 1:
         cos, sin = cos * factor, sin * factor
     sin = sin.to(dtype)
@@ -94,6 +99,13 @@ def frequencies(
         numbers = _on if torch.compiler.is_compiling() else _kept_on
         return turns / numbers(device, dtype, scaling.factors), factor
     return turns, 1.0
+
+
+@lru_cache
+def _kept_frequencies(rope: RoPE, rotated: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Worked out once: half a dozen kernels less in every step."""
+    with torch.inference_mode(False):
+        return frequencies(rope, rotated, device, dtype)
 
 
 def _on(device: torch.device, dtype: torch.dtype, numbers: tuple[float, ...]) -> Tensor:

@@ -55,7 +55,7 @@ from plait.layers.mamba2 import Mamba2Layer
 from plait.layers.merges import MERGES
 from plait.layers.mlstm import MLSTMLayer
 from plait.layers.moe import MixtureOfExpertsLayer
-from plait.layers.norm import Norm
+from plait.layers.norm import Norm, untouched
 from plait.layers.recurrent import RecurrentLayer
 from plait.layers.rg_lru import RGLRULayer
 from plait.layers.rwkv7 import RWKV7FeedForwardLayer, RWKV7Layer
@@ -96,7 +96,10 @@ LAYERS: dict[type[Layer], type[LayerModule]] = {
 }
 
 Hidden = Float[Tensor, "b t d"]
-GIVEN = "given"  # in `context.shared`, to the next slot
+# in `context.shared`
+GIVEN = "given"  # to the next slot
+NEXT = "next"  # the norm that reads the stream after this slot
+NORMED = "normed"  # the stream, a norm, and the one normed by the other
 
 
 class Sublayer(nn.Module):
@@ -123,7 +126,7 @@ class Sublayer(nn.Module):
             context.shared[GIVEN] = None
         if self.reads_both:
             u = torch.cat([x, context.shared["x0"]], -1)  # which the model leaves where a slot reads it
-        u = u if self.norm is None else self.norm(u)
+        u = u if self.norm is None else normed(self.norm, u, context)
         y, state = self.mixer(u, context, state)
         y = y if context.out is None else context.tap("output", y)
         if self.after is not None or self.factor != 1:
@@ -132,7 +135,30 @@ class Sublayer(nn.Module):
             context.shared[GIVEN] = y if self.gives == "next" else x + y
             return x, state
         x = u if self.onto_normed else x
-        return (x if self.keep == 1 else self.keep * x) + y, state
+        return summed(x if self.keep == 1 else self.keep * x, y, context), state
+
+
+def summed(x: Hidden, y: Hidden, context: Context) -> Hidden:
+    """x + y, and left in the context what the norm that comes next makes of it, where that is known."""
+    norm = context.shared.get(NEXT)
+    if norm is None:
+        return x + y
+    total, after = norm.of_sum(x, y)
+    context.shared[NORMED] = total, norm, after
+    return total
+
+
+def normed(norm: Norm, x: Hidden, context: Context) -> Hidden:
+    """norm(x), where the slot before has not left it."""
+    total, known, after = context.shared.get(NORMED, (None, None, None))
+    return after if total is x and known is norm else norm(x)
+
+
+def announce(slot: nn.Module, norm: nn.Module | None, context: Context) -> None:
+    """Tell a slot which norm comes next, so that one kernel adds and norms: for decoding on a GPU, whose steps are many small
+    kernels, and where nobody has put anything else in the place of either, or waits for the norm to be called."""
+    alone = type(slot) is Sublayer and slot._compiled_call_impl is None
+    context.shared[NEXT] = norm if alone and type(norm) is Norm and untouched(norm) else None
 
 
 def full(factor: float | None) -> float:

@@ -15,7 +15,7 @@ from plait.design.model import ModelConfig, nearest_place
 from plait.design.places import Node, ParallelPlace, layers, paths
 from plait.design.spec import Leaf, Memories, StateSpec, TensorSpec
 from plait.design.summary import summary
-from plait.layers import Channels, Context, build_stack, context_for, pooled_context
+from plait.layers import Channels, Context, announce, build_stack, context_for, normed, pooled_context
 from plait.layers.channels import Listener, Place, send
 from plait.layers.declared import Projection
 from plait.layers.norm import Norm
@@ -28,6 +28,7 @@ from plait.model.tracing import refuse_tracing
 from plait.ops.numbers import whole_number
 from plait.ops.packing import Packing
 from plait.ops.shooting import NotConverged
+from plait.ops.token import few_rows
 from plait.state import ModelState, Pool, PoolRows, SlotState, remember
 
 S = TypeVar("S", ModelState, PoolRows)
@@ -230,7 +231,7 @@ class LanguageModel(nn.Module):
             at.pool.starts[at.index] += tokens.shape[1]
         else:
             at.pool.starts.index_copy_(0, at.index, context.ends)
-        return self.norm(hidden)
+        return normed(self.norm, hidden, context)
 
     def _embed(self, inputs: Shaped[Tensor, "b t ..."]) -> Float[Tensor, "b t d"]:
         x = self.embed(inputs.to(self.dtype) if inputs.is_floating_point() else inputs)
@@ -261,8 +262,12 @@ class LanguageModel(nn.Module):
 
         `state` is one value per slot of the model; `plait.layers.context_for(hidden)` makes a fresh context.
         """
-        after, modules = [], list(self.slots)
-        for i in self._indices(slots):
+        after, modules, indices = [], list(self.slots), list(self._indices(slots))
+        decoding = context.rows is not None and few_rows(hidden)
+        for i, following in zip(indices, [*indices[1:], None], strict=True):
+            if decoding:
+                norm = self.norm if following is None else getattr(modules[following], "norm", None)
+                announce(modules[i], norm, context)
             hidden, new = self._run_slot(i, modules[i], hidden, context, state[i] if state else None, channels)
             after.append(new)
         return hidden, tuple(after)

@@ -59,6 +59,21 @@ def gated_rms_norm(
     return y if gate_first else y * F.silu(gate)
 
 
+def added_rms_norm(
+    x: Float[Tensor, "*n d"],
+    y: Float[Tensor, "*n d"],
+    weight: Float[Tensor, " d"],
+    eps: float,
+    zero_centered: bool = False,
+) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d"]]:
+    """x + y, and the norm of that."""
+    if x.dtype == y.dtype and few_rows(x, y):
+        total, normed = _sums(x, y, weight, eps, zero_centered)
+        return total, normed
+    total = x + y
+    return total, rms_norm(total, weight, eps, zero_centered)
+
+
 def l2norm(x: Float[Tensor, "*n k"], eps: float = 1e-6) -> Float[Tensor, "*n k"]:
     """x / |x|, the norm bounded away from 0."""
     if not x.is_cpu or x.dtype not in WIDE or torch.compiler.is_compiling():
@@ -80,6 +95,22 @@ def _rows(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, zero_cente
 @torch.library.register_fake("plait::rms_norm")
 def _(x, weight, gate, eps, zero_centered, gate_first):
     return x.new_empty(x.shape)
+
+
+@operator("added_rms_norm")
+def _sums(x: Tensor, y: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> tuple[Tensor, Tensor]:
+    from plait.ops import rms_norm_triton
+
+    d = x.shape[-1]
+    total, normed = x.new_empty(x.shape), x.new_empty(x.shape)
+    rows = (z.reshape(-1, d) for z in (x, y))
+    rms_norm_triton.run_sum(*rows, weight, total.view(-1, d), normed.view(-1, d), eps, zero_centered)
+    return total, normed
+
+
+@torch.library.register_fake("plait::added_rms_norm")
+def _(x, y, weight, eps, zero_centered):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 def _scale(x: Float[Tensor, "*n d"], eps: float, part: float) -> Float[Tensor, "*n 1"]:

@@ -1,4 +1,4 @@
-"""RMSNorm of a few rows, a gate included, as one Triton kernel; in float32 from one end to the other."""
+"""RMSNorm of a few rows as one Triton kernel each: with a gate, or of a sum; in float32 from one end to the other."""
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
 # (it reads kernels as Python, in which triton's functions only raise)
@@ -45,4 +45,35 @@ def run(
         normalise, n * inner, x, weight, gate, out, eps, inner, *x.stride()[:2], *strides,
         D=D, BD=BD, ONE_WEIGHT=weight.numel() == D, ZERO_CENTERED=zero_centered, GATE_FIRST=gate_first,
         num_warps=max(1, min(8, BD // 256)),
+    )  # fmt: skip
+
+
+@kernel
+def normalise_sum(
+    x, y, weight, total, normed, eps, x_n, y_n, D: tl.constexpr, BD: tl.constexpr, ZERO_CENTERED: tl.constexpr
+):
+    """A program does one row; what is normed is the sum as it is stored."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BD)
+    values = tl.load(x + row * x_n + d, mask=d < D, other=0.0).to(tl.float32)
+    values += tl.load(y + row * y_n + d, mask=d < D, other=0.0).to(tl.float32)
+    rounded = values.to(total.dtype.element_ty)
+    tl.store(total + row * D + d, rounded, mask=d < D)
+    values = rounded.to(tl.float32)
+    factor = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    if ZERO_CENTERED:
+        factor += 1.0
+    scale = tl.rsqrt(tl.sum(values * values, 0) / D + eps)
+    tl.store(normed + row * D + d, (values * scale * factor).to(normed.dtype.element_ty), mask=d < D)
+
+
+def run_sum(
+    x: Tensor, y: Tensor, weight: Tensor, total: Tensor, normed: Tensor, eps: float, zero_centered: bool
+) -> None:
+    """All (n, d), weight (d)."""
+    n, D = x.shape
+    BD = triton.next_power_of_2(D)
+    launch(
+        normalise_sum, n, x, y, weight, total, normed, eps, x.stride(0), y.stride(0),
+        D=D, BD=BD, ZERO_CENTERED=zero_centered, num_warps=max(1, min(8, BD // 256)),
     )  # fmt: skip

@@ -1,10 +1,12 @@
 """Attention: chunked = reference = torch's own, whatever stands before, however rows are packed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from plait.ops.attention import KERNELS, attention, fused, halves
+from plait.ops.attention import KERNELS, attention, flash, fused, halves
 from plait.ops.attention.reference import weigh
 from plait.ops.kernels import Call, explain, forced
 from tests.ops.conftest import DOCUMENTS, packing, run_with_gradients
@@ -287,3 +289,31 @@ def test_gradients_begin_where_a_gpu_reads():
         )
     wide = torch.zeros(3, 96)
     assert fused.lined(wide[:, 32:]).data_ptr() == wide[:, 32:].data_ptr()  # as it lies
+
+
+def lined_up_at_the_end(
+    q, k, v, cuts, more_cuts, t, s, dropout, causal, mask, *, scale, window_size_left, window_size_right
+):
+    """What torch's kernel is documented to do, written out: -1 is no bound."""
+    assert cuts is more_cuts is None
+    assert (dropout, mask, window_size_right) == (0.0, False, -1 if causal else 0)
+    gap = torch.arange(t)[:, None] + s - t - torch.arange(s)
+    seen = (gap >= 0) & ((gap <= window_size_left) if window_size_left >= 0 else True)
+    q, k, v = (x.repeat_interleave(HEADS // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
+    logits = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    return (logits.softmax(-1) @ v).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 64])
+@pytest.mark.parametrize(("before", "start"), [(0, 0), (5, 5), (40, 40), (9, 4), (9, 20)])
+def test_new_tokens_in_the_flash_kernel(before, start, window, close, monkeypatch):
+    """`before` keys stand before the first new token, which is at `start`; of more than that nobody sees the first."""
+    t = 33
+    tensors = inputs(t, before + t)
+    call = {"q_start": start, "k_start": start - before, "window": window}
+    with forced("reference"):
+        want = attention(**tensors, **call)
+    monkeypatch.setattr(flash, "fits", lambda *given: True)
+    monkeypatch.setattr(flash, "aten", SimpleNamespace(_flash_attention_forward=lined_up_at_the_end))
+    with forced("chunked"):
+        close(attention(**tensors, **call), want)

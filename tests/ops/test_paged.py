@@ -23,6 +23,8 @@ from plait.ops.attention.paged import (
     write_pages,
 )
 from plait.ops.kernels import Call, explain, forced
+from plait.ops.rms_norm import rms_norm
+from plait.ops.rotary import rotate
 from tests.ops.conftest import kind
 
 FORMS = {"gathered": gathered.run, "sliced": sliced.run}
@@ -232,6 +234,35 @@ def check_writing(pool: dict):
             run(k, v, *new, p.call[0], torch.tensor(lengths))
             results.append((k, v))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("pool", [{"t": 2}, {"table": False}])
+@pytest.mark.parametrize(("zero_centered", "rotated"), [(False, 12), (True, 12), (True, 8), (None, 8)])
+@torch.no_grad()
+def check_new_tokens_in_place(pool: dict, zero_centered: bool | None, rotated: int):
+    """Normed (None: not) and turned one after the other in float64, and written; in float16, which is rounded to 11 bits."""
+    from plait.ops.attention.paged import placed
+
+    p = Pool(LONG, sizes=(12, 7), heads=(6, 2), dtype=torch.float16, **pool)
+    b, t = p.q.shape[:2]
+    projected = torch.randn(b, t, 9 * 12, generator=torch.Generator().manual_seed(0)).half()
+    qk, v = projected[..., :96].unflatten(2, (8, 12)), projected[..., 94:].unflatten(2, (2, 7))
+    cos, sin = torch.randn(2, b, t, 1, 1, rotated // 2).half()
+    sin = torch.cat([-sin, sin], 3)
+    weights = torch.randn(2, 12)
+    want_qk = qk.double()
+    if zero_centered is not None:
+        parts = zip(want_qk.split_with_sizes((6, 2), 2), weights.double(), strict=True)
+        want_qk = torch.cat([rms_norm(x, weight, 1e-3, zero_centered) for x, weight in parts], 2)
+    want_qk = rotate(want_qk, cos.double(), sin.double())
+    want_k, want_v, k_pages, v_pages = p.k.double(), p.v.double(), p.k.clone(), p.v.clone()
+    write.run(want_k, want_v, want_qk[:, :, 6:], v.double(), *p.call)
+    norms = {} if zero_centered is None else {"norms": tuple(weights), "eps": 1e-3, "zero_centered": zero_centered}
+    got = placed.place(qk, v, cos, sin, k_pages, v_pages, *p.call, **norms)
+    for one, other in ((got, want_qk[:, :, :6]), (k_pages, want_k)):
+        assert one.shape == other.shape
+        assert (one.double() - other).abs().max() <= WITHIN[torch.float16] * other.abs().max()
+    assert torch.equal(v_pages.double(), want_v)
 
 
 def check_a_compiled_graph_holds_the_kernels():

@@ -1,11 +1,12 @@
 """Attention through torch's fused kernels; windows, and logits that are soft-capped or have sinks, go block by block of
-queries, so that memory for a window grows linearly in time."""
+queries, so that memory for a window grows linearly in time.
+On a GPU windows, and tokens with a past, need no blocks (`flash`)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait.ops.attention import halves
+from plait.ops.attention import flash, halves
 from plait.ops.attention.fused import of_one_size, with_lined_gradient
 from plait.ops.attention.reference import keys_at, positions, visible, weigh
 
@@ -40,6 +41,9 @@ def run(
             return _fused(q, k, v, None, scale)
         if gap == 0:
             return _fused(q, k, v, None, scale, causal=True)
+    if plain and not prefix and flash.fits(q, k, v):
+        unborn = max(0, -k_start)  # keys before the first position, which nobody sees
+        return flash.run(q, k[:, unborn:], v[:, unborn:], gap - unborn, window, scale)
     blocks = []
     for first in range(0, t, window or BLOCK):
         last = min(t, first + (window or BLOCK))

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.ops.attention import chunked, fused, reference
+from plait.ops.attention.flash import WIDEST
 from plait.ops.attention.reference import positions, visible
 from plait.ops.graph import autograd_inside, gradient
 from plait.ops.kernels import Call, cast
@@ -25,7 +26,6 @@ aten: Any = torch.ops.aten  # kernels that torch calls by name alone
 
 CPU = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 256  # numbers of a head in the flash kernel
 CAUSAL = 1  # `custom_mask_type` of the memory-efficient kernel
 
 

@@ -141,6 +141,11 @@ def write_pages(
     _chosen(WRITERS, k, k_pages, v_pages, v).run(k_pages, v_pages, k, v, table, lengths)
 
 
+def writer(x: Tensor, k_pages: Tensor, v_pages: Tensor, v: Tensor) -> str:
+    """The form by which `write_pages` would write new tokens x (b, t, ...)."""
+    return _chosen(WRITERS, x, k_pages, v_pages, v).name
+
+
 def _chosen(kernels: Kernels, x: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Kernel:
     """For new tokens x (b, t, ...) and the pages."""
     tensors = (x, k, v, *others)
