@@ -39,7 +39,7 @@ def softmax_loss(y, targets, nats, dy, y_n, V: tl.constexpr, BV: tl.constexpr):
 
 
 def run(y: Tensor, targets: Tensor, nats: Tensor, dy: Tensor | None) -> None:
-    """y (n, v), its rows anywhere; targets (n), negative where a row is not scored; nats (n) and dy, in one piece, are written."""
+    """y (n, v), its rows anywhere; targets (n), negative where a row is not scored; nats (n) and dy (n, v) are written."""
     n, V = y.shape
     BV = min(BLOCK, triton.next_power_of_2(V))
     launch(softmax_loss, n, y, targets, nats, dy, y.stride(0), V=V, BV=BV, num_warps=max(1, min(8, BV // 512)))
