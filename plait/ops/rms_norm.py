@@ -103,8 +103,8 @@ def _sums(x: Tensor, y: Tensor, weight: Tensor, eps: float, zero_centered: bool)
 
     d = x.shape[-1]
     total, normed = x.new_empty(x.shape), x.new_empty(x.shape)
-    rows = (z.reshape(-1, d) for z in (x, y))
-    rms_norm_triton.run_sum(*rows, weight, total.view(-1, d), normed.view(-1, d), eps, zero_centered)
+    ours, theirs = x.reshape(-1, d), y.reshape(-1, d)
+    rms_norm_triton.run_sum(ours, theirs, weight, total.view(-1, d), normed.view(-1, d), eps, zero_centered)
     return total, normed
 
 
