@@ -74,7 +74,8 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)
 class Kernels:
-    """The forms of an op, the preferred one first; the last fits every call."""
+    """The forms of an op, the preferred one first; the last fits every call. A form after the first that fits every call runs
+    only where it is forced."""
 
     op: str
     forms: Sequence[Kernel]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from plait.ops import chunks_gpu
+from plait.ops import chunks_gpu, fla
 from plait.ops.decay import decay_of
 from plait.ops.delta import chunked, pooled, reference, step
 from plait.ops.frame import Rows, recur
@@ -25,6 +25,7 @@ KERNELS = Kernels(
         Kernel("chunks", chunks_gpu.run, chunks_gpu.fits),
         Kernel("step", step.run, one_token, wide=True),
         Kernel("chunked", chunked.run, always, wide=True),
+        Kernel("fla", fla.delta, fla.fits_delta),
         Kernel("reference", reference.run, always, wide=True),
     ),
 )

@@ -3,7 +3,7 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from plait.ops import channels_gpu
+from plait.ops import channels_gpu, fla
 from plait.ops.chunks_gpu import sizes_of
 from plait.ops.decay import decay_of
 from plait.ops.frame import Rows, recur
@@ -20,6 +20,7 @@ KERNELS = Kernels(
         Kernel(
             "chunks", channels_gpu.run, channels_gpu.fits, around=True
         ),  # where forced, until it has been held on a GPU
+        Kernel("fla", fla.channels, fla.fits_channels, around=True),
         Kernel("reference", reference.run, always, wide=True),
     ),
 )

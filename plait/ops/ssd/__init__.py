@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from plait.ops import chunks_gpu
+from plait.ops import chunks_gpu, fla
 from plait.ops.decay import decay_of
 from plait.ops.frame import Rows, recur
 from plait.ops.kernels import Kernel, Kernels, always, cast, full_precision, one_token, wide
@@ -23,6 +23,7 @@ KERNELS = Kernels(
         Kernel("chunks", chunks_gpu.run, chunks_gpu.fits),
         Kernel("step", step.run, one_token, wide=True),
         Kernel("chunked", chunked.run, always, wide=True),
+        Kernel("fla", fla.ssd, fla.fits_ssd),
         Kernel("reference", reference.run, always, wide=True),
     ),
 )
