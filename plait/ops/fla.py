@@ -1,8 +1,7 @@
 """Recurrences by the chunked kernels of flash-linear-attention (fla), where `PLAIT_KERNELS` asks for them.
 
 Its functions take what ours take: log decays, strengths, documents by offsets, key heads that serve several value heads. Its
-states are float32 (n, h, k, v). Inputs are of 16 bits, and q and k have their lengths already. Its kernels break a
-compiled graph in two.
+states are float32 (n, h, k, v). A compiled graph breaks at them.
 """
 
 import re
@@ -125,6 +124,7 @@ def channels(
     return _call("kda:chunk_kda", (q, k, v), (g, beta), state, packing, scale)
 
 
+@torch.compiler.disable
 def _call(
     name: str,
     tokens: tuple[Tensor, Tensor, Tensor],

@@ -1,7 +1,7 @@
-"""The forms "fla" hand each op to flash-linear-attention as that documents its functions; and they say where they do not fit.
+"""The forms "fla" hand each op to flash-linear-attention as that documents its functions, and say where they do not fit.
 
-A stand-in takes its place: float64 loops in its documented shapes, scale and states of its own layout. Its kernels are held on a GPU
-by benchmarks/fla_gpu.py.
+A stand-in takes its place: float64 loops with its documented shapes, scale and layout of states. Its kernels are held on a GPU
+by benchmarks/ops_gpu.py.
 """
 
 import sys
@@ -22,7 +22,7 @@ FORWARD = TRAINING._replace(gradients=False)
 
 
 def loop(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu):
-    """As documented: q and k (b, t, h, k), v (b, t, h, v), g of heads or channels, states (n, h, k, v); with beta a delta rule."""
+    """As documented: q and k (b, t, h, k), v (b, t, h, v), g of heads or channels, states (n, h, k, v); beta: a delta rule."""
     heads = v.shape[2]
     q, k = (x.repeat_interleave(heads // x.shape[2], 2).double() for x in (q, k))
     v, g = v.double(), g.double() if g.ndim == 4 else g.double()[..., None]
