@@ -2,10 +2,12 @@
 
 python benchmarks/ops_gpu.py --out FILE     all of it, every op in a subprocess of its own, which a broken kernel may kill
 python benchmarks/ops_gpu.py errors OP K    one op's errors, K = V
+python benchmarks/ops_gpu.py warm OP I N    compiles the I-th of N parts of what fla tunes over
 python benchmarks/ops_gpu.py times OP       one op's times
 
-flash-linear-attention refuses gated gradients with some versions of Triton. Where it does, its guard is switched off here, which is
-said beside the numbers: they are then of kernels that their authors hold to be wrong there.
+flash-linear-attention refuses gated gradients with some versions of Triton. Where it does, its guard is switched off here, and a *
+says so beside the numbers: they are then of kernels that their authors hold to be wrong there. It is tuned for its times; its
+errors are those of its first configurations, and "apart" is how far its timed results are from plait's.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,49 +28,46 @@ BOUND = 1.5e-2  # of plait's own errors; fla's are shown
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
 B, T, H, K = 8, 4096, 16, 128  # of what is timed
 LIMIT = 240  # seconds of one subprocess
+PARTS = {"gla": 7, "ssd": 4, "kda": 4, "delta": 2}  # in which fla's many configurations are compiled, side by side
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", help="a JSON file for all numbers")
     out, started = parser.parse_args().out, time.time()
-    found = {"errors": [], "times": [], "failed": []}
-    jobs = [("errors", op, size) for size in SIZES for op in OPS] + [("warm", op) for op in OPS]
-    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:  # compilation, side by side
+    found = {"warm": [], "errors": [], "times": [], "failed": []}
+    jobs = [("warm", op, part, parts) for op, parts in PARTS.items() for part in range(parts)]
+    jobs += [("errors", op, size) for size in SIZES for op in OPS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = list(pool.map(_subprocess, jobs))
     print(f"errors and compilation: {time.time() - started:.0f} s", flush=True)
     for job in [("times", op) for op in OPS]:  # one after the other
         done.append(_subprocess(job))
     for job, rows, error in done:
+        found[job[0]] += rows
         if error:
             found["failed"].append({"job": " ".join(map(str, job)), "error": error})
-        elif job[0] != "warm":
-            found[job[0]] += rows
     found["seconds"] = round(time.time() - started)
     show(found)
     if out:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=1)
     wrong = [row for row in found["errors"] if row["form"] == "chunks" and not row["worst"] <= BOUND]
-    sys.exit(1 if wrong or any("chunks" in row["error"] for row in found["failed"]) else 0)
+    sys.exit(1 if wrong or any(not row["job"].startswith("warm") for row in found["failed"]) else 0)
 
 
 def _subprocess(job):
-    """(job, what it found, or None and why not)."""
-    environment = os.environ | ({} if job[0] == "times" else {"FLA_CACHE_RESULTS": "0"})  # tuned where nothing else runs
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, *map(str, job)],
-            capture_output=True,
-            encoding="utf-8",
-            env=environment,
-            timeout=LIMIT,
-        )
-    except subprocess.TimeoutExpired:
-        return job, [], f"took longer than {LIMIT} s"
-    if done.returncode:
-        return job, [], " | ".join((done.stdout + done.stderr).strip().splitlines()[-3:])[-400:]
-    return job, json.loads(done.stdout.strip().splitlines()[-1]), None
+    """(job, rows that it found, None or why no more)."""
+    choices = {} if job[0] == "times" else {"FLA_CACHE_RESULTS": "0"}  # to be kept, made where nothing else runs
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
+        command = [sys.executable, __file__, *map(str, job)]
+        try:
+            code = subprocess.run(command, stdout=out, stderr=err, env=os.environ | choices, timeout=LIMIT).returncode
+        except subprocess.TimeoutExpired:
+            code = f"took longer than {LIMIT} s"
+        out.seek(0), err.seek(0)
+        rows = [json.loads(line) for line in out if line.startswith("{")]
+        return job, rows, f"{code}: {' | '.join(err.read().strip().splitlines()[-3:])[-400:]}" if code else None
 
 
 def show(found):
@@ -76,13 +76,13 @@ def show(found):
     for row in found["errors"]:
         cells = "".join(f"{row[name]:9.1e}" if name in row else f"{'-':>9}" for name in NAMES)
         form = row["form"] + ("*" if row["guard_off"] else "")
-        print(f"{row['op']:6}{row['K']:5}  {row['gates']:7} {form:8}{cells}  {row.get('note', '')}")
-    print(f"\nms at B {B}, T {T}, H {H}, K = V = {K}, bf16, medians of 10\n")
-    print(f"{'op':6} {'form':8}{'forward':>9}{'and backward':>14}")
+        print(f"{row['op']:6}{row['K']:5}  {row['gates']:7} {form:8}{cells}")
+    print(f"\nmilliseconds at B {B}, T {T}, H {H}, K = V = {K}, bf16, medians of 10\n")
+    print(f"{'op':6} {'form':8}{'forward':>9}{'and backward':>14}{'apart':>9}")
     for row in found["times"]:
-        both = "failed" if row["both_ms"] is None else f"{row['both_ms']:.2f}"
         form = row["form"] + ("*" if row["guard_off"] else "")
-        print(f"{row['op']:6} {form:8}{row['forward_ms']:9.2f}{both:>14}  {row.get('note', '')}")
+        apart = f"{row['apart']:9.1e}" if "apart" in row else ""
+        print(f"{row['op']:6} {form:8}{row['forward_ms']:9.2f}{row['both_ms']:14.2f}{apart}")
     for row in found["failed"]:
         print(f"\nFAILED {row['job']}: {row['error']}")
     machine = found["times"][0]["machine"] if found["times"] else "no times"
@@ -127,31 +127,54 @@ def guard_off():
         yield
 
 
+def tune(part, parts, milliseconds):
+    """Triton's tuner takes every `parts`-th configuration from `part` on, and so long to time one."""
+    from functools import partial
+
+    import triton.testing
+    from triton.runtime.autotuner import Autotuner
+
+    prune = Autotuner.prune_configs
+    triton.testing.do_bench = partial(triton.testing.do_bench, warmup=1, rep=milliseconds)
+
+    def pruned(self, kwargs):
+        configs = prune(self, kwargs)
+        return configs[part::parts] or configs[:1]
+
+    Autotuner.prune_configs = pruned
+
+
 def refused(op):
-    """Whether plait's form "fla" refuses gradients here; that it does where flash-linear-attention does, and only there, is held."""
+    """Whether plait's form "fla" refuses gradients here."""
+    import torch
+
+    from plait.ops import fla
+    from plait.ops.kernels import Call
+
+    fits = {"ssd": fla.fits_ssd, "delta": fla.fits_delta}.get(op, fla.fits_channels)
+    call = Call("cuda", torch.bfloat16, "many", gradients=True, architecture=torch.cuda.get_device_capability())
+    assert fits(call._replace(gradients=False)) is None, fits(call._replace(gradients=False))
+    return fits(call) is not None
+
+
+def check_refusal(op, size):
+    """That flash-linear-attention itself refuses gradients where plait says so, and only there."""
     from unittest.mock import patch
 
     import torch
 
-    from plait.ops import fla as ours
+    from plait.ops import fla
 
-    def gradients():
-        leaves = [x.requires_grad_() for x in inputs(op, 1, 128, 2, 64, "gentle")]
-        torch.autograd.grad(run(op, "fla", *leaves)[0].sum(), leaves)
-
-    def raised(kind):
-        try:
-            gradients()
-        except kind as error:
-            return str(error)
-        return None
-
-    mine = raised(ValueError)
-    with patch.object(ours, "_gradients", lambda call, op: None):
-        its = raised(RuntimeError)
-    if (mine is None) != (its is None):
-        raise SystemExit(f"plait says {mine!r} where fla says {its!r}")
-    return mine is not None
+    leaves = [x.requires_grad_() for x in inputs(op, 1, 128, 4, size, "gentle")]
+    with patch.object(fla, "_gradients", lambda call, op: None):
+        y = run(op, "fla", *leaves)[0]
+    try:
+        torch.autograd.grad(y.sum(), leaves)
+        its = None
+    except RuntimeError as error:
+        its = str(error)
+    if refused(op) != (its is not None):
+        raise SystemExit(f"plait says {refused(op)} where fla says {its}")
 
 
 def with_gradients(call, given):
@@ -170,7 +193,8 @@ def errors(op, size):
 
     from plait.ops.packing import Packing
 
-    rows, off = [], refused(op)
+    check_refusal(op, size)
+    off = refused(op)
     names = [name for name in NAMES if name != "dbeta" or op in ("delta", "kda")]
     documents = (63, 1, 200, 36)
     packings = (None, Packing.of_lengths(documents, torch.device("cuda")))
@@ -190,28 +214,34 @@ def errors(op, size):
         for form in FORMS:
             row = {"op": op, "K": size, "gates": gates, "form": form, "guard_off": form == "fla" and off}
             for given, call, truth in cases:
-                if form == "fla":
-                    with guard_off():
-                        got = with_gradients(lambda *x, call=call: call("fla", *x), given)
-                else:
-                    got = with_gradients(lambda *x, call=call: call("chunks", *x), given)
+                with guard_off():
+                    got = with_gradients(lambda *x, call=call, form=form: call(form, *x), given)
                 for name, x, z in zip(names, got, truth, strict=True):
                     error = float((x.double() - z).norm() / z.norm()) if x.isfinite().all() else float("inf")
                     row[name] = max(row.get(name, 0.0), error)
             row["worst"] = max(row[name] for name in names)
-            rows.append(row)
-    return rows
+            print(json.dumps(row), flush=True)
+
+
+def warm(op):
+    import torch
+
+    leaves = [x.requires_grad_() for x in inputs(op, 1, T, H, K, "gentle")]
+    for form in FORMS:
+        with guard_off():
+            torch.autograd.grad(run(op, form, *leaves)[0].sum(), leaves)
+    torch.cuda.synchronize()
 
 
 def times(op, rounds=10):
     import torch
 
-    rows, off = [], refused(op)
+    first, off = None, refused(op)
     leaves = [x.requires_grad_() for x in inputs(op, B, T, H, K, "gentle")]
     do = torch.randn_like(leaves[2])
     versions = f"torch {torch.__version__}, Triton {_version('triton')}, fla {_version('flash-linear-attention')}"
     for form in FORMS:
-        row = {"op": op, "form": form, "guard_off": form == "fla" and off, "both_ms": None}
+        row = {"op": op, "form": form, "guard_off": form == "fla" and off}
         row["machine"] = f"{torch.cuda.get_device_name()}, {versions}"
 
         def forward(form=form):
@@ -219,17 +249,22 @@ def times(op, rounds=10):
                 run(op, form, *leaves)
 
         def both(form=form):
-            torch.autograd.grad(run(op, form, *leaves)[0], leaves, do)
+            y = run(op, form, *leaves)[0]
+            return y, *torch.autograd.grad(y, leaves, do)
 
         row["forward_ms"] = clocked(forward, rounds)
         torch.cuda.empty_cache()
-        if form == "fla":
-            with guard_off():
-                row["both_ms"] = clocked(both, rounds)
-        else:
+        with guard_off():
             row["both_ms"] = clocked(both, rounds)
-        rows.append(row)
-    return rows
+            results = both()
+        if first is None:
+            first = results
+        else:
+            row["apart"] = max(
+                float((x - z).detach().float().norm() / z.detach().float().norm())
+                for x, z in zip(results, first, strict=True)
+            )
+        print(json.dumps(row), flush=True)
 
 
 def _version(package):
@@ -260,10 +295,13 @@ def clocked(call, rounds):
 if __name__ == "__main__":
     mode = sys.argv[1:2]
     if mode == ["errors"]:
-        print(json.dumps(errors(sys.argv[2], int(sys.argv[3]))))
+        tune(0, 1000, 1)
+        errors(sys.argv[2], int(sys.argv[3]))
     elif mode == ["warm"]:
-        print(json.dumps(times(sys.argv[2], rounds=1)))
+        tune(int(sys.argv[3]), int(sys.argv[4]), 1)
+        warm(sys.argv[2])
     elif mode == ["times"]:
-        print(json.dumps(times(sys.argv[2])))
+        tune(0, 1, 20)
+        times(sys.argv[2])
     else:
         main()

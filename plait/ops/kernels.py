@@ -147,7 +147,7 @@ def explain(kernels: Kernels, call: Call) -> list[tuple[str, str]]:
         if form is not None:
             fits = "used, forced" if name == form else f"fits, but {form!r} is forced"
         else:
-            fits = "fits, but a faster form comes first" if found else "used"
+            fits = "fits, but another form comes first" if found else "used"
         reason = reason or fits
         if reason.startswith("used"):
             found = True

@@ -45,7 +45,7 @@ def test_explain_says_why_not():
     assert name == "step"
     assert why == "only for a single token"
     assert used == ("reference", "used")
-    fits = ("reference", "fits, but a faster form comes first")
+    fits = ("reference", "fits, but another form comes first")
     assert explain(KERNELS, Call("cpu", torch.float32, "one"))[1] == fits
 
 
