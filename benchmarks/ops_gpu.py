@@ -5,9 +5,9 @@ python benchmarks/ops_gpu.py errors OP K    one op's errors, K = V
 python benchmarks/ops_gpu.py warm OP I N    compiles the I-th of N parts of what fla tunes over
 python benchmarks/ops_gpu.py times OP       one op's times
 
-flash-linear-attention refuses gated gradients with some versions of Triton. Where it does, its guard is switched off here, and a *
-says so beside the numbers: they are then of kernels that their authors hold to be wrong there. It is tuned for its times; its
-errors are those of its first configurations, and "apart" is how far its timed results are from plait's.
+flash-linear-attention refuses gated gradients with some versions of Triton. Where it does, its guard is switched off here, and
+a * says so beside the numbers: they are then of kernels that their authors hold to be wrong there. It is tuned for its times; its
+errors are those of its first configurations, and "apart" is how far its timed results are from the results of plait.
 """
 
 import argparse
