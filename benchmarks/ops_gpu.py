@@ -6,8 +6,8 @@ python benchmarks/ops_gpu.py warm OP I N    compiles the I-th of N parts of what
 python benchmarks/ops_gpu.py times OP       one op's times
 
 flash-linear-attention refuses gated gradients with some versions of Triton. Where it does, its guard is switched off here, and
-a * says so beside the numbers: they are then of kernels that their authors hold to be wrong there. It is tuned for its times; its
-errors are those of its first configurations, and "apart" is how far its timed results are from the results of plait.
+a * says so: those numbers are then of kernels that their authors hold to be wrong there. Its times are of tuned kernels, its
+errors of its first configurations, and "apart" is how far its timed results are from those of plait.
 """
 
 import argparse

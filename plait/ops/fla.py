@@ -8,7 +8,6 @@ import re
 from importlib import util
 from pkgutil import resolve_name
 
-import torch
 from torch import Tensor
 
 from plait.ops import channels_gpu, chunks_gpu
@@ -44,7 +43,6 @@ def _fits(call: Call) -> str | None:
     return reason or _not_installed()
 
 
-@torch.compiler.assume_constant_result
 def _not_installed() -> str | None:
     return None if util.find_spec("fla") else f"flash-linear-attention is not installed: {INSTALL}"
 
@@ -60,12 +58,10 @@ def _gradients(call: Call, op: str) -> str | None:
     return f"fla refuses its gradients with Triton 3.4 to 3.7.0 on Hopper, as wrong: {op}=chunks has them"
 
 
-@torch.compiler.assume_constant_result
 def _triton() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", resolve_name("triton:__version__"))[:3])
 
 
-@torch.compiler.assume_constant_result
 def _tilelang() -> bool:
     return util.find_spec("tilelang") is not None
 
@@ -124,7 +120,6 @@ def channels(
     return _call("kda:chunk_kda", (q, k, v), (g, beta), state, packing, scale)
 
 
-@torch.compiler.disable
 def _call(
     name: str,
     tokens: tuple[Tensor, Tensor, Tensor],
