@@ -27,7 +27,7 @@ GATES = ("gentle", "mixed")
 BOUND = 1.5e-2  # of plait's own errors; fla's are shown
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
 B, T, H, K = 8, 4096, 16, 128  # of what is timed
-LIMIT = 240  # seconds of one subprocess
+LIMIT = 90  # seconds of one subprocess
 PARTS = {"gla": 7, "ssd": 4, "kda": 4, "delta": 2}  # in which fla's many configurations are compiled, side by side
 
 
