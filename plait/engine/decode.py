@@ -2,8 +2,11 @@
 
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from plait.data.tokenizer import Tokenizer
 from plait.engine.prefill import prefill
@@ -17,10 +20,35 @@ ROOM = 4096  # tokens a row is given room for at the start; more grow the pool
 PAGE = 256  # tokens in a page on a GPU; elsewhere a row has one page, which attention reads without looking for it
 
 
+@dataclass(frozen=True)
+class Launched:
+    """The next tokens of these prompts, on their way to the host. `event`: their arrival; None: they were made there."""
+
+    prompts: tuple[int, ...]
+    tokens: Tensor
+    event: Any = None
+
+    @classmethod
+    def of(cls, prompts: Iterable[int], tokens: Tensor) -> "Launched":
+        if not tokens.is_cuda:
+            return cls(tuple(prompts), tokens)
+        here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(tokens.device))
+        return cls(tuple(prompts), here, event)
+
+    def read(self) -> dict[int, int]:
+        if self.event is not None:
+            self.event.synchronize()
+        return dict(zip(self.prompts, self.tokens.tolist(), strict=True))
+
+
 class Decoding:
     """Prompts being continued on a pool. `step` gives every live row its next token, `leave` ends rows.
 
-    `vocab` limits the choice to the first ids, where the model has more than the tokenizer.
+    On a GPU a step is launched before the tokens of the last one are read, so that the device does not wait for the host; what
+    it chooses for a row that has left meanwhile is dropped. `vocab` limits the choice to the first ids, where the model has
+    more than the tokenizer.
     """
 
     def __init__(
@@ -46,7 +74,9 @@ class Decoding:
             self._step = Step(model, self.pool, [sampling] * len(prompts), seeds, vocab=vocab)
             for row, prompt in enumerate(prompts):
                 self._step.sampler.hold(row, prompt)
-            self._first: torch.Tensor | None = self._step.choose(hidden, self._at())
+            self._ahead = runs_ahead(model.device)
+            self._left = max_tokens - 1  # steps that may still be launched
+            self._launched: Launched | None = Launched.of(self._places, self._step.choose(hidden, self._at()))
 
     @property
     def rows(self) -> list[int]:
@@ -59,14 +89,18 @@ class Decoding:
     @torch.inference_mode()
     def step(self) -> list[int]:
         """The next token of each live row, in the order of `rows`."""
-        tokens, self._first = self._first, None
-        if tokens is None:
-            self._make_room()
-            tokens = self._step(self._at())
-        chosen = tokens.tolist()
+        launched = self._launched or self._launch()
+        self._launched = self._launch() if self._ahead and self._left > 0 else None
+        tokens = launched.read()
+        chosen = [tokens[row] for row in self._places]
         if min(chosen) < 0:
             raise not_finite()
         return chosen
+
+    def _launch(self) -> Launched:
+        self._left -= 1
+        self._make_room()
+        return Launched.of(self._places, self._step(self._at()))
 
     def _make_room(self) -> None:
         longest = max(self.pool.lengths) + 1
@@ -79,7 +113,6 @@ class Decoding:
         gone = [row for row in self._places if row in done]
         if not gone:
             return
-        assert self._first is None  # nobody leaves before the first token
         self.pool.leave([self._places.pop(row) for row in gone])
         if self.pool.device.type != "cuda":
             self._close_up()
@@ -95,6 +128,11 @@ class Decoding:
             (self._places[row],) = self.pool.join(state)
             self._step.move(place, self._places[row])
         self._places = dict(sorted(self._places.items()))
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether steps are launched before the tokens of the last one are read."""
+    return device.type == "cuda"
 
 
 def generate_tokens(

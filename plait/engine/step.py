@@ -14,19 +14,27 @@ from torch import Tensor
 
 from plait.engine.sampling import GREEDY, Sampler, Sampling
 from plait.model.language_model import LanguageModel
+from plait.ops.matvec import OneRow
 from plait.state import Pool, PoolRows
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries make their handles
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Captured:
-    """A step as one launch: fill `index`, replay, read `tokens`."""
+    """A step as one launch: fill `index`, replay, read `tokens`. `rows`: what `index` is filled with."""
 
     graph: "torch.cuda.CUDAGraph"
     index: Int[Tensor, " bucket"]
     tokens: Int[Tensor, " bucket"]
+    rows: tuple[int, ...] = ()
+
+    def fill(self, at: PoolRows) -> None:
+        if at.rows != self.rows:
+            self.index.fill_(at.pool.rows)
+            self.index[: at.batch] = at.pool.on_device(at.rows)
+            self.rows = at.rows
 
 
 def captures(model: LanguageModel, buckets: Sequence[int] = BUCKETS, length: int = 512) -> list[dict[str, float]]:
@@ -104,8 +112,7 @@ class Step:
 
     def _replay(self, at: PoolRows) -> Int[Tensor, " b"]:
         captured = self._graph(next(size for size in (*BUCKETS, at.batch) if size >= at.batch))
-        captured.index.fill_(self.pool.rows)
-        captured.index[: at.batch] = self.pool.on_device(at.rows)
+        captured.fill(at)
         captured.graph.replay()
         return captured.tokens[: at.batch].clone()
 
@@ -134,9 +141,15 @@ class Step:
 
 @contextmanager
 def _products(model: LanguageModel, rows: int) -> Iterator[None]:
-    """torch's own products of one bfloat16 row and a matrix on a CPU: oneDNN's take nearly twice as long (docs/log.md)."""
+    """Of one row and a matrix: on a GPU the kernel that is as fast as the matrix is read, in bfloat16 on a CPU torch's own,
+    as oneDNN's take nearly twice as long (docs/log.md)."""
     mkldnn = torch.backends.mkldnn
-    if rows > 1 or model.device.type != "cpu" or model.dtype != torch.bfloat16 or not mkldnn.enabled:
+    device = model.device.type
+    if rows == 1 and device == "cuda":
+        with OneRow():
+            yield
+        return
+    if rows > 1 or device != "cpu" or model.dtype != torch.bfloat16 or not mkldnn.enabled:
         yield
         return
     mkldnn.enabled = False

@@ -39,6 +39,11 @@ class Marks:
         event.record(torch.cuda.current_stream(self._device))
         self._marks.append(event)
 
+    def catch_up(self) -> None:
+        """Wait until the device has come to the mark before the last."""
+        if self._device.type == "cuda" and len(self._marks) > 1:
+            self._marks[-2].synchronize()
+
     def between(self) -> list[float]:
         """Seconds from each mark to the next."""
         if self._device.type != "cuda":

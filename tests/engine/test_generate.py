@@ -46,6 +46,13 @@ def test_rows_of_a_batch_are_what_they_are_alone(pattern):
     ]
 
 
+@pytest.fixture(params=[False, True], ids=["one by one", "one step ahead"])
+def ahead(request, monkeypatch):
+    """Steps launched before the last one's tokens are read, as on a GPU."""
+    monkeypatch.setattr(decode, "runs_ahead", lambda device: request.param)
+
+
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("pattern", ["DF AF", "[M|W]F"])
 def test_rows_that_end_early_leave_the_others_as_they_are(pattern):
     model = tiny(pattern)
@@ -135,6 +142,16 @@ def test_a_recurrent_stack_decodes_in_constant_memory():
     )
 
 
+def test_a_step_ahead_is_no_step_too_many(monkeypatch):
+    monkeypatch.setattr(decode, "runs_ahead", lambda device: True)
+    decoding = Decoding(tiny(), [[1, 2, 3], [4]], max_tokens=3)
+    lengths = []
+    for _ in range(3):
+        decoding.step()
+        lengths.append(decoding.pool.lengths[:2])
+    assert lengths == [[4, 2], [5, 3], [5, 3]]  # the last new token is not read
+
+
 def test_rows_that_leave_free_their_room_and_the_others_close_up():
     decoding = Decoding(tiny("DF AF"), [[1], [2, 3], [4]], max_tokens=8)
     decoding.step()
@@ -144,6 +161,7 @@ def test_rows_that_leave_free_their_room_and_the_others_close_up():
     assert decoding.pool.lengths == [2, 0, 0]
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("page", [None, 4])
 def test_a_pool_grows_with_long_texts(page, monkeypatch):
     model, prompts = tiny("DF AF WF"), [[1, 2, 3], [4]]

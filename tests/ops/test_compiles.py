@@ -15,7 +15,14 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from plait.ops import channels_triton, chunks_gpu, cross_entropy_triton, elementwise_triton, rms_norm_triton
+from plait.ops import (
+    channels_triton,
+    chunks_gpu,
+    cross_entropy_triton,
+    elementwise_triton,
+    matvec_triton,
+    rms_norm_triton,
+)
 from plait.ops.attention.paged import triton as paged
 from plait.ops.attention.paged.plan import forced_plan
 from plait.ops.conv import tokens_triton
@@ -55,7 +62,8 @@ compiled: list[str] = []
 @pytest.fixture(autouse=True)
 def only_the_front_end(monkeypatch):
     for module in (
-        paged, conv, tokens_triton, delta, ssd, step, rms_norm_triton, elementwise_triton, channels_triton, cross_entropy_triton
+        paged, conv, tokens_triton, delta, ssd, step, rms_norm_triton, elementwise_triton, channels_triton,
+        cross_entropy_triton, matvec_triton,
     ):  # fmt: skip
         monkeypatch.setattr(module, "launch", front_end)
     compiled.clear()
@@ -151,3 +159,11 @@ def test_convolution_over_many_tokens(width, bias, packed, silu):
     tokens_triton.run_forth(x, weight, shift, offsets, x.clone(), silu)
     tokens_triton.run_back(x, weight, shift, offsets, x.clone(), x.clone(), silu)
     assert compiled == ["forth", "back"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("n", "k"), [(32_000, 1024), (1024, 2816), (5, 3)])
+def test_one_row_and_a_matrix(n, k, bias):
+    weight = narrow(1).expand(n, k)
+    matvec_triton.run(narrow(k), weight, narrow(n) if bias else None, narrow(n))
+    assert compiled == ["product"]
