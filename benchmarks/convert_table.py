@@ -118,7 +118,8 @@ def asked(options: argparse.Namespace, row: Row, seed: int, out: Path) -> Conver
         budget=count(options.budget),
         seed=seed,
         device=options.device,
-        training={"eval_tokens": options.eval_tokens} | ({"batch": options.batch} if options.batch else {}),
+        training={"eval_tokens": options.eval_tokens, "compile": options.compile}
+        | ({"batch": options.batch} if options.batch else {}),
         **row.asks,
     )
 
@@ -271,6 +272,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=int, help="sequences in a step, of all stages; else as `plait convert` has them"
     )
+    parser.add_argument("--compile", action="store_true", help="as `training.compile=true`")
     parser.add_argument("--text", default="stdlib", help="a source of text, as `plait convert --data` takes it")
     parser.add_argument(
         "--heldout", type=float, default=0.05, help="the share of its documents that perplexity is over"

@@ -45,7 +45,8 @@ def command(
     ] = False,
     imports: Imports = None,
 ) -> Outcome:
-    """Check on this device that every way of calling a model gives the same numbers, for many patterns."""
+    """Check on this device that every way of calling a model gives the same numbers, for many patterns. Ctrl-C ends with the
+    table of what was checked."""
     import torch
 
     if families:
@@ -56,10 +57,15 @@ def command(
     load_imports(imports)
     where = str(find_device(device))
     name = torch.cuda.get_device_name(where) if where.startswith("cuda") else "cpu"
+    results: list[LawResult] = []
+    missing = 0
     with progress_bar(screen) as bar:
         task = bar.add_task("checking", total=None)
 
         def progress(done: int, total: int, result: "LawResult") -> None:
+            nonlocal missing
+            results.append(result)
+            missing = total - done
             bar.update(task, total=total, completed=done, description=f"{result.law}, {result.pattern}, {result.dtype}")
             if not result.passed:
                 say(screen, f"broken: {result.pattern}, {result.dtype}: {result.message}")
@@ -67,19 +73,27 @@ def command(
                 say(screen, f"{done} of {total} checks done")
 
         dtypes = tuple(dtype or (("float64", "float32", "bfloat16") if everything else ("float32", "float64")))
-        results = selfcheck(where, dtypes, pattern, law, progress, random=RANDOM if everything else 0, jobs=jobs)
+        try:
+            selfcheck(where, dtypes, pattern, law, progress, random=RANDOM if everything else 0, jobs=jobs)
+        except KeyboardInterrupt:
+            if not results:
+                raise
     screen.print(table(results), layer_table(results))
     broken = [result for result in results if not result.passed]
     say(screen, f"{name}, torch {torch.__version__}: {len(results) - len(broken)} of {len(results)} checks passed")
+    if missing:
+        say(screen, f"stopped: {missing} were not done")
     data = {
         "device": where,
         "device_name": name,
         "torch": torch.__version__,
-        "passed": not broken,
+        "passed": not broken and not missing,
+        "not_done": missing,
         "layers": by_layer(results),
         "results": [as_data(result) for result in results],
     }
-    return Outcome(data, next=["plait doctor"] if broken else ["plait demo"], failed=bool(broken), line=everything)
+    after = "plait doctor" if broken else "plait selfcheck" if missing else "plait demo"
+    return Outcome(data, next=[after], failed=bool(broken or missing), line=everything)
 
 
 def table(results: Sequence["LawResult"]) -> Any:

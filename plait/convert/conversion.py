@@ -29,6 +29,11 @@ STAGES = ("align", "distil", "finish")
 WIDTH = 128
 GATES, TURN = "*.merge.shift", 0.25  # a gate can go from attention to nothing in this share of a stage's steps
 RATES = {"align": 1e-2, "distil": 1e-2, "finish": 3e-3}
+WARM_UPS = {
+    "align": 0.3,
+    "distil": 0.05,
+    "finish": 0.05,
+}  # a shorter one leaves the calibrated start at once (docs/log.md)
 TRAINING: dict[str, Any] = {
     "weight_decay": 0.0,
     "eval_every": 0,
@@ -134,7 +139,8 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
         return {stage: self._run(stage, new, dim, gated) for stage in stages}
 
     def _run(self, stage: str, new: tuple[str, ...], dim: int, gated: bool) -> RunConfig:
-        keys = {"lr": RATES[stage] * WIDTH / dim} | TRAINING | self.training | getattr(self, stage)
+        usual = {"lr": RATES[stage] * WIDTH / dim, "warmup": WARM_UPS[stage]}
+        keys = usual | TRAINING | self.training | getattr(self, stage)
         length = keys.pop("length", min(ALIGN_LENGTH, self.data.length) if stage == "align" else self.data.length)
         tokens = self.tokens(stage)
         batch = keys.pop("batch", None) or max(FEWEST, tokens // (STEPS * length))

@@ -16,10 +16,8 @@ KERNELS = Kernels(
     "gla",
     (
         Kernel("step", step.run, one_token, wide=True),
+        Kernel("chunks", channels_gpu.run, channels_gpu.fits, around=True),
         Kernel("chunked", chunked.run, always, wide=True),
-        Kernel(
-            "chunks", channels_gpu.run, channels_gpu.fits, around=True
-        ),  # where forced, until it has been held on a GPU
         Kernel("fla", fla.channels, fla.fits_channels, around=True),
         Kernel("reference", reference.run, always, wide=True),
     ),
