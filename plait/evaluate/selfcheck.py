@@ -5,7 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from time import perf_counter
 
 import torch
@@ -77,7 +77,13 @@ def _results(checks: Sequence[Check], jobs: int) -> Iterator[LawResult]:
             yield from (_run(*check) for check in checks)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_alone) as pool:
-        yield from pool.map(_run, *zip(*checks, strict=True))
+        try:
+            yield from pool.map(_run, *zip(*checks, strict=True))
+        except KeyboardInterrupt:  # what runs may take minutes
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def _alone() -> None:
