@@ -53,8 +53,8 @@ LEVELS = tl.constexpr(C.bit_length() - 1)
 # channels of keys at a time or in a program where not all are needed at once, values of a program, and how it is compiled
 OPTIONS = {
     "prepare": {"BK": 64, "num_warps": 4, "num_stages": 1},
-    "forward": {"BV": 2 * BV, "num_warps": 8, "num_stages": 2},
-    "backward": {"BV": 2 * BV, "num_warps": 8, "num_stages": 2},
+    "forward": {"BV": BV, "num_warps": 4, "num_stages": 2},
+    "backward": {"BV": BV, "num_warps": 4, "num_stages": 2},
     "gradients": {"BK": 64, "BV": BV, "num_warps": 8, "num_stages": 1},
 }
 LARGE = 256  # bytes of a token's keys above which the loops over chunks hold one at a time, by more warps
@@ -410,9 +410,7 @@ def _loop(name: str, k: Tensor, v: Tensor) -> dict[str, Any]:
     """Constants of a kernel that goes through chunks."""
     K, (H, V), options = k.shape[3], v.shape[2:], OPTIONS[name]
     if K * k.element_size() > LARGE:
-        options = options | {"BV": BV, "num_warps": 8, "num_stages": 1}
-    elif V <= BV:
-        options = options | {"BV": BV, "num_warps": 4}
+        options = options | {"num_warps": 8, "num_stages": 1}
     return options | {"H": H, "K": K, "V": V, "BK": _padded(K), "C": C}
 
 
