@@ -169,19 +169,25 @@ class _Rewriter:
 
     def _as_wrapped(self, layer: Layer, node: Node) -> Layer:
         """A layer that says nothing of its wrap sits on the stream as the one before it did."""
-        usual, kept = self.design.full_wrap, ("norms", "norm", "factor", "reads")
+        usual, kept = self.design.full_wrap, ("norms", "norm", "factor", "reads", "residual")
         own = {name: getattr(node.wrap, name) for name in kept if getattr(node.wrap, name) != getattr(usual, name)}
         return layer if layer.wrap is not None or not own else layer.replace(wrap=Wrap(**own))
 
     def _changed(self, layer: Layer) -> Letter:
         letter = self._letter(layer)
         address, bound = self._address(letter), (LETTERS | self.layers)[letter]
-        plain, usual = (one.replace(wrap=None).resolve(self.design.dim) for one in (layer, bound))
-        if plain != usual:
+        if not self._same_without_wrap(layer, bound):
             self.at[address] = layer.to_dict()
         elif layer.wrap is not None and layer.wrap != bound.wrap:
             self.at[address] = {"wrap": layer.wrap.to_dict()}
         return Letter(letter)
+
+    def _same_without_wrap(self, layer: Layer, bound: Layer) -> bool:
+        plain = layer.replace(wrap=None).resolve(self.design.dim)
+        try:
+            return plain == bound.replace(wrap=None).resolve(self.design.dim)
+        except ValueError:  # a default that cannot stand in so wide a model, and so does not stand here
+            return False
 
     def _layer(self, node: Node) -> Layer:
         where, change = f"swap {node.address}", self.changes[node.address]

@@ -8,10 +8,10 @@ from plait.design.model import ModelConfig
 from plait.design.norms import inner
 from plait.layers.context import Context
 from plait.layers.declared import MixerModule
-from plait.layers.norm import GatedNorm, untouched
+from plait.layers.norm import GatedNorm
 from plait.layers.rope import turn
 from plait.layers.short_conv import ShortConv
-from plait.ops.delta import Gates, gated_delta, whole
+from plait.ops.delta import Gates, gated_delta
 from plait.ops.kernels import Call
 from plait.state import Recurrent, recurrent
 
@@ -45,24 +45,13 @@ class GatedDeltaNetLayer(MixerModule):
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c, (b, t, _) = self.config, x.shape
         qkv, z, beta, a = self.in_proj(x).split_with_sizes(self.widths, -1)
-        gates = Gates(self.A_log, self.dt_bias, most=2.0 if c.negative_eigenvalues else 1.0)
-        if context.rows is not None and state is not None and self.at_once(qkv, state):
-            o = whole.run(
-                qkv, z, beta, a, weight=self.conv1d.weight, gates=gates, norm=self.norm.weight, norm_eps=self.norm.eps,
-                state=state.s, tails=state.conv, rows=context.rows,
-            )  # fmt: skip
-            return o.flatten(2), state
         qkv, conv = self.conv1d(qkv, context, state and state.conv)
         qk, v = qkv.split_with_sizes(self.conv_widths, -1)
         qk = qk.view(b, t, -1, c.head_dim)
         q, k = (qk if c.rope is None else turn(qk, c.rope, context)).unflatten(2, (2, -1)).unbind(2)
         v, z = v.view(b, t, -1, c.value_head_dim), z.view(b, t, -1, c.value_head_dim)
+        gates = Gates(self.A_log, self.dt_bias, most=2.0 if c.negative_eigenvalues else 1.0)
         o, s = gated_delta(
             q, k, v, a, beta, gates=gates, state=state and state.s, rows=context.rows, packing=context.packing
         )
         return self.norm(o, z).flatten(2), recurrent(s, conv)
-
-    def at_once(self, qkv: Tensor, state: Recurrent) -> bool:
-        """Whether one kernel does all of it."""
-        alone = self.config.rope is None and untouched(self.conv1d, self.norm)
-        return alone and whole.fits(qkv, state.s, state.conv, self.conv1d.weight)

@@ -57,6 +57,7 @@ OPTIONS = {
     "backward": {"BV": BV, "num_warps": 4, "num_stages": 2},
     "gradients": {"BK": 64, "BV": BV, "num_warps": 8, "num_stages": 1},
 }
+NARROWEST = 64  # channels of keys at a time: of 16, in float32, Triton 3.6 made gradients that read where nothing is
 LARGE = 256  # bytes of a token's keys above which the loops over chunks hold one at a time, by more warps
 
 
@@ -420,4 +421,4 @@ def _programs(loop: dict[str, Any]) -> int:
 
 
 def _padded(K: int) -> int:
-    return max(16, 1 << (K - 1).bit_length())
+    return max(NARROWEST, 1 << (K - 1).bit_length())

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from plait.ops.launch import kernel, launch
 
-COLUMNS, NUMBERS = 1024, 8192  # of the matrix that a program has at a time: so wide at most, and in all
-PROGRAMS = 512  # so many at least, where there are rows enough: several for each multiprocessor
+COLUMNS, NUMBERS = 2048, 8192  # of the matrix that a program has at a time: so wide at most, and in all
+PROGRAMS = 2048  # so many at least, where there are rows enough: 16 for each multiprocessor
 
 
 @kernel

@@ -274,6 +274,18 @@ class TestPlaces:
         assert torch.equal(fresh.place("D#0").in_proj.weight, student.place("D#0").in_proj.weight)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
+    def test_swap_in_a_width_that_the_usual_layer_does_not_fit(self):
+        model = plait.build({"vocab": 257, "dim": 24, "pattern": "MF", "layers": {"M": plait.Mamba2(heads=4, head_dim=6)}})
+        student = plait.swap(model, {"M#0": plait.Attention(heads=2, head_dim=12)})  # heads of 64 are A's
+        assert student.design.pattern == "AF" and student.place("A#0").config.heads == 2
+
+    def test_swap_adds_to_what_the_layer_before_added_to(self):
+        at = {"M#0": {"wrap": {"residual": "stream", "reads": "stream_and_embeddings"}}}
+        model = plait.build({"vocab": 257, "dim": 64, "pattern": "MF", "wrap": {"residual": "normed"}, "at": at})
+        student = plait.swap(model, {"M#0": "gelu"})
+        wraps = [design.slots[0].wrap for design in (model.design, student.design)]
+        assert len({(wrap.residual, wrap.reads) for wrap in wraps}) == 1
+
     def test_swap_survives_a_file(self, tmp_path):
         student = plait.swap(plait.build(self.design, dtype=torch.bfloat16), {"A#1": "gru", "par#0": plait.GELU()})
         assert {p.dtype for p in student.parameters()} <= {torch.bfloat16, torch.float32}

@@ -11,7 +11,6 @@ import plait
 from plait.model import language_model
 from plait.ops import rms_norm, rotary, swiglu
 from plait.ops.attention.paged import placed
-from plait.ops.delta import whole
 
 TWICE = {"kind": "gated_deltanet", "heads": 2, "head_dim": 16, "value_heads": 4}
 NORMED = {"kind": "attention", "kv_heads": 1, "qk_norm": True, "output_gate": True, "rope": {"fraction": 0.5}}
@@ -55,16 +54,14 @@ def check_steps(design, monkeypatch):
     twin.load_state_dict(model.state_dict())
     want, want_tensors = decoded(twin)
     used = []
-    for room, name in (
-        (language_model, "few_rows"), (rms_norm, "few_rows"), (rotary, "few_rows"), (whole, "fits"), (placed, "fits")
-    ):  # fmt: skip
+    for room, name in ((language_model, "few_rows"), (rms_norm, "few_rows"), (rotary, "few_rows"), (placed, "fits")):
         key = f"{room.__name__}.{name}"
         monkeypatch.setattr(room, name, lambda *given, key=key, **more: used.append(key) or given[0].shape[1] == 1)
     monkeypatch.setattr(swiglu, "swiglu", swiglu._rows)
     got, tensors = decoded(model)
-    rooms = [language_model.__name__ + ".few_rows", whole.__name__ + ".fits", placed.__name__ + ".fits"]
+    rooms = [language_model.__name__ + ".few_rows", placed.__name__ + ".fits"]
     pattern = design if isinstance(design, str) else design["pattern"]
-    assert {rooms[0], *([rooms[1]] if "D" in pattern else []), *([rooms[2]] if "A" in pattern else [])} <= set(used)
+    assert {rooms[0], *([rooms[1]] if "A" in pattern else [])} <= set(used)
     for one, other in ((got, want), *((tensors[name], want_tensors[name]) for name in want_tensors)):
         assert (one.double() - other.double()).abs().max() <= 1e-5 * other.abs().max()
 

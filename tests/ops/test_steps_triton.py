@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plait.ops import conv, delta, rms_norm, rotary, ssd, swiglu
-from plait.ops.delta import whole
 from plait.ops.shooting import GRU, LSTM, RNN, SLSTM, pooled, reference
 from plait.ops.shooting.cells import Cell
 
@@ -188,32 +187,3 @@ def check_the_norm_of_a_sum(zero_centered: bool, dtype: torch.dtype):
     assert torch.equal(total, x + y)
     want = rms_norm.rms_norm(total.double(), weight.double(), 1e-3, zero_centered)
     assert (normed.double() - want).abs().max() <= WITHIN[dtype] * want.abs().max()
-
-
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("g", "h", "k", "v", "w"), [(2, 4, 6, 20, 4), (3, 3, 16, 5, 2), (1, 2, 8, 8, 3)])
-@torch.no_grad()
-def check_a_whole_gated_deltanet(g: int, h: int, k: int, v: int, w: int, dtype: torch.dtype, rows: Any):
-    """Convolution, gates, delta rule and gated norm, one after the other in float64. Tails are copied, so exact."""
-    torch.manual_seed(0)
-    d = 2 * g * k + h * v
-    x, z, b, a = torch.randn(B, 1, d + h * v + 2 * h).to(dtype).split_with_sizes((d, h * v, h, h), 2)
-    a, weight, norm, gates = 30 * a, torch.randn(d, w), torch.randn(v), delta.Gates(*torch.randn(2, h), most=2.0)
-    state, tails = torch.randn(POOL, h, v, k), torch.randn(POOL, w - 1, d).to(dtype)
-    want, want_tails = state.double(), tails.double()
-
-    y, _ = conv.causal_conv(x.double(), weight.double(), silu=True, state=want_tails, rows=rows)
-    parts = y.split_with_sizes((g * k, g * k, h * v), 2)
-    q, keys, values = (part.unflatten(2, (-1, size)) for part, size in zip(parts, (k, k, v), strict=True))
-    o, _ = delta.gated_delta(
-        q, keys, values, *double(a, b), gates=delta.Gates(*double(*gates)), state=want, rows=rows
-    )  # fmt: skip
-    o = rms_norm.gated_rms_norm(o, z.double().view(o.shape), norm.double(), 1e-3)
-
-    got = whole.run(
-        x, z, b, a, weight=weight, gates=gates, norm=norm, norm_eps=1e-3, state=state, tails=tails, rows=rows
-    )
-    for one, other in ((got, o), (state, want)):
-        assert (one.double() - other).abs().max() <= WITHIN[one.dtype] * other.abs().max()
-    assert torch.equal(tails.double(), want_tails)
