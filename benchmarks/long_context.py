@@ -27,7 +27,7 @@ from torch import Tensor
 import plait
 from plait.design.count import parameters, state_bytes
 from plait.engine.decode import evaluating
-from plait.engine.prefill import CHUNK, advance
+from plait.engine.prefill import advance, at_once
 from plait.evaluate.clock import now
 from plait.evaluate.decoding import intervals, name_of, stepping
 from plait.evaluate.machine import machine
@@ -67,10 +67,12 @@ class Stopped(Exception):
 def read(model: plait.LanguageModel, tokens: Tensor, limit: float) -> tuple[ModelState, float]:
     """What the model remembers of tokens (1, t), and the seconds that it took. Raises Stopped after `limit` seconds."""
     state, started = model.init_state(1, tokens.shape[1]), now(model.device)
-    for i, chunk in enumerate(tokens.split(CHUNK, 1), 1):
+    for i, chunk in enumerate(tokens.split(at_once(model.device), 1), 1):
         _, state = advance(model, chunk, state)
         if i % ASKED == 0 and (spent := now(model.device) - started) > limit:
-            raise Stopped(f"{limit:.0f} s were over after {min(i * CHUNK, tokens.shape[1]):,} tokens ({spent:.0f} s)")
+            raise Stopped(
+                f"{limit:.0f} s were over after {min(i * at_once(model.device), tokens.shape[1]):,} tokens ({spent:.0f} s)"
+            )
     return state, now(model.device) - started
 
 
@@ -131,7 +133,9 @@ def rows(plan: Plan, device: torch.device, limit: float, known: list[dict[str, A
         design = plait.ModelConfig(vocab=plan.vocab, dim=plan.dim, pattern=pattern)
         model, stopped = plait.build(design, device=device, dtype=plan.dtype), ""
         with evaluating(model), torch.inference_mode():
-            measure(model, 2 * CHUNK + 5, float("inf"))  # kernels are compiled: for whole chunks, the rest, and a step
+            measure(
+                model, 2 * at_once(device) + 5, float("inf")
+            )  # kernels are compiled: for whole chunks, the rest, and a step
             for context in left:
                 release()
                 found = {"stopped": f"not tried after {stopped}"} if stopped else attempted(model, context, limit)

@@ -11,6 +11,12 @@ from plait.model.language_model import LanguageModel
 from plait.state import ModelState
 
 CHUNK = 2048  # tokens in one call
+ON_GPU = 4  # times as many: there a call costs the host more than the tokens cost the device
+
+
+def at_once(device: torch.device) -> int:
+    """Tokens in one call."""
+    return CHUNK * ON_GPU if device.type == "cuda" else CHUNK
 
 
 def prefill(
@@ -21,7 +27,7 @@ def prefill(
     Short prompts share a call, packed end to end; a long one has calls of its own.
     """
     hidden, states = [], []
-    for group in _groups([len(prompt) for prompt in prompts]):
+    for group in _groups([len(prompt) for prompt in prompts], at_once(model.device)):
         rows = [prompts[row] for row in group]
         state = model.init_state(len(rows), max(map(len, rows)) + room)
         last, state = read_one(model, rows[0], state) if len(rows) == 1 else _read_packed(model, rows, state)
@@ -30,12 +36,12 @@ def prefill(
     return torch.cat(hidden), ModelState.join(states)
 
 
-def _groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Consecutive rows of together at most `CHUNK` tokens; longer rows alone."""
+def _groups(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Consecutive rows of together at most `most` tokens; longer rows alone."""
     groups: list[list[int]] = []
-    used = CHUNK
+    used = most
     for row, length in enumerate(lengths):
-        if used + length > CHUNK:
+        if used + length > most:
             groups.append([])
             used = 0
         groups[-1].append(row)
@@ -46,7 +52,7 @@ def _groups(lengths: Sequence[int]) -> list[list[int]]:
 def read_one(model: LanguageModel, prompt: Sequence[int], state: ModelState) -> tuple[Float[Tensor, "1 d"], ModelState]:
     """As `prefill`, of one row that goes on from `state`."""
     tokens = torch.tensor([prompt], device=model.device)
-    for chunk in tokens.split(CHUNK, 1):
+    for chunk in tokens.split(at_once(model.device), 1):
         hidden, state = advance(model, chunk, state)
     return hidden[:, -1], state
 

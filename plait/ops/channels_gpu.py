@@ -10,7 +10,7 @@ from plait.ops.kernels import Call
 from plait.ops.packing import Packing
 
 REMOVAL = "removal"  # as `Call.sizes`: along a vector that is no key
-WIDEST_FLOAT32 = 128  # of heads in float32: of larger ones a processor has no room for a chunk
+FLOAT32 = 64, 128  # heads in float32: narrower ones have not been held on a GPU, for wider ones a processor has no room
 
 
 class Gates(Protocol):
@@ -25,8 +25,10 @@ def fits(call: Call) -> str | None:
         return "removes along keys alone"
     if call.dtype != torch.float32:
         return chunks_gpu.fits(call)
-    if isinstance(call.sizes, chunks_gpu.Sizes) and max(call.sizes) > WIDEST_FLOAT32:
-        return f"heads of {max(call.sizes)} in float32 are above {WIDEST_FLOAT32}"
+    if isinstance(call.sizes, chunks_gpu.Sizes):
+        for size in call.sizes:
+            if not FLOAT32[0] <= size <= FLOAT32[1]:
+                return f"heads of {size} in float32 are not between {FLOAT32[0]} and {FLOAT32[1]}"
     return chunks_gpu.fits(call._replace(dtype=torch.bfloat16))
 
 

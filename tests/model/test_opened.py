@@ -275,7 +275,9 @@ class TestPlaces:
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
     def test_swap_in_a_width_that_the_usual_layer_does_not_fit(self):
-        model = plait.build({"vocab": 257, "dim": 24, "pattern": "MF", "layers": {"M": plait.Mamba2(heads=4, head_dim=6)}})
+        model = plait.build(
+            {"vocab": 257, "dim": 24, "pattern": "MF", "layers": {"M": plait.Mamba2(heads=4, head_dim=6)}}
+        )
         student = plait.swap(model, {"M#0": plait.Attention(heads=2, head_dim=12)})  # heads of 64 are A's
         assert student.design.pattern == "AF" and student.place("A#0").config.heads == 2
 
