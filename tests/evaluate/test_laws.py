@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import plait
+from plait.engine.step import Step
 from plait.evaluate.laws import DESIGNS, LAWS, LawBroken, graphs, small
 from plait.evaluate.laws.compare import TOLERANCES, agree
 from plait.evaluate.laws.models import input_dtypes, under_autocast
@@ -131,6 +132,15 @@ def test_a_state_that_starts_from_zeros(monkeypatch):
     monkeypatch.setattr(plait.SLSTM, "start", lambda self: ())
     with pytest.raises(LawBroken, match="^split: no state"):
         LAWS["split"](DESIGNS["SF"], "cpu", torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decoding_step_with_a_product_of_its_own(dtype, monkeypatch):
+    """As a kernel would be that is wrong for a row of its own."""
+    wrong = Step.choose
+    monkeypatch.setattr(Step, "choose", lambda self, hidden, at: wrong(self, hidden.roll(1, -1), at))
+    with pytest.raises(LawBroken, match="^greedy: 1 rows"):
+        LAWS["greedy"](DESIGNS["DF"], "cpu", dtype)
 
 
 @pytest.mark.parametrize("name", ["fork", "to"])

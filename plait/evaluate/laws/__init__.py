@@ -10,6 +10,7 @@ from plait.evaluate.laws.compare import TOLERANCES as TOLERANCES
 from plait.evaluate.laws.compare import LawBroken as LawBroken
 from plait.evaluate.laws.designs import DESIGNS as DESIGNS
 from plait.evaluate.laws.designs import small as small
+from plait.evaluate.laws.generation import greedy
 from plait.evaluate.laws.models import compiled, counts, files, surgery
 from plait.evaluate.laws.models import packages as packages
 from plait.evaluate.laws.pool import pool
@@ -34,6 +35,7 @@ LAWS: dict[str, Law] = {
     "solver": solver,
     "pool": pool,
     "surgery": surgery,
+    "greedy": greedy,
 }
 
 EXACT = ("spec", "files", "counts", "packages", "surgery")  # laws without a tolerance: equal, or broken
