@@ -15,7 +15,7 @@ from plait.ops.graph import gradient
 
 IGNORE = -100  # a target that is not scored, as everywhere in the field; so is every other negative one
 SLICE = 2**25  # numbers that a rule makes of one slice: 128 MiB of float32
-ON_GPU = 4  # times as many, as with every slice the head's gradient is written once more
+ON_GPU = 4  # times as many of cross-entropy, whose kernel holds none: with every slice the head's gradient is written once more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -221,7 +221,8 @@ def head_loss(
     """The loss of `head(hidden)` by `rule`, slice by slice. `weights` are the head's parameters that may get gradients."""
     rule.check(outputs)
     learned = [weight for weight in weights if weight.requires_grad]
-    rows = max(1, SLICE * (ON_GPU if hidden.is_cuda else 1) // (outputs * rule.copies))
+    size = SLICE * ON_GPU if hidden.is_cuda and isinstance(rule, CrossEntropy) else SLICE
+    rows = max(1, size // (outputs * rule.copies))
     train = torch.is_grad_enabled()
     total, names, sums = _HeadLoss.apply(hidden.flatten(0, -2), head, rule, rows, train, *learned)
     return Loss(total, rule.count(), dict(zip(names, sums.unbind(), strict=True)))
