@@ -87,10 +87,15 @@ def share(text: str, of: int) -> int | None:
     return int(text) if text.strip().isdigit() else None
 
 
+# Times the teacher's width, where only the kinds of a pattern's layers are asked for: letters' usual sizes fit no width that is
+# not a multiple of 64, and what is put in attention's place has attention's sizes.
+WIDER = 64
+
+
 def mixer_of(name: str, design: ModelConfig) -> dict[str, Any]:
     """What a letter, a kind or "[D|A]" stands for."""
     if name.startswith("["):
-        slots = ModelConfig(vocab=design.vocab, dim=design.dim, pattern=name, merge=BEGINNING).slots
+        slots = ModelConfig(vocab=design.vocab, dim=design.dim * WIDER, pattern=name, merge=BEGINNING).slots
         if len(slots) != 1:
             raise ValueError(f"--mixer: {name!r} is {len(slots)} slots; expected one, such as '[D|A]'")
         return standing_for(slots[0], LETTERS, "--mixer")
@@ -104,7 +109,8 @@ def mixer_of(name: str, design: ModelConfig) -> dict[str, Any]:
 def laid_out(design: ModelConfig, pattern: str) -> dict[str, dict[str, Any]]:
     """What takes the place of which attention layer where the teacher is to have `pattern`, repeated to its depth. Raises
     ValueError where the two do not fit slot by slot."""
-    target = ModelConfig(vocab=design.vocab, dim=design.dim, pattern=pattern, layers=design.layers, merge=BEGINNING)
+    wide = design.dim * WIDER
+    target = ModelConfig(vocab=design.vocab, dim=wide, pattern=pattern, layers=design.layers, merge=BEGINNING)
     bound, slots = LETTERS | dict(design.layers), target.slots
     if len(slots) > len(design.slots):
         raise ValueError(

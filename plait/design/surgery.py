@@ -174,6 +174,8 @@ class _Rewriter:
         return layer if layer.wrap is not None or not own else layer.replace(wrap=Wrap(**own))
 
     def _changed(self, layer: Layer) -> Letter:
+        """A layer that is new here, with weights of its own, whoever shared those of the one before it."""
+        layer = layer.replace(shared=False, adapter_rank=None, adapted=())
         letter = self._letter(layer)
         address, bound = self._address(letter), (LETTERS | self.layers)[letter]
         if not self._same_without_wrap(layer, bound):

@@ -9,6 +9,7 @@ import plait
 from plait.convert import Alignment, Plan, Stages, student_of
 from plait.convert.align import powers, slots_of
 from plait.convert.gates import LEFT, Priced, gates, pruned, to_prune, weights_of
+from plait.convert.planning import laid_out, mixer_of
 from plait.convert.stages import kept_attention
 from plait.data import Batch
 from plait.model import Distillation
@@ -242,6 +243,14 @@ def test_a_rule_tries_the_new_mixer_alone(make_asked, quiet, tmp_path):
     assert found["D"].scores == found["[A|D]"].scores and found["D"].keep == found["[A|D]"].keep
     (branches,) = found["[A|D]"].replace.values()
     assert [branch["kind"] for branch in branches["branches"]] == ["attention", "gated_deltanet"]
+
+
+def test_a_width_that_the_usual_sizes_do_not_fit():
+    """Sizes are the attention's; the letters' own, of heads of 64, are not asked for."""
+    design = teacher_of(dim=40, layers={"head_dim": 12}).design
+    want = {"branches": [plait.GatedDeltaNet().to_dict(), {"kind": "attention"}]}
+    assert mixer_of("[D|A]", design) == want
+    assert laid_out(design, "DF [D|A]F AF") == {"A#0": plait.GatedDeltaNet().to_dict(), "A#1": want}
 
 
 def test_how_much_attention_pruning_leaves():

@@ -288,6 +288,16 @@ class TestPlaces:
         wraps = [design.slots[0].wrap for design in (model.design, student.design)]
         assert len({(wrap.residual, wrap.reads) for wrap in wraps}) == 1
 
+    @pytest.mark.parametrize("change", ["gru", {"hidden": 48}, plait.GEGLU(hidden=40, shared=True, adapter_rank=3)])
+    def test_swap_where_weights_were_shared(self, change, tmp_path):
+        layers = {"F": plait.SwiGLU(hidden=96, shared=True, adapter_rank=2)}
+        model = plait.build({"vocab": 257, "dim": 64, "pattern": "(AF)3", "layers": layers})
+        student = plait.swap(model, {"F#1": change})
+        assert not student.place(list(student.design.places())[3]).config.shared
+        assert student.slots[5] is model.slots[5]
+        plait.save(student, tmp_path)
+        assert torch.equal(plait.load(tmp_path)(TOKENS)[0], student(TOKENS)[0])
+
     def test_swap_survives_a_file(self, tmp_path):
         student = plait.swap(plait.build(self.design, dtype=torch.bfloat16), {"A#1": "gru", "par#0": plait.GELU()})
         assert {p.dtype for p in student.parameters()} <= {torch.bfloat16, torch.float32}
