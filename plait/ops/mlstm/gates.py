@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from plait.ops.graph import gradient
+from plait.ops.operator import operator
 from plait.ops.packing import Packing
 
 EPS = 1e-6  # added to what is divided by, as in xLSTM's kernels
@@ -44,10 +46,55 @@ def stabilised(
     source = torch.where(first, torch.maximum(i, logf + m0), i)
     # a decay after which nothing from before a document is the largest; that of the first token counts for nothing
     beyond = -(i.detach().abs().amax() + m0.detach().abs().amax()) * 2 - 1
-    total = torch.where(first, beyond, logf).cumsum(1)
-    m = total + (source - total).cummax(1).values
+    m, _ = _Running.apply(torch.where(first, beyond, logf).mT, source.mT)
+    m = m.mT
     previous = torch.where(first, m0, F.pad(m[:, :-1], (0, 0, 1, 0)))
     return Gates(m, (logf + previous - m).to(dtype), (i - m).exp().to(dtype))
+
+
+class _Running(torch.autograd.Function):
+    """m (b, h, t) of decays and sources (b, h, t): m_t = max(decay_t + m_{t-1}, source_t), from source_0 on; and whose source
+    each m_t is."""
+
+    @staticmethod
+    def forward(ctx, decay, source):
+        m, at = _running(decay, source)
+        ctx.save_for_backward(at)
+        ctx.mark_non_differentiable(at)
+        return m, at
+
+    @staticmethod
+    @gradient
+    def backward(ctx, dm, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _running_backward(dm, *ctx.saved_tensors)
+
+
+# Operators: where rows are few, torch 2.11's compiler splits a sum over time among a GPU's processors, and fails if what it sums
+# reads anything without a time, such as a bias per head. Running maxima it leaves to torch anyway. Time lies last, where many
+# threads of torch's kernels share a row.
+
+
+@operator("mlstm_gates")
+def _running(decay: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    total = decay.cumsum(-1)
+    most, at = (source - total).cummax(-1)
+    return most.add_(total), at
+
+
+@torch.library.register_fake("plait::mlstm_gates")
+def _(decay, source):
+    return source.new_empty(source.shape), source.new_empty(source.shape, dtype=torch.int64)
+
+
+@operator("mlstm_gates_backward")
+def _running_backward(dm: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    dsource = torch.zeros_like(dm, memory_format=torch.contiguous_format).scatter_add_(-1, at, dm)
+    return (dm - dsource).flip(-1).cumsum(-1).flip(-1), dsource
+
+
+@torch.library.register_fake("plait::mlstm_gates_backward")
+def _(dm, at):
+    return dm.new_empty(dm.shape), dm.new_empty(dm.shape)
 
 
 def divided(o: Float[Tensor, "b t h v+1"], m: Float[Tensor, "b t h"]) -> Float[Tensor, "b t h v"]:
