@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from plait.ops.graph import gradient
@@ -69,9 +69,9 @@ class _Running(torch.autograd.Function):
         return _running_backward(dm, *ctx.saved_tensors)
 
 
-# Operators: where rows are few, torch 2.11's compiler splits a sum over time among a GPU's processors, and fails if what it sums
-# reads anything without a time, such as a bias per head. Running maxima it leaves to torch anyway. Time lies last, where many
-# threads of torch's kernels share a row.
+# Operators: where rows are few, torch 2.11's compiler splits a sum over time among a GPU's processors, and fails if what it
+# sums reads anything without a time, such as a bias per head. Running maxima it leaves to torch anyway. Time lies last, where
+# many threads of torch's kernels share a row.
 
 
 @operator("mlstm_gates")
