@@ -46,38 +46,42 @@ def stabilised(
     source = torch.where(first, torch.maximum(i, logf + m0), i)
     # a decay after which nothing from before a document is the largest; that of the first token counts for nothing
     beyond = -(i.detach().abs().amax() + m0.detach().abs().amax()) * 2 - 1
-    m, _ = _Running.apply(torch.where(first, beyond, logf).mT, source.mT)
-    m = m.mT
+    m = _Running.apply(torch.where(first, beyond, logf), source)
     previous = torch.where(first, m0, F.pad(m[:, :-1], (0, 0, 1, 0)))
     return Gates(m, (logf + previous - m).to(dtype), (i - m).exp().to(dtype))
 
 
 class _Running(torch.autograd.Function):
-    """m (b, h, t) of decays and sources (b, h, t): m_t = max(decay_t + m_{t-1}, source_t), from source_0 on; and whose source
-    each m_t is."""
+    """m (b, t, h) of decays and sources (b, t, h): m_t = max(decay_t + m_{t-1}, source_t), from source_0 on."""
 
     @staticmethod
     def forward(ctx, decay, source):
         m, at = _running(decay, source)
         ctx.save_for_backward(at)
-        ctx.mark_non_differentiable(at)
-        return m, at
+        return m
 
     @staticmethod
     @gradient
-    def backward(ctx, dm, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, dm):  # pyright: ignore[reportIncompatibleMethodOverride]
         return _running_backward(dm, *ctx.saved_tensors)
 
 
 # Operators: where rows are few, torch 2.11's compiler splits a sum over time among a GPU's processors, and fails if what it
-# sums reads anything without a time, such as a bias per head. Running maxima it leaves to torch anyway. Time lies last, where
-# many threads of torch's kernels share a row.
+# sums reads anything without a time, such as a bias per head. Running maxima it leaves to torch anyway.
 
 
 @operator("mlstm_gates")
 def _running(decay: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    total = decay.cumsum(-1)
-    most, at = (source - total).cummax(-1)
+    """m, and the token whose source each is."""
+    if decay.is_cuda:  # torch's kernels give a row many threads where time lies last, elsewhere one
+        m, at = _along(decay.mT, source.mT, 2)
+        return m.mT.contiguous(), at.mT.contiguous()
+    return _along(decay, source, 1)
+
+
+def _along(decay: Tensor, source: Tensor, time: int) -> tuple[Tensor, Tensor]:
+    total = decay.cumsum(time)
+    most, at = (source - total).cummax(time)
     return most.add_(total), at
 
 
@@ -88,8 +92,12 @@ def _(decay, source):
 
 @operator("mlstm_gates_backward")
 def _running_backward(dm: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    dsource = torch.zeros_like(dm, memory_format=torch.contiguous_format).scatter_add_(-1, at, dm)
-    return (dm - dsource).flip(-1).cumsum(-1).flip(-1), dsource
+    """Gradients at decays and sources: a token's is that of all m until another source takes over."""
+    dsource = torch.zeros_like(at, dtype=dm.dtype).scatter_add_(1, at, dm)
+    passed = dm - dsource
+    if dm.is_cuda:
+        return passed.mT.flip(2).cumsum(2).flip(2).mT.contiguous(), dsource
+    return passed.flip(1).cumsum(1).flip(1), dsource
 
 
 @torch.library.register_fake("plait::mlstm_gates_backward")
