@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from plait.ops.attention import packed
 from plait.ops.delta import gated_delta
 from plait.ops.kernels import forced
+from plait.ops.mlstm import mlstm
 from plait.ops.moe import experts
 from plait.ops.packing import Packing
 from plait.ops.selective import selective_scan
@@ -115,6 +116,18 @@ def test_states_after_chosen_tokens(name):
     with Told() as told:
         op(state=randn(1, *state), at=torch.tensor([0, 5]))
     assert len(told.names) == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mlstm(packed):
+    """Gates lie heads first, as no layer's do."""
+    q, k, v = (randn(1, T, 2, n) for n in (6, 6, 5))
+    i, f = (randn(1, 2, T).mT for _ in "if")
+    with Told() as told:
+        mlstm(q, k, v, i, f, packing=packing() if packed else None)[0].sum().backward()
+    own = {"plait::mlstm_gates", "plait::mlstm_gates_backward"}
+    assert set(told.names) - own == ({"plait::ssd", "plait::ssd_backward"} if packed else set())
+    assert own <= set(told.names)
 
 
 def test_experts():
