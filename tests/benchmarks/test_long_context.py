@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_rows_are_kept_and_stop(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(long_context, "CHUNK", 32)
+    monkeypatch.setattr(long_context, "at_once", lambda device: 32)
     monkeypatch.setattr(long_context, "ASKED", 1)
     options = "--designs", "D", "[D|A]", "--contexts", 64, 128
     first = run(*options)
