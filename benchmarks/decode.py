@@ -5,6 +5,7 @@
 Models of about 350M parameters, width 1024, vocabulary 32,000, bfloat16. For each: a replayed step gives the tokens of one that
 is run, nothing in it asks the device (`torch.cuda.set_sync_debug_mode`), then the median time of a step at a batch and context.
 The floor is what must be read: weights, and the state of every row, over the card's bandwidth as a large copy measures it.
+Last, 100 prompts of 1,024 tokens at once, 1,024 new ones each, as `plait.engine.generate_tokens` does it, reading included.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 import plait
-from plait.engine import Sampling
+from plait.engine import Sampling, generate_tokens
 from plait.engine.step import Step
 from plait.evaluate.clock import seconds
 from plait.evaluate.decoding import decode_speed, remembering, stepping
@@ -28,6 +29,7 @@ from plait.state import ModelState, PoolRows
 VOCAB, DIM = 32_000, 1024
 PATTERNS = ("(AF)24", "((DF)3 AF)6", "((MF)3 AF)6", "((GF)3 AF)6")
 CASES = ((1, 64), (1, 16_384), (32, 64))  # rows, tokens that each has seen
+STREAMS, READ, WRITTEN = 100, 1024, 1024
 CHECKED, TIMED, EAGER = 24, 200, 10
 
 
@@ -71,6 +73,23 @@ def measure(model: plait.LanguageModel, rows: int, context: int, can: Limits) ->
     }
 
 
+def streams(model: plait.LanguageModel) -> dict[str, Any]:
+    """Tokens a second that come out of all streams together, and how long the first one was waited for."""
+    random = torch.Generator().manual_seed(0)
+    prompts = torch.randint(VOCAB, (STREAMS, READ), generator=random).tolist()
+    generate_tokens(model, prompts, max_tokens=3)  # kernels compiled
+    (first,) = seconds(lambda: generate_tokens(model, prompts, max_tokens=1), model.device, 1)
+    (whole,) = seconds(lambda: generate_tokens(model, prompts, max_tokens=WRITTEN), model.device, 1)
+    return {
+        "rows": STREAMS,
+        "prompt": READ,
+        "written": WRITTEN,
+        "first_s": first,
+        "seconds": whole,
+        "tokens_s": STREAMS * WRITTEN / whole,
+    }
+
+
 def profile(model: plait.LanguageModel) -> None:
     """The kernels of one step, by time."""
     step, at = stepping(model, remembering(model, 1, 64), 128)
@@ -106,6 +125,13 @@ def main() -> None:
                     f"capture {row['capture_s']:.1f} s)",
                     flush=True,
                 )
+            row = {"pattern": pattern, "parameters": size} | streams(model)
+            results.append(row)
+            print(
+                f"{pattern:14} {STREAMS} streams of {READ:,} and {WRITTEN:,} tokens: {row['tokens_s']:,.0f} tokens/s, "
+                f"{row['seconds']:.2f} s, the first token after {row['first_s']:.2f} s",
+                flush=True,
+            )
             if args.profile:
                 profile(model)
         del model

@@ -57,4 +57,4 @@ class HGRN2Layer(MixerModule):
             return torch.logaddexp(low, rest + F.logsigmoid(f)), torch.sigmoid(-self.bound) * torch.sigmoid(-f)
         assert bound is not None  # or it is learned
         g = F.logsigmoid(f) + math.log1p(-bound)
-        return torch.logaddexp(f.new_tensor(math.log(bound)), g) if bound else g, (1 - bound) * torch.sigmoid(-f)
+        return torch.logaddexp(f.new_full((), math.log(bound)), g) if bound else g, (1 - bound) * torch.sigmoid(-f)
