@@ -19,7 +19,7 @@ TRAINED = 12  # bytes more where one is trained: its gradient and AdamW's two mo
 BYTES = {"float32": 4, "bfloat16": 2}  # of an activation
 # Of what is counted of a step: gates, norms and recurrences keep numbers of their own.
 MORE = 4 / 3
-HEAD = 6  # copies of a slice's logits, float32: both models', their distributions, and what becomes of them
+HEAD = 6  # copies of a slice's logits, float32: both models', and what becomes of them
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ A context is read once, through the model's state and a chunk at a time, whateve
 only where something is scored, and a recurrent model's memory does not grow with the text.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from plait.design.count import state_bytes
 from plait.engine.decode import evaluating
 from plait.engine.prefill import CHUNK, advance, prefill
 from plait.engine.sampling import check_finite
@@ -20,7 +22,7 @@ from plait.model.loss import SLICE
 from plait.state import ModelState
 
 TOKENS = CHUNK  # of contexts whose states are held at once; a longer one is alone
-ON_GPU = 8 * TOKENS  # there, where few rows are slow
+ON_GPU = 16  # there, where few rows are slow, it is states of as many bytes as one part in 16 of its memory
 
 Ids = Sequence[int]
 
@@ -58,11 +60,12 @@ def answers(
     """An answer to each question, in order.
 
     write: tokens that the model writes after each context, among the first `vocab` ids (all: None); rows: how many
-    contexts are read at once (None: as many as together have `TOKENS` tokens, on a GPU `ON_GPU`).
+    contexts are read at once (None: as many as together have `TOKENS` tokens, on a GPU as many as `held` says).
     Raises ValueError naming a question that is longer than the model's positions go, or has nothing to score.
     """
     checked = (_checked(model, question, write) for question in questions)
-    for group in _groups(checked, rows, held(model)):
+    size, most = (lambda _: 1, rows) if rows is not None else held(model)
+    for group in _groups(checked, size, most):
         with evaluating(model), torch.inference_mode():
             found = _answer(model, group, write, vocab)
         yield from found
@@ -94,21 +97,25 @@ def _checked(model: LanguageModel, question: Question, write: int) -> Question:
     return question
 
 
-def held(model: LanguageModel) -> int:
-    """Tokens of contexts whose states are held at once."""
-    return TOKENS if model.device.type == "cpu" else ON_GPU
+def held(model: LanguageModel) -> tuple[Callable[[int], int], int]:
+    """What the state of a context of so many tokens counts as, and how much may be held at once."""
+    if model.device.type != "cuda":
+        return (lambda tokens: tokens), TOKENS
+    dtype = str(model.dtype).removeprefix("torch.")
+    _, memory = torch.cuda.mem_get_info(model.device)
+    return cache(lambda tokens: state_bytes(model.design, tokens, dtype)), memory // ON_GPU
 
 
-def _groups(questions: Iterable[Question], rows: int | None, most: int) -> Iterator[list[Question]]:
-    """Neighbours whose contexts together have at most `most` tokens, or `rows` of them."""
+def _groups(questions: Iterable[Question], size: Callable[[int], int], most: int) -> Iterator[list[Question]]:
+    """Neighbours whose contexts together have at most the size `most`, or one."""
     group, used = list[Question](), 0
     for question in questions:
-        full = used + len(question.context) > most if rows is None else len(group) == rows
-        if group and full:
+        own = size(len(question.context))
+        if group and used + own > most:
             yield group
             group, used = [], 0
         group.append(question)
-        used += len(question.context)
+        used += own
     if group:
         yield group
 
@@ -132,7 +139,8 @@ def _score(
     firsts = _compare(model, hidden[[row for row, _ in pairs]], [choice[0] for _, choice in pairs])
     total, greedy = (part.tolist() for part in firsts)
     later = [i for i, (_, choice) in enumerate(pairs) if len(choice) > 1]
-    for some in _within(later, [len(group[row].context) + len(choice) for row, choice in pairs], held(model)):
+    size, most = held(model)
+    for some in _within(later, [size(len(group[row].context) + len(choice)) for row, choice in pairs], most):
         choices = [pairs[i][1] for i in some]
         ln_p, likeliest = _follow(model, choices, state.select([pairs[i][0] for i in some]))
         cuts = accumulate((len(choice) - 1 for choice in choices), initial=0)
@@ -144,7 +152,7 @@ def _score(
 
 
 def _within(items: list[int], sizes: list[int], most: int) -> Iterator[list[int]]:
-    """Runs of items whose states have at most `most` tokens, or one item."""
+    """Runs of items that have at most the size `most`, or one item."""
     run, used = list[int](), 0
     for item in items:
         if run and used + sizes[item] > most:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 
 from plait.ops.cross_entropy import cross_entropy
 from plait.ops.graph import gradient
+from plait.ops.kl import kl
 
 IGNORE = -100  # a target that is not scored, as everywhere in the field; so is every other negative one
 SLICE = 2**25  # numbers that a rule makes of one slice: 128 MiB of float32
-ON_GPU = 4  # times as many of cross-entropy, whose kernel holds none: with every slice the head's gradient is written once more
+ON_GPU = 4  # times as many where a kernel holds none of them: with every slice the head's gradient is written once more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,18 +85,14 @@ class KL:
     """KL(teacher || model) of the two distributions at a temperature T, times T^2 (arXiv 1503.02531), from the teacher's
     hidden states (b, t, d') and its head, so that its logits too exist only slice by slice.
 
-    scored: positions that count (b, t); None: all. compiled: by torch.compile, in fewer passes over the logits.
+    scored: positions that count (b, t); None: all.
     """
 
     hidden: Float[Tensor, "..."]
     head: Callable[[Tensor], Tensor]
     temperature: float = 1.0
     scored: Bool[Tensor, "..."] | None = None
-    compiled: bool = False
-
-    @property
-    def copies(self) -> int:
-        return 1 if self.compiled else 2
+    copies = 2
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
@@ -119,38 +115,8 @@ class KL:
         with torch.no_grad():
             theirs = self.head(self.hidden.flatten(0, -2)[rows])
         scored = None if self.scored is None else self.scored.flatten()[rows]
-        work = _compiled_kl() if self.compiled else _kl
-        total, dy = work(y, theirs, scored, self.temperature, gradient)
+        total, dy = kl(y, theirs, scored, self.temperature, gradient)
         return {"kl": total}, dy
-
-
-def _kl(
-    y: Float[Tensor, "n o"], theirs: Float[Tensor, "n o"], scored: Bool[Tensor, " n"] | None, T: float, gradient: bool
-) -> tuple[Float[Tensor, ""], Float[Tensor, "n o"] | None]:
-    """The sum of T^2 KL over the scored rows, and its gradient at the logits y, float32 at least."""
-    theirs = at_least_float32(theirs).div(T).log_softmax(-1)
-    ours = at_least_float32(y).div(T).log_softmax(-1)
-    p = theirs.exp()
-    rowwise = torch.linalg.vecdot(p, theirs.sub_(ours)) * T**2
-    counts = None if scored is None else scored.to(ours.dtype)
-    total = (rowwise if counts is None else rowwise * counts).sum()
-    if not gradient:
-        return total, None
-    dy = ours.exp_().sub_(p).mul_(T)
-    return total, dy if counts is None else dy.mul_(counts[:, None])
-
-
-def _narrow_kl(
-    y: Tensor, theirs: Tensor, scored: Tensor | None, T: float, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient in the dtype of y, so that it is written once."""
-    total, dy = _kl(y, theirs, scored, T, gradient)
-    return total, None if dy is None else dy.to(y.dtype)
-
-
-@cache
-def _compiled_kl() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    return torch.compile(_narrow_kl)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +187,7 @@ def head_loss(
     """The loss of `head(hidden)` by `rule`, slice by slice. `weights` are the head's parameters that may get gradients."""
     rule.check(outputs)
     learned = [weight for weight in weights if weight.requires_grad]
-    size = SLICE * ON_GPU if hidden.is_cuda and isinstance(rule, CrossEntropy) else SLICE
+    size = SLICE * ON_GPU if hidden.is_cuda and isinstance(rule, (CrossEntropy, KL)) else SLICE
     rows = max(1, size // (outputs * rule.copies))
     train = torch.is_grad_enabled()
     total, names, sums = _HeadLoss.apply(hidden.flatten(0, -2), head, rule, rows, train, *learned)

@@ -34,7 +34,6 @@ class Objective(nn.Module):
     def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
-        self.compiled = False  # whether its rule is, where that is worth it; a run that compiles says so
         self.count_holds = False  # whether a step has seen that `count` is what the loss sums over
 
     def hidden(self, batch: Batch, channels: Channels | None = None) -> Float[Tensor, "b t d"]:
@@ -97,7 +96,7 @@ class Distillation(Objective):
     def rule(self, batch: Batch) -> KL | Mixed:
         with torch.no_grad():
             theirs, _ = self.teacher.features(batch.inputs, cu_seqlens=batch.cu_seqlens)
-        kl = KL(theirs, self.teacher.head, self.temperature, batch.targets >= 0, self.compiled)
+        kl = KL(theirs, self.teacher.head, self.temperature, batch.targets >= 0)
         return Mixed(((1.0, kl), (self.cross_entropy, CrossEntropy(batch.targets)))) if self.cross_entropy else kl
 
 

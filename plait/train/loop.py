@@ -200,7 +200,6 @@ class _Training:
         self.model.activation_checkpointing = run.activation_checkpointing
         if run.compile:
             compile_slots(*models_of(self.objective))
-            self.objective.compiled = True
         self.objective.train()
         while position.step < run.steps:
             with without(self.model, asleep(self.delayed, position.step)):

@@ -1,5 +1,7 @@
 """Continuations scored from a shared state equal whole sequences read at once, whatever the groups and chunks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -56,6 +58,18 @@ def test_chunked_is_whole(model, monkeypatch, rows, chunk, slice_):
             assert scored.loglikelihood == pytest.approx(total, **EQUAL)
             assert scored.greedy == greedy
         assert answer.written == []
+
+
+def test_a_gpu_holds_states_by_their_bytes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**30))
+    for pattern, grows in (("AF", True), ("MF", False)):
+        design = plait.ModelConfig(vocab=31, dim=64, pattern=pattern)
+        there = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, design=design)
+        size, most = likelihood.held(there)
+        state = plait.build(design, dtype=torch.bfloat16).init_state(1, 500)
+        assert size(500) == state.nbytes
+        assert (size(1000) > size(500)) == grows
+        assert most == 2**26
 
 
 def test_what_is_written_is_what_generation_gives(model):

@@ -12,7 +12,6 @@ from plait.design import declared
 from plait.layers import context_for
 from plait.layers.attention import AttentionLayer
 from plait.model import KL, CrossEntropy, Distillation, Mixed, NextToken, Regression, SquaredError
-from plait.model import loss as losses_module
 from plait.model.loss import SLICE, loss_of
 
 TOKENS = torch.arange(24).view(2, 12) % 31
@@ -157,23 +156,6 @@ class TestRules:
         self.check(model, KL(theirs, teacher.head, T, scored), kl)
         both = Mixed(((0.3, KL(theirs, teacher.head, T, scored)), (2.0, CrossEntropy(TOKENS))))
         self.check(model, both, lambda y: 0.3 * kl(y) + 2.0 * cross_entropy(y, TOKENS))
-
-    def test_a_compiled_kl_is_the_same(self, monkeypatch):
-        """In slices of two sizes, traced but for the compiler's own work."""
-        traced = torch.compile(losses_module._narrow_kl, backend="eager", fullgraph=True)
-        monkeypatch.setattr(losses_module, "_compiled_kl", lambda: traced)
-        monkeypatch.setattr(losses_module, "SLICE", 31 * 7)
-        model, teacher = self.models()
-        student, compiled = Distillation(model, teacher), Distillation(model, teacher)
-        compiled.compiled = True
-        grads = []
-        for objective in (student, compiled):
-            model.zero_grad()
-            objective(batch_of(TOKENS, TOKENS.roll(-1, 1))).total.backward()
-            grads.append([p.grad.clone() for p in model.parameters()])
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b)
-        torch.compiler.reset()
 
     def test_squared_error(self, sliced):
         model, _ = self.models(head=plait.Regression(outputs=5))

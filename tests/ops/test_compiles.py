@@ -20,6 +20,7 @@ from plait.ops import (
     chunks_gpu,
     cross_entropy_triton,
     elementwise_triton,
+    kl_triton,
     matvec_triton,
     rms_norm_triton,
 )
@@ -63,7 +64,7 @@ compiled: list[str] = []
 def only_the_front_end(monkeypatch):
     for module in (
         paged, conv, tokens_triton, delta, ssd, step, rms_norm_triton, elementwise_triton, channels_triton,
-        cross_entropy_triton, matvec_triton,
+        cross_entropy_triton, kl_triton, matvec_triton,
     ):  # fmt: skip
         monkeypatch.setattr(module, "launch", front_end)
     compiled.clear()
@@ -145,10 +146,11 @@ def test_what_the_interpreter_lets_pass_is_seen():
 
 
 @pytest.mark.parametrize("gradient", [True, False])
-def test_cross_entropy(gradient):
+def test_losses(gradient):
     y = narrow(3, 5000)
     cross_entropy_triton.run(y, numbers(3), torch.zeros(3), y.clone() if gradient else None)
-    assert compiled == ["softmax_loss"]
+    kl_triton.run(y, y, torch.zeros(3) if gradient else None, 2.0, torch.zeros(3), y.clone() if gradient else None)
+    assert compiled == ["softmax_loss", "divergence"]
 
 
 @pytest.mark.parametrize("silu", [True, False])
