@@ -22,7 +22,7 @@ from plait.model.loss import SLICE
 from plait.state import ModelState
 
 TOKENS = CHUNK  # of contexts whose states are held at once; a longer one is alone
-ON_GPU = 16  # there, where few rows are slow, it is states of as many bytes as one part in 16 of its memory
+ON_GPU = 8  # there, where few rows are slow, it is states of as many bytes as one part in 8 of what is free
 
 Ids = Sequence[int]
 
@@ -102,8 +102,9 @@ def held(model: LanguageModel) -> tuple[Callable[[int], int], int]:
     if model.device.type != "cuda":
         return (lambda tokens: tokens), TOKENS
     dtype = str(model.dtype).removeprefix("torch.")
-    _, memory = torch.cuda.mem_get_info(model.device)
-    return cache(lambda tokens: state_bytes(model.design, tokens, dtype)), memory // ON_GPU
+    free, _ = torch.cuda.mem_get_info(model.device)
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return cache(lambda tokens: state_bytes(model.design, tokens, dtype)), (free + unused) // ON_GPU
 
 
 def _groups(questions: Iterable[Question], size: Callable[[int], int], most: int) -> Iterator[list[Question]]:

@@ -13,6 +13,7 @@ from plait.layers.rope import turn
 from plait.layers.short_conv import ShortConv
 from plait.ops.delta import Gates, gated_delta
 from plait.ops.kernels import Call
+from plait.ops.parts import parts
 from plait.state import Recurrent, recurrent
 
 
@@ -44,7 +45,7 @@ class GatedDeltaNetLayer(MixerModule):
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c, (b, t, _) = self.config, x.shape
-        qkv, z, beta, a = self.in_proj(x).split_with_sizes(self.widths, -1)
+        qkv, z, beta, a = parts(self.in_proj(x), self.widths)
         qkv, conv = self.conv1d(qkv, context, state and state.conv)
         qk, v = qkv.split_with_sizes(self.conv_widths, -1)
         qk = qk.view(b, t, -1, c.head_dim)

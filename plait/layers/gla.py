@@ -13,6 +13,7 @@ from plait.layers.norm import GatedNorm
 from plait.layers.rope import turn_both
 from plait.ops.gla import gla
 from plait.ops.kernels import Call, wide
+from plait.ops.parts import parts
 from plait.state import Recurrent
 
 
@@ -37,7 +38,7 @@ class GLALayer(MixerModule):
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c = self.config
-        *qkvz, low = self.in_proj(x).split_with_sizes([*c.rows().values()], -1)
+        *qkvz, low = parts(self.in_proj(x), [*c.rows().values()])
         q, k, v, z = (y.unflatten(-1, (c.heads, -1)) for y in qkvz)  # (b, t, h, k | v)
         q, k = turn_both(q, k, c.rope, context)
         g = F.logsigmoid(wide(self.decay_proj(low))) / c.temper

@@ -15,6 +15,7 @@ from plait.layers.declared import MixerModule
 from plait.layers.norm import Norm
 from plait.ops.gla import gla
 from plait.ops.kernels import Call, wide
+from plait.ops.parts import parts
 from plait.state import Recurrent
 
 
@@ -43,7 +44,7 @@ class HGRN2Layer(MixerModule):
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c = self.config
-        q, f, i = self.in_proj(x).split_with_sizes([*c.rows().values()], -1)
+        q, f, i = parts(self.in_proj(x), [*c.rows().values()])
         g, k = self.gates(wide(f))
         q, k, g, i = (y.unflatten(-1, (c.heads, -1)) for y in (F.silu(q), k, g, i))  # (b, t, h, k | v)
         o, s = gla(q, k, i, g, state=state and state.s, rows=context.rows, packing=context.packing)

@@ -14,6 +14,7 @@ from plait.layers.rope import turn_both
 from plait.layers.short_conv import ShortConv
 from plait.ops.delta import Gates, gated_delta
 from plait.ops.kernels import Call
+from plait.ops.parts import parts
 from plait.state import Recurrent, recurrent
 
 
@@ -47,7 +48,7 @@ class KimiDeltaAttentionLayer(MixerModule):
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c = self.config
-        qkv, decay, z, b = self.in_proj(x).split_with_sizes(self.widths, -1)
+        qkv, decay, z, b = parts(self.in_proj(x), self.widths)
         qkv, conv = self.conv1d(qkv, context, state and state.conv)
         q, k, v = (y.unflatten(-1, (c.heads, -1)) for y in qkv.split_with_sizes(self.conv_widths, -1))
         q, k = turn_both(q, k, c.rope, context)

@@ -13,6 +13,7 @@ from plait.layers.declared import MixerModule
 from plait.layers.norm import GatedNorm
 from plait.layers.short_conv import ShortConv
 from plait.ops.kernels import Call
+from plait.ops.parts import parts
 from plait.ops.ssd import Gates, ssd
 from plait.state import Recurrent, recurrent
 
@@ -48,7 +49,7 @@ class Mamba2Layer(MixerModule):
         self, u: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t d"], Recurrent | None]:
         c, (b, t, _) = self.config, u.shape
-        z, xBC, dt = self.projected(u).split_with_sizes(self.widths, -1)
+        z, xBC, dt = parts(self.projected(u), self.widths)
         xBC, conv = self.conv1d(xBC, context, state and state.conv)
         x, B, C = xBC.split_with_sizes(self.conv_widths, -1)
         x = x.view(b, t, -1, c.head_dim)

@@ -12,6 +12,7 @@ from plait.layers.declared import MixerModule
 from plait.layers.norm import HeadNorm
 from plait.ops.kernels import Call, cast
 from plait.ops.mlstm import mlstm
+from plait.ops.parts import parts
 from plait.state import Recurrent
 
 
@@ -38,7 +39,7 @@ class MLSTMLayer(MixerModule):
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t w"], Recurrent | None]:
         c = self.config
-        q, k, v, gate = self.in_proj(x).split_with_sizes(tuple(c.rows().values()), -1)
+        q, k, v, gate = parts(self.in_proj(x), [*c.rows().values()])
         q, k, v = (y.unflatten(-1, (c.heads, -1)) for y in (q, k, v))
         i, f = self.gates_proj(x).chunk(2, -1)
         i, f = self.capped(i, self.i_bias), self.capped(f, self.f_bias)

@@ -13,6 +13,7 @@ from plait.layers.declared import MixerModule
 from plait.layers.norm import GatedNorm, Norm
 from plait.layers.rope import turn_both
 from plait.ops.kernels import Call, cast
+from plait.ops.parts import parts
 from plait.ops.ssd import ssd
 from plait.state import Recurrent
 
@@ -35,7 +36,7 @@ class ScalarDecayLayer(MixerModule):
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
     ) -> tuple[Float[Tensor, "b t w"], Recurrent | None]:
         c = self.config
-        q, k, v, gate, *rest = self.in_proj(x).split_with_sizes(tuple(c.rows().values()), -1)
+        q, k, v, gate, *rest = parts(self.in_proj(x), [*c.rows().values()])
         q, k, v = self.prepared(*(y.unflatten(-1, (c.heads, -1)) for y in (q, k, v)), context)
         g = self.decays(x, *rest)
         kept = {"state": state and state.s, "rows": context.rows, "packing": context.packing}
