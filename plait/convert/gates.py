@@ -64,7 +64,6 @@ class Priced(Objective):
         return self.objective.count(batch)
 
     def forward(self, batch: Batch, channels: Channels | None = None) -> Loss:
-        self.objective.compiled = self.compiled
         loss = self.objective(batch, channels)
         if not torch.is_grad_enabled():
             return loss
