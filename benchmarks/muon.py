@@ -24,8 +24,8 @@ from plait.data import Loader, prepare
 from plait.data.tokenizer import ByteTokenizer
 from plait.evaluate.machine import machine
 from plait.model import build
+from plait.ops.instructions import cpu_bfloat16, fast_dtype
 from plait.study.demo import VOCAB, demo_study
-from plait.train.instructions import cpu_bfloat16, fast_dtype
 from plait.train.optim import Optimizers
 from plait.train.step import backward
 

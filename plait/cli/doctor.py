@@ -165,8 +165,8 @@ def processor() -> dict[str, Any]:
     import torch
 
     from plait.evaluate.machine import cores, cpu_name
+    from plait.ops.instructions import cpu_bfloat16
     from plait.study.demo import expected_minutes, pace
-    from plait.train.instructions import cpu_bfloat16
 
     measured = pace()
     return {

@@ -15,7 +15,7 @@ from plait.model.language_model import LanguageModel
 from plait.model.loss import KL
 from plait.model.objective import Batch
 from plait.model.surgery import swap
-from plait.train.instructions import fast_dtype
+from plait.ops.instructions import fast_dtype
 from plait.train.step import autocast
 
 Score = Callable[[LanguageModel], float]  # higher is better; its attribute `tokens`, if any: what one call reads

@@ -31,10 +31,10 @@ from plait.layers import Channels
 from plait.model import NextToken, build
 from plait.model.device import find_device, memory
 from plait.model.recompute import Choice
+from plait.ops.instructions import fast_dtype
 from plait.ops.numbers import whole_number
 from plait.train.ahead import Ahead
 from plait.train.config import RunConfig
-from plait.train.instructions import fast_dtype
 from plait.train.optim import Optimizers
 from plait.train.step import backward, compile_slots
 

@@ -16,6 +16,7 @@ from plait.layers.norm import Norm
 from plait.layers.short_conv import ShortConv
 from plait.layers.start import empty
 from plait.ops.kernels import Call
+from plait.ops.products import linear
 
 
 class Projection(nn.Linear):
@@ -36,7 +37,7 @@ class Projection(nn.Linear):
         self.adapted: frozenset[str] = frozenset()  # parts that have an addition each
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        y = F.linear(x, self.weight, self._bias() if self.unbiased else self.bias)
+        y = linear(x, self.weight, self._bias() if self.unbiased else self.bias)
         if self.adapter_down is None or self.adapter_up is None:
             return y
         low = F.linear(x, self.adapter_down)

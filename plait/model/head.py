@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.design.ends import Head as HeadConfig
 from plait.model.loss import Loss, head_loss
+from plait.ops.products import linear
 
 
 class Head:
@@ -53,7 +53,7 @@ class Head:
                 "adapt other layers, or build the design with tie_embeddings=False"
             )
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return F.linear(_as(hidden, self.embed), self.embed.weight, bias)
+        return linear(_as(hidden, self.embed), self.embed.weight, bias)
 
 
 def _as(hidden: Tensor, module: nn.Module) -> Tensor:

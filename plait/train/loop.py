@@ -21,6 +21,7 @@ from plait.layers import Channels
 from plait.model import LanguageModel, NextToken, Objective, build
 from plait.model.device import find_device
 from plait.opening import adaptable, load
+from plait.ops.instructions import fast_dtype
 from plait.ops.shooting import NotConverged
 from plait.run_folder import METRICS, RUN, latest, remove_leftovers
 from plait.train.ahead import Ahead
@@ -33,7 +34,6 @@ from plait.train.errors import Interrupted, NonFinite, SaveFailed, TrainingStopp
 from plait.train.guard import first_nonfinite, weights_finite
 from plait.train.heldout import HeldOut
 from plait.train.inputs import Batches, Inputs, own_inputs, text_inputs
-from plait.train.instructions import fast_dtype
 from plait.train.late import Late
 from plait.train.lock import alone_in
 from plait.train.metrics import Log, MetricsLog, NoLog

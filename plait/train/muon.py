@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.train.instructions import fast_dtype
+from plait.ops.instructions import fast_dtype
 
 MOMENTUM = 0.95
 A, B, C = 3.4445, -4.7750, 2.0315  # steepest at 0 of the quintics that keep [0, 1] within about 0.7 to 1.2

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plait.model import build
+from plait.ops.instructions import WITHOUT_BFLOAT16, cpu_bfloat16, fast_dtype
 from plait.train import RunConfig
 from plait.train import muon as muon_module
-from plait.train.instructions import WITHOUT_BFLOAT16, cpu_bfloat16, fast_dtype
 from plait.train.muon import Muon, alike, orthogonal
 from plait.train.optim import Optimizers
 
@@ -142,7 +142,7 @@ def test_what_the_processor_has_is_read_and_not_measured(monkeypatch, has, found
 
 
 def test_the_variables_that_make_a_processor_plain_are_heeded():
-    code = "import torch; from plait.train.instructions import fast_dtype; print(fast_dtype(torch.device('cpu')))"
+    code = "import torch; from plait.ops.instructions import fast_dtype; print(fast_dtype(torch.device('cpu')))"
     for variable in ({"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}):
         done = subprocess.run([sys.executable, "-c", code], env=os.environ | variable, capture_output=True, text=True)
         assert done.stdout == "torch.float32\n"

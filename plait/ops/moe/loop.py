@@ -11,6 +11,7 @@ from plait.ops.graph import gradient, one_step
 from plait.ops.moe.activation import activated, pulled
 from plait.ops.moe.sorted import by_expert
 from plait.ops.operator import operator
+from plait.ops.products import linear, multiply
 
 
 def run(x: Tensor, up: Tensor, down: Tensor, index: Tensor, weights: Tensor, gated: bool) -> Tensor:
@@ -50,8 +51,8 @@ def _forward(
     token, w = order // weights.shape[1], weights.flatten()[order][:, None]
     hidden, y = x.new_empty(len(order), up.shape[1]), x.new_zeros(len(x), down.shape[1])
     for e, group in _groups(ends):
-        torch.mm(x.index_select(0, token[group]), up[e].mT, out=hidden[group])
-        y.index_add_(0, token[group], activated(hidden[group], gated).mul_(w[group]) @ down[e].mT)
+        multiply(x.index_select(0, token[group]), up[e], hidden[group])
+        y.index_add_(0, token[group], linear(activated(hidden[group], gated).mul_(w[group]), down[e]))
     return y, hidden
 
 
