@@ -34,11 +34,11 @@ class _Decayed(torch.autograd.Function):
         return None if p is None else dx[:, :, 0], dx[:, :, -1], None if z is None else dy[:, :, 0], dy[:, :, -1], dg
 
 
-# Operators: in a graph, every level's products in place would become a copy of all rows and keys written within the expression
-# of the level before, which takes inductor minutes to simplify.
+# Operators: as steps of a graph, every level's products in place become copies of all rows and keys, each an expression of the
+# level before's, and inductor takes minutes over the gradient's.
 
 
-@operator("decayed_products")
+@operator("decayed")
 def _forward(
     p: Tensor | None, q: Tensor, z: Tensor | None, k: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,13 +57,13 @@ def _forward(
     return D, x, y, decay_(g[:, 0].clone())
 
 
-@torch.library.register_fake("plait::decayed_products")
+@torch.library.register_fake("plait::decayed")
 def _(p, q, z, k, g):
     (n, c, d), r, s = q.shape, 1 if p is None else 2, 1 if z is None else 2
     return q.new_empty(n, c * r, c * s), q.new_empty(n, c, r, d), k.new_empty(n, c, s, d), g.new_empty(n, d)
 
 
-@operator("decayed_products_backward")
+@operator("decayed_backward")
 def _backward(
     p: Tensor | None,
     q: Tensor,
@@ -104,7 +104,7 @@ def _backward(
     return dx, dy, dg
 
 
-@torch.library.register_fake("plait::decayed_products_backward")
+@torch.library.register_fake("plait::decayed_backward")
 def _(p, q, z, k, g, dD, dx, dy, dlast):
     return dx.new_empty(dx.shape), dy.new_empty(dy.shape), g.new_empty(g.shape)
 
