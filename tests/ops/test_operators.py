@@ -147,7 +147,6 @@ def test_a_graph_of_decays_per_channel_does_not_grow_with_the_sequence(name):
     short = nodes(128)
     assert len(short) == 2
     assert short == nodes(512)
-    assert max(short) < 120
 
 
 @pytest.mark.parametrize("state", [False, True])
