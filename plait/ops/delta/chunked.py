@@ -198,7 +198,7 @@ def _output_gradients(
     return dq, dk, dlogP, dG
 
 
-# --- the same as operators: in a graph, what is written in place costs inductor minutes
+# --- the same as operators, so that a graph is no longer for a longer sequence
 
 
 @operator("delta_rows")
