@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from plait.ops.attention import packed
 from plait.ops.delta import gated_delta
+from plait.ops.gla import dplr, gla
 from plait.ops.kernels import forced
 from plait.ops.mlstm import mlstm
 from plait.ops.moe import experts
@@ -97,6 +100,62 @@ def test_recurrences(name, state):
         outputs = op(packing=packing(), **given)
         sum(x.sum() for x in outputs if x is not None).backward()
     assert len(told.names) == 2
+
+
+PER_CHANNEL = {
+    "gla": lambda q, k, v, g, p, z, **call: gla(q, k, v, g, **call),
+    "delta": lambda q, k, v, g, p, z, **call: dplr(q, k, v, g, p, **call),
+    "dplr": dplr,
+}
+
+
+@pytest.mark.parametrize("given", ["nothing", "state", "packing"])
+@pytest.mark.parametrize("name", PER_CHANNEL)
+def test_decays_per_channel(name, given):
+    q, k, g, p, z = (randn(1, 150, 2, 6) for _ in range(5))
+    call = {"nothing": {}, "state": {"state": randn(1, 2, 5, 6)}, "packing": {"packing": packing((20, 130))}}[given]
+    with Told() as told, forced("chunked"):
+        o, S = PER_CHANNEL[name](q, k, randn(1, 150, 2, 5), -g.abs(), p / 9, z / 9, **call)
+        sum(x.square().sum() for x in (o, S) if x is not None).backward()
+    steps = {"decayed", "carry"} | ({"decayed_solve"} if name != "gla" else set())
+    assert set(told.names) == {f"plait::{step}{way}" for step in steps for way in ("", "_backward")}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks
+@pytest.mark.parametrize("name", PER_CHANNEL)
+def test_a_graph_of_decays_per_channel_does_not_grow_with_the_sequence(name):
+    """Compiled as steps on chunks one after the other, RWKV-7 took inductor minutes."""
+
+    def nodes(length):
+        sizes = []
+
+        def count(graph, inputs):
+            sizes.append(len(graph.graph.nodes))
+            return make_boxed_func(graph)
+
+        q, k, v, p, z = (randn(1, length, 2, 8) for _ in range(5))
+        g = torch.full_like(q, -1.0, requires_grad=True)
+        torch.compiler.reset()
+        with forced("chunked"):
+            run = torch.compile(
+                PER_CHANNEL[name], fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=count)
+            )
+            run(q, k, v, -g.abs(), p / 9, z / 9)[0].sum().backward()
+        torch.compiler.reset()
+        return sizes
+
+    short = nodes(128)
+    assert len(short) == 2
+    assert short == nodes(512)
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_the_delta_rule_in_rows(state):
+    op, shape = RECURRENCES["delta"]()
+    with Told() as told, forced("chunked"):
+        o, S = op(state=randn(1, *shape) if state else None)
+        sum(x.sum() for x in (o, S) if x is not None).backward()
+    assert told.names == ["plait::delta_rows", "plait::delta_rows_backward"]
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -63,15 +63,15 @@ def _per_head(x: Float[Tensor, "b t g k"], heads: int) -> Float[Tensor, "b t h k
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor, rows: tuple[int, ...]):
-        o, S, *saved = _forward(q, k, v, g, beta, S, rows)
-        ctx.save_for_backward(*saved)
+        o, S, *saved = _rows(q, k, v, g, beta, S, rows)
+        ctx.save_for_backward(q, k, v, beta, *saved)
         ctx.rows = rows
         return o, S
 
     @staticmethod
     @gradient
     def backward(ctx, do: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodoverride]
-        return *_backward(ctx.saved_tensors, do, dS, ctx.rows), None
+        return *_rows_backward(ctx.saved_tensors, do, dS, ctx.rows), None
 
 
 _chunked = one_step(_Chunked)
@@ -198,7 +198,37 @@ def _output_gradients(
     return dq, dk, dlogP, dG
 
 
-# --- documents: the same as operators, so that a compiled graph holds no document's length
+# --- the same as operators, so that a graph is no longer for a longer sequence
+
+
+@operator("delta_rows")
+def _rows(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """O (n, c, v), the last states, and what the gradient needs beside q, k, v and beta."""
+    o, S, _, _, _, _, *saved = _forward(q, k, v, g, beta, S, tuple(rows))
+    return [o, S, *saved]
+
+
+@torch.library.register_fake("plait::delta_rows")
+def _(q, k, v, g, beta, S, rows):
+    (n, c, dk), dv = q.shape, v.shape[2]
+    square, tokens = (n, c, c), (n, c)
+    saved = [tokens, square, tokens, square, square, (n, c, dv + dk), v.shape, (n, dv, dk)]
+    return [v.new_empty(v.shape), S.new_empty(S.shape), *(v.new_empty(shape) for shape in saved)]
+
+
+@operator("delta_rows_backward")
+def _rows_backward(saved: Sequence[Tensor], do: Tensor, dS: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """Gradients at q, k, v, g, beta and S."""
+    return list(_backward(saved, do, dS, tuple(rows)))
+
+
+@torch.library.register_fake("plait::delta_rows_backward")
+def _(saved, do, dS, rows):
+    q, k, v, beta, *_ = saved
+    return [x.new_empty(x.shape) for x in (q, k, v, beta, beta, dS)]
+
+
+# --- documents: as operators too, so that a compiled graph holds no document's length
 
 
 class _Packed(torch.autograd.Function):

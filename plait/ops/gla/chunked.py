@@ -21,6 +21,7 @@ from torch.nn.functional import hardshrink
 from plait.ops.decay import decay_of
 from plait.ops.gla.decayed import decayed
 from plait.ops.graph import gradient, one_step
+from plait.ops.operator import operator
 from plait.ops.packing import CHUNK, Packing, chunks, each_document
 from plait.ops.triangular import solve
 
@@ -129,21 +130,16 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, P: Tensor, v: Tensor, p: Tensor):
-        A = P.neg()
-        X = solve(A, torch.cat([v, p], -1))
-        U, W = X.split([v.shape[-1], p.shape[-1]], -1)
-        # where decays are strong, W runs down the chunk as their product: stop it before it is subnormal, which is slow
-        W.copy_(hardshrink(W, torch.finfo(W.dtype).tiny ** 0.5))
-        ctx.save_for_backward(A, X)
+        U, W, *saved = _solution(P, v, p)
+        ctx.save_for_backward(*saved)
         ctx.width = v.shape[-1]
-        return U.clone(), W.clone()
+        return U, W
 
     @staticmethod
     @gradient
     def backward(ctx, dU: Tensor, dW: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        A, X = ctx.saved_tensors
-        Z = solve(A, torch.cat([dU, dW], -1), transposed=True)
-        return Z @ X.mT, Z[..., : ctx.width], Z[..., ctx.width :]  # what is above the diagonal nobody reads
+        dP, Z = _solution_backward(*ctx.saved_tensors, dU, dW)
+        return dP, Z[..., : ctx.width], Z[..., ctx.width :]
 
 
 _solved = one_step(_Solved)
@@ -154,30 +150,89 @@ class _Carry(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, F: Tensor, last: Tensor, M: Tensor | None, S: Tensor):
-        steps, r = len(F) // len(S), len(S)
-        states = F.new_empty(steps + 1, *S.shape)
-        states[0] = S
-        for i, (f, a, m) in enumerate(_steps(r, F, last[:, None], M)):
-            torch.addcmul(f, states[i], a, out=states[i + 1])
-            if m is not None:
-                states[i + 1].baddbmm_(states[i], m)
-        ctx.save_for_backward(last, M, states)
-        return states[:-1].flatten(0, 1), states[-1].clone()
+        before, S = _carried(F, last, M, S)
+        ctx.save_for_backward(last, M, before)
+        return before, S
 
     @staticmethod
     @gradient
     def backward(ctx, dbefore: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        last, M, states = ctx.saved_tensors
-        before = states[:-1].flatten(0, 1)
-        after, steps = torch.empty_like(before), list(_steps(len(dS), dbefore, last[:, None], M))
-        for i in reversed(range(len(steps))):
-            d, a, m = steps[i]
-            after[i * len(dS) : (i + 1) * len(dS)] = dS
-            dS = torch.addcmul(d, dS, a) if m is None else torch.addcmul(d, dS, a).baddbmm_(dS, m.mT)
+        last, M, before = ctx.saved_tensors
+        after, dS = _carried_backward(dbefore, last, M, dS)
         return after, (before * after).sum(1), None if M is None else before.mT @ after, dS
 
 
 _carry = one_step(_Carry)
+
+
+# What these do, as operators: a graph would have a step for every chunk, and a kernel for every copy around a solve.
+
+
+@operator("decayed_solve")
+def _solution(P: Tensor, v: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U (n, c, v), W (n, c, k), and what the gradient needs."""
+    A = torch.neg(P, out=P.new_empty(P.shape))
+    X = solve(A, torch.cat([v, p], -1))
+    U, W = X.split([v.shape[-1], p.shape[-1]], -1)
+    # where decays are strong, W runs down the chunk as their product: stop it before it is subnormal, which is slow
+    W.copy_(hardshrink(W, torch.finfo(W.dtype).tiny ** 0.5))
+    return U.clone(), W.clone(), A, X
+
+
+@torch.library.register_fake("plait::decayed_solve")
+def _(P, v, p):
+    both = (*v.shape[:2], v.shape[2] + p.shape[2])
+    return v.new_empty(v.shape), p.new_empty(p.shape), P.new_empty(P.shape), v.new_empty(both)
+
+
+@operator("decayed_solve_backward")
+def _solution_backward(A: Tensor, X: Tensor, dU: Tensor, dW: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients at P, of which nobody reads what is above the diagonal, and at v and p side by side."""
+    Z = solve(A, torch.cat([dU, dW], -1), transposed=True)
+    return Z @ X.mT, Z
+
+
+@torch.library.register_fake("plait::decayed_solve_backward")
+def _(A, X, dU, dW):
+    return A.new_empty(A.shape), X.new_empty(X.shape)
+
+
+@operator("carry")
+def _carried(F: Tensor, last: Tensor, M: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
+    before, final = F.new_empty(F.shape), S.new_empty(S.shape)
+    places = before.split(len(S))
+    places[0].copy_(S)
+    for here, following, (f, a, m) in zip(
+        places, (*places[1:], final), _steps(len(S), F, last[:, None], M), strict=True
+    ):
+        torch.addcmul(f, here, a, out=following)
+        if m is not None:
+            following.baddbmm_(here, m)
+    return before, final
+
+
+@torch.library.register_fake("plait::carry")
+def _(F, last, M, S):
+    return F.new_empty(F.shape), S.new_empty(S.shape)
+
+
+@operator("carry_backward")
+def _carried_backward(dbefore: Tensor, last: Tensor, M: Tensor | None, dS: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the states after chunks, and at the first state."""
+    after, first = dbefore.new_empty(dbefore.shape), dS.new_empty(dS.shape)
+    places = after.split(len(dS))
+    places[-1].copy_(dS)
+    steps = list(_steps(len(dS), dbefore, last[:, None], M))
+    for here, earlier, (d, a, m) in zip(places[::-1], (*places[-2::-1], first), steps[::-1], strict=True):
+        torch.addcmul(d, here, a, out=earlier)
+        if m is not None:
+            earlier.baddbmm_(here, m.mT)
+    return after, first
+
+
+@torch.library.register_fake("plait::carry_backward")
+def _(dbefore, last, M, dS):
+    return dbefore.new_empty(dbefore.shape), dS.new_empty(dS.shape)
 
 
 def _steps(r: int, F: Tensor, last: Tensor, M: Tensor | None) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from plait.ops.decay import decay_
 from plait.ops.graph import gradient, one_step
+from plait.ops.operator import operator
 
 Halves = tuple[Tensor, Tensor]
 
@@ -23,49 +24,89 @@ class _Decayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p: Tensor | None, q: Tensor, z: Tensor | None, k: Tensor, g: Tensor):
         ctx.save_for_backward(p, q, z, k, g)
-        x, y, size = _beside(p, q), _beside(z, k), 1
-        (n, c, r, _), s = x.shape, y.shape[2]
-        D, q = x.new_zeros(n, c * r, c * s), x[:, :, -1]
-        _own(D, r, s).copy_((q[:, :, None] * y).sum(-1))
-        q.mul_(decay_(g.clone()))
-        while size < c:
-            (late, early), (a_left, a_right) = _halves(x, y, size), _totals(g)
-            _meeting(D, size * r, size * s).copy_(_spread(late.flatten(1, 2) @ early.flatten(1, 2).mT, n))
-            late.mul_(a_left[:, None, None])
-            early.mul_(a_right[:, None, None])
-            g, size = g.unflatten(1, (-1, 2)).sum(2), 2 * size
-        return D, x, y, decay_(g[:, 0].clone())
+        return _forward(p, q, z, k, g)
 
     @staticmethod
     @gradient
-    def backward(ctx, dD: Tensor, dx: Tensor, dy: Tensor, dlast: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *gradients: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         p, q, z, k, g = ctx.saved_tensors
-        x, y, a, levels, size = _beside(p, q), _beside(z, k), decay_(g.clone()), [], 1
-        (n, c, r, _), s = x.shape, y.shape[2]
-        x[:, :, -1].mul_(a)
-        while size < c:  # the same again: to keep it would take three times the room of x and y
-            (late, early), (a_left, a_right) = _halves(x, y, size), _totals(g)
-            levels.append((late.clone(), early.clone(), a_left[:, None, None], a_right[:, None, None]))
-            late.mul_(a_left[:, None, None])
-            early.mul_(a_right[:, None, None])
-            g, size = g.unflatten(1, (-1, 2)).sum(2), 2 * size
-        dx, dy = _copy(dx), _copy(dy)
-        dg = (dlast * decay_(g[:, 0].clone()))[:, None]  # of the sums of g over blocks
-        for late, early, a_left, a_right in reversed(levels):
-            size //= 2
-            dlate, dearly = _halves(dx, dy, size)
-            dlate.mul_(a_left)
-            dearly.mul_(a_right)
-            left, right = (dlate * late).sum((1, 2)), (dearly * early).sum((1, 2))
-            dg = (dg.flatten(0, 1)[:, None] + torch.stack([left, right], 1)).view(n, -1, dg.shape[-1])
-            meeting = _gathered(_meeting(dD, size * r, size * s))
-            dlate.add_((meeting @ early.flatten(1, 2)).view_as(dlate))
-            dearly.add_((meeting.mT @ late.flatten(1, 2)).view_as(dearly))
-        dq, down = dx[:, :, -1].mul_(a), _own(dD, r, s)[..., None]
-        dg = torch.addcmul(dg, dq, q)
-        dq.add_((down * _beside(z, k)).sum(2))
-        dy.addcmul_(down, q[:, :, None])
-        return None if p is None else dx[:, :, 0], dq, None if z is None else dy[:, :, 0], dy[:, :, -1], dg
+        dx, dy, dg = _backward(p, q, z, k, g, *gradients)
+        return None if p is None else dx[:, :, 0], dx[:, :, -1], None if z is None else dy[:, :, 0], dy[:, :, -1], dg
+
+
+# Operators: as steps of a graph, every level's products in place become copies of all rows and keys, each an expression of the
+# level before's, and inductor takes minutes over the gradient's.
+
+
+@operator("decayed")
+def _forward(
+    p: Tensor | None, q: Tensor, z: Tensor | None, k: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """D (n, c r, c s), rows, keys and decay as in `decayed`."""
+    x, y, size = _beside(p, q), _beside(z, k), 1
+    (n, c, r, _), s = x.shape, y.shape[2]
+    D, q = x.new_zeros(n, c * r, c * s), x[:, :, -1]
+    _own(D, r, s).copy_((q[:, :, None] * y).sum(-1))
+    q.mul_(decay_(g.clone()))
+    while size < c:
+        (late, early), (a_left, a_right) = _halves(x, y, size), _totals(g)
+        _meeting(D, size * r, size * s).copy_(_spread(late.flatten(1, 2) @ early.flatten(1, 2).mT, n))
+        late.mul_(a_left[:, None, None])
+        early.mul_(a_right[:, None, None])
+        g, size = g.unflatten(1, (-1, 2)).sum(2), 2 * size
+    return D, x, y, decay_(g[:, 0].clone())
+
+
+@torch.library.register_fake("plait::decayed")
+def _(p, q, z, k, g):
+    (n, c, d), r, s = q.shape, 1 if p is None else 2, 1 if z is None else 2
+    return q.new_empty(n, c * r, c * s), q.new_empty(n, c, r, d), k.new_empty(n, c, s, d), g.new_empty(n, d)
+
+
+@operator("decayed_backward")
+def _backward(
+    p: Tensor | None,
+    q: Tensor,
+    z: Tensor | None,
+    k: Tensor,
+    g: Tensor,
+    dD: Tensor,
+    dx: Tensor,
+    dy: Tensor,
+    dlast: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows (n, c, r, k), keys (n, c, s, k) and g."""
+    x, y, a, levels, size = _beside(p, q), _beside(z, k), decay_(g.clone()), [], 1
+    (n, c, r, _), s = x.shape, y.shape[2]
+    x[:, :, -1].mul_(a)
+    while size < c:  # the same again: to keep it would take three times the room of x and y
+        (late, early), (a_left, a_right) = _halves(x, y, size), _totals(g)
+        levels.append((late.clone(), early.clone(), a_left[:, None, None], a_right[:, None, None]))
+        late.mul_(a_left[:, None, None])
+        early.mul_(a_right[:, None, None])
+        g, size = g.unflatten(1, (-1, 2)).sum(2), 2 * size
+    dx, dy = _copy(dx), _copy(dy)
+    dg = (dlast * decay_(g[:, 0].clone()))[:, None]  # of the sums of g over blocks
+    for late, early, a_left, a_right in reversed(levels):
+        size //= 2
+        dlate, dearly = _halves(dx, dy, size)
+        dlate.mul_(a_left)
+        dearly.mul_(a_right)
+        left, right = (dlate * late).sum((1, 2)), (dearly * early).sum((1, 2))
+        dg = (dg.flatten(0, 1)[:, None] + torch.stack([left, right], 1)).view(n, -1, dg.shape[-1])
+        meeting = _gathered(_meeting(dD, size * r, size * s))
+        dlate.add_((meeting @ early.flatten(1, 2)).view_as(dlate))
+        dearly.add_((meeting.mT @ late.flatten(1, 2)).view_as(dearly))
+    dq, down = dx[:, :, -1].mul_(a), _own(dD, r, s)[..., None]
+    dg = torch.addcmul(dg, dq, q)
+    dq.add_((down * _beside(z, k)).sum(2))
+    dy.addcmul_(down, q[:, :, None])
+    return dx, dy, dg
+
+
+@torch.library.register_fake("plait::decayed_backward")
+def _(p, q, z, k, g, dD, dx, dy, dlast):
+    return dx.new_empty(dx.shape), dy.new_empty(dy.shape), g.new_empty(g.shape)
 
 
 _decayed = one_step(_Decayed)
