@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.cli.command import Outcome, one_line, say, shell
-from plait.cli.options import Device, MinP, RepetitionPenalty, Run, Seed, Stop, Temperature, TopK, TopP
+from plait.cli.options import Device, Dtype, MinP, RepetitionPenalty, Run, Seed, Stop, Temperature, TopK, TopP
 from plait.cli.trained import Imports, load_imports, trained
 from plait.design.spelling import suggest
 from plait.files import letters, user_path, write_text
@@ -40,6 +40,7 @@ def command(
     stop: Stop = None,
     seed: Seed = None,
     device: Device = "auto",
+    dtype: Dtype = None,
     imports: Imports = None,
 ) -> Outcome:
     """Talk with a trained model; each line is a turn. Needs a tokenizer with a chat template.
@@ -48,13 +49,13 @@ def command(
     """
     from plait.data import load_tokenizer
     from plait.engine import Chat, Sampling
-    from plait.model.device import find_device
+    from plait.model.device import find_device, find_dtype
     from plait.opening import load
 
     again, folder = load_imports(imports), trained(run)
     narrowed = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
     sampling = Sampling(temperature=temperature, seed=seed, **narrowed)
-    model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
+    model, tokenizer = load(folder, find_device(device), find_dtype(dtype)), load_tokenizer(folder)
     said = None if system is None else letters(system)
     chat = Chat(model, tokenizer, system=said, max_tokens=max_tokens, sampling=sampling, stop=stop or ())
     talk = _Talk(chat, screen, sys.stdin.isatty())

@@ -8,7 +8,7 @@ import typer
 
 from plait.cli.command import Outcome, say, shell
 from plait.cli.eval_found import LM, answer, checked_plan, find
-from plait.cli.options import Device, Run
+from plait.cli.options import Device, Dtype, Run
 from plait.cli.trained import Imports, load_imports, trained
 from plait.train import RunConfig, load_run
 
@@ -58,6 +58,7 @@ def command(
     seed: Annotated[int, typer.Option(help="recall, needle: equal seeds ask equal questions.")] = 0,
     data: Annotated[str | None, typer.Option(help="lm: the folder of the sets' files.")] = None,
     device: Device = "auto",
+    dtype: Dtype = None,
     imports: Imports = None,
 ) -> Outcome:
     """Measure a trained model: on text that it was not trained on, on facts in long texts, on lm-eval's sets."""
@@ -67,14 +68,14 @@ def command(
         if value is not None and value < 2:
             raise ValueError(f"{name} must be at least 2, got {value}")
     from plait.data import load_tokenizer
-    from plait.model.device import find_device
+    from plait.model.device import find_device, find_dtype
     from plait.opening import load
 
     again, folder = load_imports(imports), trained(run)
     made_by = run_of(folder)
     if "ppl" in asked and text is None and made_by is None:
         raise ValueError(f"{folder} is not part of a training run, so it has no held-out text: give --text")
-    model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
+    model, tokenizer = load(folder, find_device(device), find_dtype(dtype)), load_tokenizer(folder)
     result: dict[str, Any] = {"model": str(folder)}
     for measure in asked:
         if measure == "ppl":

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plait.cli.command import Outcome, say, shell
+from plait.cli.options import Dtype
 from plait.cli.trained import Imports, load_imports, trained
 from plait.files import user_path
 
@@ -21,7 +22,7 @@ def command(
     to: Annotated[
         str | None, typer.Option(help="The family, as transformers' model_type. [default: the one it was read from]")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as it is]")] = None,
+    dtype: Dtype = None,
     imports: Imports = None,
 ) -> Outcome:
     """Write a model so that transformers, and what reads its folders (vLLM, SGLang, llama.cpp's converter), load it with equal
@@ -33,7 +34,7 @@ def command(
 
     if to is not None:
         family(to)  # a wrong name need not wait for the weights
-    wanted = None if dtype is None else find_dtype(dtype)
+    wanted = find_dtype(dtype)
     load_imports(imports)
     folder = trained(run)
     if user_path(out).resolve() == folder.resolve():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plait.cli.command import Outcome, shell
-from plait.cli.options import Device, MinP, RepetitionPenalty, Run, Seed, Stop, Temperature, TopK, TopP
+from plait.cli.options import Device, Dtype, MinP, RepetitionPenalty, Run, Seed, Stop, Temperature, TopK, TopP
 from plait.cli.trained import Imports, load_imports, trained
 
 if TYPE_CHECKING:
@@ -30,18 +30,19 @@ def command(
     stop: Stop = None,
     seed: Seed = None,
     device: Device = "auto",
+    dtype: Dtype = None,
     imports: Imports = None,
 ) -> Outcome:
     """Continue a prompt with a trained model, printed as it comes."""
     from plait.data import load_tokenizer
     from plait.engine import stream
     from plait.files import letters
-    from plait.model.device import find_device
+    from plait.model.device import find_device, find_dtype
     from plait.opening import load
 
     text = sys.stdin.read() if prompt == "-" else letters(prompt)
     again, folder = load_imports(imports), trained(run)
-    model, tokenizer = load(folder, device=find_device(device)), load_tokenizer(folder)
+    model, tokenizer = load(folder, find_device(device), find_dtype(dtype)), load_tokenizer(folder)
     started = time.perf_counter()
     pieces = []
     for piece in stream(

@@ -48,7 +48,7 @@ class PlaitLM(TemplateLM):
         del max_batch_size  # lm-eval gives it to every model
         folder = gguf_path(pretrained) or model_folder(pretrained)
         self._device = find_device("auto" if device in (None, UNSAID) else device)
-        self.model = load(folder, device=self._device, dtype=find_dtype(dtype) if dtype else None)
+        self.model = load(folder, device=self._device, dtype=find_dtype(dtype))
         self.ids = load_tokenizer(folder)
         check_vocab(self.model, self.ids)
         self.most = int(max_length) if max_length else self.model.max_positions

@@ -22,8 +22,10 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r}: {reason}; expected auto, cpu, cuda or cuda:INDEX") from None
 
 
-def find_dtype(name: str) -> torch.dtype:
-    """A floating point dtype by its name. Raises ValueError naming the nearest."""
+def find_dtype(name: str | None) -> torch.dtype | None:
+    """A floating point dtype by its name; None: none is asked for. Raises ValueError naming the nearest."""
+    if name is None:
+        return None
     if name not in BYTES:
         raise ValueError(f"dtype {name!r}; {suggest(name, BYTES)}")
     return getattr(torch, name)

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from plait.ops.kernels import OPS, forced
 
@@ -57,6 +58,19 @@ def test_generate_prints_the_continuation(plait, run_folder):
     assert again.json["text"] == expected
     assert len(again.out.splitlines()) == 1
     assert expected in again.err
+
+
+def test_weights_are_read_in_the_dtype_that_is_asked_for(plait, run_folder):
+    import plait as library
+
+    asked = ("generate", str(run_folder), "def ", "--max-tokens", "8", "--device", "cpu", "--dtype")
+    model, tokenizer = library.load(run_folder, dtype=torch.bfloat16), library.load_tokenizer(run_folder)
+    assert plait(*asked, "bfloat16").out == library.generate(model, tokenizer, "def ", max_tokens=8) + "\n"
+    exact, rounded = (
+        plait("eval", str(run_folder), "--json", "--dtype", dtype).json for dtype in ("float32", "bfloat16")
+    )
+    assert exact["perplexity"] != rounded["perplexity"] == pytest.approx(exact["perplexity"], rel=0.01)
+    assert "bfloat16" in plait(*asked, "bfloat").err
 
 
 def test_generate_samples_by_seed_and_reads_stdin(plait, run_folder, monkeypatch):
@@ -112,6 +126,22 @@ def test_doctor_of_a_design_names_its_ops_with_reasons(plait):
     with forced("ssd=step"):
         refused = [row for row in plait(*asked).json["kernels"] if row["op"] == "ssd" and row["form"] == "step"]
     assert [row["reason"] for row in refused] == ["used, forced", "only for a single token"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_selfcheck_that_is_stopped_shows_what_was_checked(plait, monkeypatch, number):
+    from plait.evaluate import selfcheck as module
+
+    def stopped(checks, jobs):
+        yield module._run(*checks[0])
+        signal.raise_signal(number)
+        yield module._run(*checks[1])
+
+    monkeypatch.setattr(module, "_results", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    ran = plait("selfcheck", "--device", "cpu", "--pattern", "DF", "--law", "causal", "--json")
+    assert (ran.code, ran.json["passed"], ran.json["not_done"], len(ran.json["results"])) == (1, False, 1, 1)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_selfcheck_passes_and_fails(plait, monkeypatch):

@@ -13,16 +13,16 @@ SURFACE = {
     ],
     "generate": [
         *("run", "prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
-        *("--repetition-penalty", "--stop", "--seed", "--device", "--import"),
+        *("--repetition-penalty", "--stop", "--seed", "--device", "--dtype", "--import"),
     ],
     "chat": [
         *("run", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
-        *("--repetition-penalty", "--stop", "--seed", "--device", "--import"),
+        *("--repetition-penalty", "--stop", "--seed", "--device", "--dtype", "--import"),
     ],
     "export": ["run", "out", "--to", "--dtype", "--import"],
     "eval": [
         *("run", "measures", "--text", "--context", "--tokens", "--lengths", "--pairs", "--depths", "--questions"),
-        *("--seed", "--data", "--device", "--import"),
+        *("--seed", "--data", "--device", "--dtype", "--import"),
     ],
     "bench train": [
         *("design", "changes", "--batch", "--length", "--precision", "--compile", "--packed", "--recompute", "--steps"),
