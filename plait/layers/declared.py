@@ -16,7 +16,7 @@ from plait.layers.norm import Norm
 from plait.layers.short_conv import ShortConv
 from plait.layers.start import empty
 from plait.ops.kernels import Call
-from plait.ops.products import linear
+from plait.ops.products import linear, widens
 
 
 class Projection(nn.Linear):
@@ -75,14 +75,23 @@ class HeadProjection(nn.Module):
         self.weight, self.bias = empty(weight), None if bias is None else empty(bias)  # (h, g k, own), (g h k,)
 
     def forward(self, x: Float[Tensor, "b t d"], inputs: int) -> Float[Tensor, "b t g h k"]:
-        """One product per head, and seen in this order without a copy."""
-        (b, t, _), (h, rows, own) = x.shape, self.weight.shape
-        parts, weight = x.reshape(b * t, h, own).transpose(0, 1), self.weight.mT
-        if self.bias is None:
-            y = torch.bmm(parts, weight)  # (h, b t, g k)
-        else:
-            y = torch.baddbmm(self.bias.view(inputs, h, -1).transpose(0, 1).reshape(h, 1, rows), parts, weight)
-        return y.view(h, b, t, inputs, -1).permute(1, 2, 3, 0, 4)
+        if not widens(x, self.weight):
+            return _within_heads(x, self.weight, self.bias, inputs)
+        bias = None if self.bias is None else self.bias.float()
+        return _within_heads(x.float(), self.weight.float(), bias, inputs).to(x.dtype)
+
+
+def _within_heads(
+    x: Float[Tensor, "b t d"], weight: Float[Tensor, "h m n"], bias: Float[Tensor, " gm"] | None, inputs: int
+) -> Float[Tensor, "b t g h k"]:
+    """One product per head, and seen in this order without a copy."""
+    (b, t, _), (h, rows, own) = x.shape, weight.shape
+    parts, weight = x.reshape(b * t, h, own).transpose(0, 1), weight.mT
+    if bias is None:
+        y = torch.bmm(parts, weight)  # (h, b t, g k)
+    else:
+        y = torch.baddbmm(bias.view(inputs, h, -1).transpose(0, 1).reshape(h, 1, rows), parts, weight)
+    return y.view(h, b, t, inputs, -1).permute(1, 2, 3, 0, 4)
 
 
 class DeclaredModule(nn.Module):

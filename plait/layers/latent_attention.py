@@ -1,7 +1,6 @@
 """Multi-head latent attention as a layer."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from plait.layers.rope import turn
 from plait.ops.attention import Heads, attention
 from plait.ops.attention.paged import paged_attention, write_pages
 from plait.ops.kernels import Call
+from plait.ops.products import linear
 from plait.state import Latent, Pages
 
 
@@ -81,7 +81,7 @@ class LatentAttentionLayer(MixerModule):
         self, c: Float[Tensor, "b s 1 r"], r: Float[Tensor, "b s 1 p"]
     ) -> tuple[Float[Tensor, "b s h k"], Float[Tensor, "b s h v"]]:
         """Every head's keys and values."""
-        k, v = (F.linear(c[:, :, 0], up.flatten(0, 1)).unflatten(-1, up.shape[:2]) for up in (self.k_up, self.v_up))
+        k, v = (linear(c[:, :, 0], up.flatten(0, 1)).unflatten(-1, up.shape[:2]) for up in (self.k_up, self.v_up))
         return torch.cat([k, r.expand(-1, -1, k.shape[2], -1)], -1), v
 
     def absorbed(self, q: Float[Tensor, "b t h k"]) -> Float[Tensor, "b t h r+p"]:

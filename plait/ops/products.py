@@ -17,7 +17,7 @@ def linear(
 ) -> Float[Tensor, "*n o"]:
     """`F.linear`. Of many rows in 16 bits on a processor without instructions for them it is taken in float32 and rounded once:
     as torch does it there, one number at a time, it takes 7 times as long with AVX2."""
-    if _is_slow(x, weight):
+    if widens(x, weight):
         wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return wide.to(x.dtype)
     return F.linear(x, weight, bias)
@@ -25,13 +25,14 @@ def linear(
 
 def multiply(x: Float[Tensor, "n i"], weight: Float[Tensor, "o i"], out: Float[Tensor, "n o"]) -> None:
     """`linear`, written there, without gradients."""
-    if _is_slow(x, weight):
+    if widens(x, weight):
         out.copy_(linear(x, weight))
     else:
         torch.mm(x, weight.mT, out=out)
 
 
-def _is_slow(x: Tensor, weight: Tensor) -> bool:
+def widens(x: Float[Tensor, "*n i"], weight: Tensor) -> bool:
+    """Whether products of these rows are taken in float32 and rounded once."""
     if x.dtype not in SLOW or x.device.type != "cpu" or weight.dtype != x.dtype or x.numel() < FEW * x.shape[-1]:
         return False
     return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() and SLOW[x.dtype]()

@@ -10,14 +10,14 @@ from plait.ops import products
 
 
 class Dtypes(TorchFunctionMode):
-    """Of what `F.linear` is called with."""
+    """Of what products with weights are called with."""
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear:
+        if func in (F.linear, torch.bmm, torch.baddbmm):
             self.seen.append(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
@@ -49,8 +49,10 @@ def test_many_rows_are_widened_where_that_is_quicker(slow, dtype, rows):
         torch.testing.assert_close(got.double(), want.double(), rtol=0.02, atol=0.1)  # sums of 16-bit gradients
 
 
-def test_a_model_and_its_experts_use_them(slow):
-    design = plait.ModelConfig(vocab=50, dim=64, pattern="AE")
+@pytest.mark.parametrize("pattern", ["AE", "L", "R"])
+def test_layers_use_them(slow, pattern):
+    """Projections, the head, experts, keys and values out of latents, and products within heads."""
+    design = plait.ModelConfig(vocab=50, dim=128, pattern=pattern)
     model = plait.build(design, dtype=torch.bfloat16)
     with Dtypes() as called, torch.no_grad():
         model(torch.randint(50, (2, 40)))
