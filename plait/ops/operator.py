@@ -12,8 +12,7 @@ CHEAP: set[str] = set()  # operators whose results are sooner computed again tha
 def operator(name: str, mutates: tuple[str, ...] = (), cheap: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """`torch.library.custom_op` as plait::name, whose first call would load torch's compiler, and Triton with it.
 
-    What it `mutates` are arguments' names; cheap: a pass over what it reads, and no more. Its first tensor's device is where it
-    launches.
+    What it `mutates` are arguments' names; cheap: one of `CHEAP`. Its first tensor's device is where it launches.
     """
 
     if cheap:

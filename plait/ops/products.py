@@ -45,7 +45,7 @@ def _no_bfloat16() -> bool:
 
 @cache
 def _no_float16() -> bool:
-    return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 SLOW = {torch.bfloat16: _no_bfloat16, torch.float16: _no_float16}

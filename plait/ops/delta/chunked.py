@@ -201,7 +201,7 @@ def _output_gradients(
 # --- the same as operators, so that a graph is no longer for a longer sequence
 
 
-@operator("delta_rows")
+@operator("delta_rows", cheap=True)
 def _rows(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor, rows: Sequence[int]) -> list[Tensor]:
     """O (n, c, v), the last states, and what the gradient needs beside q, k, v and beta."""
     o, S, _, _, _, _, *saved = _forward(q, k, v, g, beta, S, tuple(rows))

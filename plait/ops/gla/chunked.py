@@ -168,7 +168,7 @@ _carry = one_step(_Carry)
 # What these do, as operators: a graph would have a step for every chunk, and a kernel for every copy around a solve.
 
 
-@operator("decayed_solve")
+@operator("decayed_solve", cheap=True)
 def _solution(P: Tensor, v: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """U (n, c, v), W (n, c, k), and what the gradient needs."""
     A = torch.neg(P, out=P.new_empty(P.shape))
@@ -197,7 +197,7 @@ def _(A, X, dU, dW):
     return A.new_empty(A.shape), X.new_empty(X.shape)
 
 
-@operator("carry")
+@operator("carry", cheap=True)
 def _carried(F: Tensor, last: Tensor, M: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
     before, final = F.new_empty(F.shape), S.new_empty(S.shape)
     places = before.split(len(S))

@@ -38,7 +38,7 @@ class _Decayed(torch.autograd.Function):
 # level before's, and inductor takes minutes over the gradient's.
 
 
-@operator("decayed")
+@operator("decayed", cheap=True)
 def _forward(
     p: Tensor | None, q: Tensor, z: Tensor | None, k: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
