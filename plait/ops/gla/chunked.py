@@ -165,7 +165,7 @@ class _Carry(torch.autograd.Function):
 _carry = one_step(_Carry)
 
 
-# What these do, as operators: a graph would have a step for every chunk, and a kernel for every copy around a solve.
+# What these do, as operators: a graph would have a step for every chunk.
 
 
 @operator("decayed_solve", cheap=True)

@@ -34,8 +34,7 @@ class _Decayed(torch.autograd.Function):
         return None if p is None else dx[:, :, 0], dx[:, :, -1], None if z is None else dy[:, :, 0], dy[:, :, -1], dg
 
 
-# Operators: as steps of a graph, every level's products in place become copies of all rows and keys, each an expression of the
-# level before's, and inductor takes minutes over the gradient's.
+# Operators: with each level's products as steps of a graph inductor took minutes over the gradient's.
 
 
 @operator("decayed", cheap=True)
