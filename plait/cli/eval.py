@@ -41,7 +41,7 @@ def command(
     context: Annotated[
         int | None, typer.Option(help="ppl: tokens of context at most. [default: as in training, where that is known]")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="ppl: stop after this many tokens.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="ppl: stop at the end of the piece in which this many tokens are reached.")] = None,
     lengths: Annotated[
         str | None, typer.Option(help="recall, needle: tokens of the texts, as 512,2048. [default: 512,1024,2048]")
     ] = None,
@@ -157,7 +157,8 @@ def run_of(folder: Path) -> RunConfig | None:
 def how(context: int | None, tokens: int | None) -> str:
     """The way of measuring in words: it decides the number as much as the model does."""
     cut = f"in pieces of {context:,} tokens" if context else "each document whole"
-    return f"{cut}, each read from an empty state{f', the first {tokens:,} tokens at most' if tokens else ''}"
+    rest = " and the rest of their last piece" if context else ""
+    return f"{cut}, each read from an empty state{f', the first {tokens:,} tokens{rest}' if tokens else ''}"
 
 
 def on_heldout(

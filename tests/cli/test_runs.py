@@ -228,7 +228,7 @@ def test_eval_gives_the_number_that_training_gave(plait, run_folder, tmp_path):
         pytest.approx(trained["bits_per_byte"], rel=1e-9),
         pytest.approx(trained["heldout_loss"], rel=1e-9),
     )
-    way = "in pieces of 32 tokens, each read from an empty state, the first 64 tokens at most"
+    way = "in pieces of 32 tokens, each read from an empty state, the first 64 tokens and the rest of their last piece"
     assert ran.json["how"] == way
     assert f"measured {way}" in plait(*asked).out
     assert plait(*asked, "--tokens", "8", "--json").json["tokens"] == 32
