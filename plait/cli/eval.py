@@ -9,8 +9,8 @@ import typer
 from plait.cli.command import Outcome, say, shell
 from plait.cli.eval_found import LM, answer, checked_plan, find
 from plait.cli.options import Device, Dtype, Run
-from plait.cli.trained import Imports, load_imports, trained
-from plait.train import RunConfig, load_run
+from plait.cli.trained import Imports, load_imports, run_of, trained
+from plait.train import RunConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,12 +146,6 @@ def solver_table(layers: "dict[str, SolverRecord]") -> Any:
         row = (f"{f.calls:,}", f"{f.mean_passes:.2f}", f"{f.gap:.1e}", f"{f.fell_back:,}")
         grid.add_row(address.replace("[", r"\["), *row)
     return grid
-
-
-def run_of(folder: Path) -> RunConfig | None:
-    """The run that a checkpoint is part of."""
-    home = folder.resolve().parent.parent
-    return load_run(home) if (home / "run.yaml").is_file() and folder.resolve().parent.name == "checkpoints" else None
 
 
 def how(context: int | None, tokens: int | None) -> str:
