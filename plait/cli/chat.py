@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.command import Outcome, one_line, say, shell
+from plait.cli.command import Outcome, one_line, say
 from plait.cli.options import Device, Dtype, MinP, RepetitionPenalty, Run, Seed, Stop, Temperature, TopK, TopP
-from plait.cli.trained import Imports, load_imports, trained
+from plait.cli.trained import Imports, load_imports, perplexity_next, trained
 from plait.design.spelling import suggest
 from plait.files import letters, user_path, write_text
 
@@ -62,7 +62,7 @@ def command(
     for line in talk.lines():
         talk.turn(line)
     data = {"model": str(folder), "messages": chat.messages, "turns": talk.turns}
-    return Outcome(data, wrote=talk.wrote, next=[shell("plait", "eval", run, "ppl", *again)], failed=talk.failed)
+    return Outcome(data, wrote=talk.wrote, next=[perplexity_next(run, folder, again)], failed=talk.failed)
 
 
 class _Talk:

@@ -9,8 +9,8 @@ import typer
 from plait.cli.command import Outcome, say, shell
 from plait.cli.eval_found import LM, answer, checked_plan, find
 from plait.cli.options import Device, Dtype, Run
-from plait.cli.trained import Imports, load_imports, trained
-from plait.train import RunConfig, load_run
+from plait.cli.trained import Imports, load_imports, run_of, trained
+from plait.train import RunConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ def command(
     context: Annotated[
         int | None, typer.Option(help="ppl: tokens of context at most. [default: as in training, where that is known]")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="ppl: stop after this many tokens.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="ppl: stop at the end of the piece in which this many tokens are reached.")] = None,
     lengths: Annotated[
         str | None, typer.Option(help="recall, needle: tokens of the texts, as 512,2048. [default: 512,1024,2048]")
     ] = None,
@@ -148,16 +148,11 @@ def solver_table(layers: "dict[str, SolverRecord]") -> Any:
     return grid
 
 
-def run_of(folder: Path) -> RunConfig | None:
-    """The run that a checkpoint is part of."""
-    home = folder.resolve().parent.parent
-    return load_run(home) if (home / "run.yaml").is_file() and folder.resolve().parent.name == "checkpoints" else None
-
-
 def how(context: int | None, tokens: int | None) -> str:
     """The way of measuring in words: it decides the number as much as the model does."""
     cut = f"in pieces of {context:,} tokens" if context else "each document whole"
-    return f"{cut}, each read from an empty state{f', the first {tokens:,} tokens at most' if tokens else ''}"
+    rest = " and the rest of their last piece" if context else ""
+    return f"{cut}, each read from an empty state{f', the first {tokens:,} tokens{rest}' if tokens else ''}"
 
 
 def on_heldout(

@@ -8,7 +8,7 @@ import typer
 
 from plait.cli.command import Outcome, shell
 from plait.cli.options import Device, Dtype, MinP, RepetitionPenalty, Run, Seed, Stop, Temperature, TopK, TopP
-from plait.cli.trained import Imports, load_imports, trained
+from plait.cli.trained import Imports, load_imports, perplexity_next, trained
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,5 +63,5 @@ def command(
         pieces.append(piece)
     print(file=screen.file)
     data = {"model": str(folder), "prompt": text, "text": "".join(pieces), "seconds": time.perf_counter() - started}
-    following = shell("plait", "chat", run, *again) if chat else shell("plait", "eval", run, "ppl", *again)
+    following = shell("plait", "chat", run, *again) if chat else perplexity_next(run, folder, again)
     return Outcome(data, next=[following])

@@ -12,7 +12,7 @@ from plait.design.imports import KEY, asked, load_modules
 from plait.design.load import SAVED, read_mapping
 from plait.files import user_path
 from plait.run_folder import RUN
-from plait.train import load_run
+from plait.train import RunConfig, load_run
 
 Imports = Annotated[
     list[str] | None,
@@ -43,6 +43,18 @@ def trained(spec: str) -> Path:
     except (ValueError, OSError):
         return model_folder(path)  # which says that there is none
     raise ValueError(f"{spec}: a design without weights; train it first: {shell('plait', 'train', f'design={spec}')}")
+
+
+def run_of(folder: Path) -> RunConfig | None:
+    """The run that a checkpoint is part of."""
+    home = folder.resolve().parent.parent
+    return load_run(home) if (home / "run.yaml").is_file() and folder.resolve().parent.name == "checkpoints" else None
+
+
+def perplexity_next(run: str, folder: Path, again: list[str]) -> str:
+    """The command that measures it: on what its run held out, or on text that is always there."""
+    text = [] if run_of(folder) else ["--text", "stdlib", "--tokens", "32768"]
+    return shell("plait", "eval", run, "ppl", *text, *again)
 
 
 def _of_file(path: Path) -> Path:

@@ -183,19 +183,25 @@ def exact(value: Any, kind: Any) -> Any:
     return value
 
 
+COMPLAINT = re.compile(r"Expected `([^`]+)`( of length \d+)?, got `?([^`]+?)`?(?: - at (`key` in )?`\$([^`]*)`)?")
+
+
 def explain(message: str, data: Any, where: str) -> str:
     """msgspec's complaint in this project's words: the field, what it takes, what it got."""
-    match = re.fullmatch(r"Expected `([^`]+)`, got `([^`]+)`(?: - at `\$\.([\w.]+)`)?", message)
+    match = COMPLAINT.fullmatch(message)
     if match is None:
         return f"{where}: {message}"
-    wanted = " or ".join(WORDS.get(word, word) for word in match[1].split(" | "))
+    kinds, length, found, in_keys, path = match.groups(default="")
+    path, unnamed, _ = path.partition("[...]")  # a mapping's value, by which key is not said
     value = data
-    for name in (match[3] or "").split(".") if match[3] else ():
-        value = value.get(name) if isinstance(value, dict) else value
-    quotes = "; write it in quotes" if match[1] == "str" and match[2] in ("int", "float", "bool") else ""
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        value = value[int(index)] if index else value.get(name) if isinstance(value, dict) else value
+    wanted = " or ".join(WORDS.get(word, word) for word in kinds.split(" | ")) + length
+    of_all = " as each key" if in_keys else " for each key" if unnamed else ""
+    quotes = "; write it in quotes" if kinds == "str" and found in ("int", "float", "bool") else ""
     got = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     got = got if len(got) <= LONGEST_SHOWN else f"{got[:LONGEST_SHOWN]}..."
-    return f"{where}{f'.{match[3]}' if match[3] else ''}: expected {wanted}, got {got}{quotes}"
+    return f"{where}{path}: expected {wanted}{of_all}, got {got}{quotes}"
 
 
 def convert_kind(data: Any, kinds: dict[str, type[T]], where: str, hint: str = "") -> T:

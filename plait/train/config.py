@@ -89,7 +89,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     compile: torch.compile, each kind of slot once (a teacher's too).  device: "auto" is CUDA where there is one, else "cpu".
 
     eval_every, sample_every, save_every: steps between; 0: only at the end (a sample: never).
-    eval_tokens: held-out tokens an evaluation reads at most.
+    eval_tokens: held-out tokens after which an evaluation ends, with the piece that it is in.
     sample_prompt: what a sample continues.             keep_last: how many checkpoints stay.
     resume: "auto": go on where the folder has a checkpoint of this same run; true: there must be one, and what is not
         fixed by it (see FIXED) may have changed; false: the folder must have none.

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -228,11 +229,22 @@ def test_eval_gives_the_number_that_training_gave(plait, run_folder, tmp_path):
         pytest.approx(trained["bits_per_byte"], rel=1e-9),
         pytest.approx(trained["heldout_loss"], rel=1e-9),
     )
-    way = "in pieces of 32 tokens, each read from an empty state, the first 64 tokens at most"
+    way = "in pieces of 32 tokens, each read from an empty state, the first 64 tokens and the rest of their last piece"
     assert ran.json["how"] == way
     assert f"measured {way}" in plait(*asked).out
     assert plait(*asked, "--tokens", "8", "--json").json["tokens"] == 32
     assert plait(*asked, "--tokens", "100000", "--json").json["tokens"] > ran.json["tokens"]
+
+
+def test_what_generate_says_to_run_next_runs_for_a_model_of_no_run(plait, run_folder, tmp_path):
+    from plait import load, load_tokenizer, save
+
+    save(load(run_folder), tmp_path / "given", load_tokenizer(run_folder))
+    for model in (run_folder, tmp_path / "given"):
+        said = plait("generate", str(model), "def ", "--max-tokens", "2").err
+        (following,) = (line for line in said.splitlines() if line.startswith("next: plait "))
+        ran = plait(*shlex.split(following.removeprefix("next: plait ")), "--tokens", "40")
+        assert ran.code == 0, ran.err
 
 
 def test_eval_measures_any_text_as_it_measures_held_out_text(plait, run_folder, tmp_path):
