@@ -1,7 +1,6 @@
 """`plait eval`: how good a trained model is. What it says of perplexity is here, the rest in `plait.cli.eval_found`."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,7 +40,9 @@ def command(
     context: Annotated[
         int | None, typer.Option(help="ppl: tokens of context at most. [default: as in training, where that is known]")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="ppl: stop at the end of the piece in which this many tokens are reached.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="ppl: stop at the end of the piece in which this many tokens are reached.")
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="recall, needle: tokens of the texts, as 512,2048. [default: 512,1024,2048]")
     ] = None,

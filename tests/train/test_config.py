@@ -51,7 +51,10 @@ def test_every_key_is_documented():
         ({"data": {"heldout": 1.5}}, "data.heldout must be between 0 and 1, got 1.5"),
         ({"data": {"tokenizer": {"bpe": 100}}}, "at least 257"),
         ({"data": {"tokenizer": {"bpee": 300}}}, "did you mean 'bpe'?"),
-        ({"data": {"tokenizer": {"bpe:300": None}}}, "data.tokenizer: expected a whole number for each key, got {'bpe:300'"),
+        (
+            {"data": {"tokenizer": {"bpe:300": None}}},
+            "data.tokenizer: expected a whole number for each key, got {'bpe:300'",
+        ),
         ({"betas": [0.9, "x"]}, "run.betas[1]: expected a number, got 'x'"),
         ({"betas": [0.9]}, "run.betas: expected a list of length 2, got [0.9]"),
         ({"rates": {"A": "x"}}, "run.rates: expected a number for each key, got {'A': 'x'}"),
