@@ -195,7 +195,10 @@ def explain(message: str, data: Any, where: str) -> str:
     path, unnamed, _ = path.partition("[...]")  # a mapping's value, by which key is not said
     value = data
     for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
-        value = value[int(index)] if index else value.get(name) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = value.get(name)
+        elif index and isinstance(value, list | tuple):
+            value = value[int(index)]
     wanted = " or ".join(WORDS.get(word, word) for word in kinds.split(" | ")) + length
     of_all = " as each key" if in_keys else " for each key" if unnamed else ""
     quotes = "; write it in quotes" if kinds == "str" and found in ("int", "float", "bool") else ""
