@@ -117,7 +117,8 @@ def fitted(attention: Attention, mixer: Mapping[str, Any] | Layer | str, where: 
         raise ValueError(f"{where}: {data['kind']} with {got} cannot take these weights; what can has {can}")
     if kind is Attention:
         read_layer(data, where)  # raises for a field that does not exist
-        return attention.replace(**{"wrap": None, "shared": False, **{n: v for n, v in data.items() if n != "kind"}})
+        alone: dict[str, Any] = {"wrap": None, "shared": False, "adapter_rank": None, "adapted": ()}
+        return attention.replace(**alone | {n: v for n, v in data.items() if n != "kind"})
     default = DEFAULTS[kind](attention, data) if kind in DEFAULTS else {}
     return read_layer({**default, **needed, **data}, where)
 

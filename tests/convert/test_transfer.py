@@ -68,6 +68,15 @@ def test_a_window_over_the_whole_text_is_the_teacher(attention):
     assert differs(converted(teacher, {"window": 3}), teacher) > 1e-4
 
 
+@pytest.mark.parametrize("mixer", [{"window": T}, {"output_gate": True}, {"branches": ["gated_deltanet", "attention"]}])
+@pytest.mark.parametrize("shared", [{}, {"adapter_rank": 3}], ids=["shared", "adapted"])
+def test_a_shared_layer_is_what_each_use_made_of_it(shared, mixer):
+    teacher = teacher_of(shared=True, **shared)
+    for parameter in teacher.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)  # additions start at zero
+    assert differs(converted(teacher, mixer), teacher) <= TOLERANCE
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_new_gate_changes_nothing(bias):
     teacher = teacher_of(bias=bias)
