@@ -8,10 +8,12 @@ SINK = -4.0  # a logit that takes next to nothing of the softmax, but has a grad
 
 
 def to_attention(old: AttentionLayer, new: AttentionLayer) -> None:
-    """All weights, with a shared layer's own additions. A gate that is new starts half open, with outputs twice as large; sinks that are new start near nothing;
-    norms of q and k that are new change the layer."""
+    """All weights, a shared layer's with the additions of this use. A gate that is new starts half open, with outputs twice as
+    large; sinks that are new start near nothing; norms of q and k that are new change the layer."""
     theirs, gate = dict(old.named_parameters()), new.config.output_gate and not old.config.output_gate
-    theirs |= {f"{name}.weight": matrix(module) for name, module in old.named_modules() if isinstance(module, Projection)}
+    theirs |= {
+        f"{name}.weight": matrix(module) for name, module in old.named_modules() if isinstance(module, Projection)
+    }
     for name, parameter in new.named_parameters():
         if name == "sinks" and old.sinks is None:
             parameter.data.fill_(SINK)
