@@ -83,7 +83,7 @@ class Optimizers:
             for what, decay in (("decay", run.weight_decay), ("plain", 0.0))
             for rate, named in by_rate(groups[what], by_name)
         ]
-        self.run, self.fused = run, fused
+        self.run, self.fused, self.frozen = run, fused, {name for name, rate in by_name.items() if not rate}
         self.all: list[Any] = []
         if adamw:  # none where additions alone are trained, by Muon
             self.all.append(torch.optim.AdamW(adamw, lr=run.lr, betas=run.betas, fused=fused))
@@ -124,7 +124,7 @@ class Optimizers:
         return flat
 
     def load_tensors(self, flat: dict[str, torch.Tensor]) -> None:
-        """What `tensors` gave. Raises ValueError for a tensor of an unknown parameter."""
+        """What `tensors` gave; weights may have been frozen since. Raises ValueError for a tensor of an unknown parameter."""
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in flat.items():
             name, _, what = key.rpartition(".")
@@ -133,5 +133,5 @@ class Optimizers:
             names = [name for group in optimizer.param_groups for name in group["param_names"]]
             state = {index: by_name.pop(name) for index, name in enumerate(names) if name in by_name}
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if by_name:
-            raise ValueError(f"optimizer state for {min(by_name)!r}, which is no parameter of this run")
+        if unknown := by_name.keys() - self.frozen:
+            raise ValueError(f"optimizer state for {min(unknown)!r}, which is no parameter of this run")
