@@ -1,0 +1,1 @@
+"""Kernels of a decoding step: what `decode_kernels.py` checks and times."""
