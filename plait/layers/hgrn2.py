@@ -58,4 +58,6 @@ class HGRN2Layer(MixerModule):
             return torch.logaddexp(low, rest + F.logsigmoid(f)), torch.sigmoid(-self.bound) * torch.sigmoid(-f)
         assert bound is not None  # or it is learned
         g = F.logsigmoid(f) + math.log1p(-bound)
-        return torch.logaddexp(f.new_full((), math.log(bound)), g) if bound else g, (1 - bound) * torch.sigmoid(-f)
+        if bound:
+            g = torch.logaddexp(f.new_full((), math.log(bound)), g)  # filled there: a captured step copies nothing from the host
+        return g, (1 - bound) * torch.sigmoid(-f)
