@@ -7,7 +7,7 @@ only where something is scored, and a recurrent model's memory does not grow wit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate, groupby, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +25,7 @@ TOKENS = CHUNK  # of contexts whose states are held at once; a longer one is alo
 ON_GPU = 8  # there, where few rows are slow, it is states of as many bytes as one part in 8 of what is free
 
 Ids = Sequence[int]
+T = TypeVar("T")
 
 
 class Question(NamedTuple):
@@ -65,7 +66,7 @@ def answers(
     """
     checked = (_checked(model, question, write) for question in questions)
     size, most = (lambda _: 1, rows) if rows is not None else held(model)
-    for group in _groups(checked, size, most):
+    for group in _runs(checked, lambda question: size(len(question.context)), most):
         with evaluating(model), torch.inference_mode():
             found = _answer(model, group, write, vocab)
         yield from found
@@ -107,18 +108,18 @@ def held(model: LanguageModel) -> tuple[Callable[[int], int], int]:
     return cache(lambda tokens: state_bytes(model.design, tokens, dtype)), (free + unused) // ON_GPU
 
 
-def _groups(questions: Iterable[Question], size: Callable[[int], int], most: int) -> Iterator[list[Question]]:
-    """Neighbours whose contexts together have at most the size `most`, or one."""
-    group, used = list[Question](), 0
-    for question in questions:
-        own = size(len(question.context))
-        if group and used + own > most:
-            yield group
-            group, used = [], 0
-        group.append(question)
+def _runs(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Neighbours that together have at most the size `most`, or one item."""
+    run, used = list[T](), 0
+    for item in items:
+        own = size(item)
+        if run and used + own > most:
+            yield run
+            run, used = [], 0
+        run.append(item)
         used += own
-    if group:
-        yield group
+    if run:
+        yield run
 
 
 def _answer(model: LanguageModel, group: list[Question], write: int, vocab: int | None) -> list[Answer]:
@@ -141,7 +142,12 @@ def _score(
     total, greedy = (part.tolist() for part in firsts)
     later = [i for i, (_, choice) in enumerate(pairs) if len(choice) > 1]
     size, most = held(model)
-    for some in _within(later, [size(len(group[row].context) + len(choice)) for row, choice in pairs], most):
+
+    def read(i: int) -> int:
+        row, choice = pairs[i]
+        return size(len(group[row].context) + len(choice))
+
+    for some in _runs(later, read, most):
         choices = [pairs[i][1] for i in some]
         ln_p, likeliest = _follow(model, choices, state.select([pairs[i][0] for i in some]))
         cuts = accumulate((len(choice) - 1 for choice in choices), initial=0)
@@ -150,19 +156,6 @@ def _score(
             greedy[i] = greedy[i] and bool(likeliest[start:end].all())
     scored = iter(map(Scored, total, greedy))
     return [[next(scored) for _ in question.choices] for question in group]
-
-
-def _within(items: list[int], sizes: list[int], most: int) -> Iterator[list[int]]:
-    """Runs of items that have at most the size `most`, or one item."""
-    run, used = list[int](), 0
-    for item in items:
-        if run and used + sizes[item] > most:
-            yield run
-            run, used = [], 0
-        run.append(item)
-        used += sizes[item]
-    if run:
-        yield run
 
 
 def _follow(

@@ -59,5 +59,7 @@ class HGRN2Layer(MixerModule):
         assert bound is not None  # or it is learned
         g = F.logsigmoid(f) + math.log1p(-bound)
         if bound:
-            g = torch.logaddexp(f.new_full((), math.log(bound)), g)  # filled there: a captured step copies nothing from the host
+            g = torch.logaddexp(
+                f.new_full((), math.log(bound)), g
+            )  # filled there: a captured step reads nothing of the host's
         return g, (1 - bound) * torch.sigmoid(-f)

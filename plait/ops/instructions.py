@@ -1,6 +1,6 @@
 """Which precision a device multiplies matrices fast in, read from what it has: nothing is measured.
 
-A processor without instructions for bfloat16 still takes it, one number at a time: 20 to 70 times slower than float32.
+A processor without instructions for bfloat16 still takes it, one number at a time: 7 to 70 times slower than float32.
 """
 
 import os
