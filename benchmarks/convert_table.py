@@ -120,6 +120,7 @@ def asked(options: argparse.Namespace, row: Row, seed: int, out: Path) -> Conver
         device=options.device,
         training={"eval_tokens": options.eval_tokens, "compile": options.compile}
         | ({"batch": options.batch} if options.batch else {}),
+        **({"select_tokens": options.select_tokens} if options.select_tokens else {}),
         **row.asks,
     )
 
@@ -193,6 +194,7 @@ SAME = (
     "budget",
     "length",
     "batch",
+    "select_tokens",
     "text",
     "heldout",
     "eval_tokens",
@@ -213,7 +215,7 @@ def opened(options: argparse.Namespace) -> dict[str, Any]:
         return {"settings": settings(options), "machine": machine(), "rows": {}}
     table = json.loads(options.out.read_text(encoding="utf-8"))
     for name, value in settings(options).items():
-        if table["settings"][name] != value:
+        if table["settings"].get(name) != value:
             sys.exit(f"{options.out} has rows of --{name} {table['settings'][name]}, not {value}: give another --out")
     return table
 
@@ -272,6 +274,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=int, help="sequences in a step, of all stages; else as `plait convert` has them"
     )
+    parser.add_argument("--select-tokens", type=int, help="that rules measure on; else as `plait convert` has them")
     parser.add_argument("--compile", action="store_true", help="as `training.compile=true`")
     parser.add_argument("--text", default="stdlib", help="a source of text, as `plait convert --data` takes it")
     parser.add_argument(
