@@ -13,7 +13,7 @@ from plait.design.layers import LETTERS
 from plait.design.load import find_design
 from plait.design.yaml_core import read_yaml
 
-KEY = re.compile(r"[^\W\d]\w*(\.\w+)*")
+KEY = re.compile(r"[^\W\d]\w*(\.\w+(#\d+)?)*")  # with addresses: at.A#5.heads
 
 
 def changed_design(spec: str, arguments: Iterable[str]) -> ModelConfig:

@@ -92,7 +92,8 @@ def progress_bar(screen: Any) -> Any:
 
 def shell(*words: str) -> str:
     """A command line of these words, quoted where a shell needs it."""
-    return " ".join(f'"{word}"' if set(word) & set(" ()[]|*;&<>") else shlex.quote(word) for word in words)
+    special, alive = set(" ()[]|*;&<>#"), set('"$`\\!')  # these mean something within double quotes, too
+    return " ".join(f'"{w}"' if special & set(w) and not alive & set(w) else shlex.quote(w) for w in words)
 
 
 def fail(message: str, code: int, as_json: bool) -> int:

@@ -1,6 +1,9 @@
+import subprocess
+
 import pytest
 
-from plait.cli.changes import read_changes
+from plait.cli.changes import changed_design, read_changes
+from plait.cli.command import shell
 from plait.design import ModelConfig
 from plait.train import RunConfig
 
@@ -48,10 +51,21 @@ def test_what_is_no_whole_number_is_refused(text):
         RunConfig.from_dict({"design": "AF", **run(f"steps={text}")})
 
 
-@pytest.mark.parametrize("argument", ["dim", "=3", "a b=3", "3x=1", "a..b=1"])
+@pytest.mark.parametrize("argument", ["dim", "=3", "a b=3", "3x=1", "a..b=1", "at.A#.heads=1", "at.#0.heads=1"])
 def test_what_is_no_change_is_refused(argument):
     with pytest.raises(ValueError, match="expected key=value"):
         run(argument)
+
+
+def test_a_key_reaches_into_one_place():
+    design = ModelConfig(vocab=61, dim=64, pattern="(AF)2", at={"A#1": {"heads": 4}})
+    assert changed_design("(AF)2", ["vocab=61", "dim=64", "at.A#1.heads=4"]) == design
+
+
+@pytest.mark.parametrize("word", ["(AF)2", 'at={"A#0": {heads: 1}}', "at.A#0.heads=1", "it's $HOME", "a\\b c", "plain"])
+def test_words_shown_are_those_that_a_shell_reads(word):
+    shown = subprocess.run(["sh", "-c", f"printf %s {shell(word)}"], capture_output=True, text=True, check=True)
+    assert shown.stdout == word
 
 
 def test_a_key_given_twice_is_refused():
