@@ -176,7 +176,7 @@ def command_line(only_plan: bool, arguments: list[str], given: Mapping[str, Any]
 def halfway(screen: "Console", stages: "Stages", last: str, again: str) -> Outcome:
     """The ending of a conversion that was to stop before its end."""
     plan = stages.plan
-    say(screen, f"attention stays at {', '.join(plan.keep) or 'no layer'}; {len(plan.replace)} layers are replaced")
+    say(screen, plan.words)
     wrote = stages.folder / (f"{last}.yaml" if last == PLAN else last)
     data = {"folder": str(stages.folder), "stage": last, "plan": plan.to_dict()}
     return Outcome(data, wrote=[wrote], next=[again])

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 
-from plait.convert.parallel import Target, target, target_data
+from plait.convert.parallel import Target, is_parallel, target, target_data
 from plait.design.layers import Attention
 from plait.design.load import read_mapping
 from plait.design.model import ModelConfig
@@ -65,6 +65,16 @@ class Plan(Struct, frozen=True, kw_only=True, tag=False):
     def read(cls, path: Path) -> Self:
         """Raises ValueError naming the field that is wrong."""
         return convert(read_mapping(path), cls, str(path))
+
+    @property
+    def words(self) -> str:
+        """What becomes of the teacher's attention."""
+        beside = sum(map(is_parallel, self.replace.values()))
+        gone, of = len(self.replace) - beside, len(self.keep) + len(self.replace)
+        parts = [f"stays at {', '.join(self.keep)}"] if self.keep else []
+        parts += [f"is replaced in {gone} of {of} layers"] if gone else []
+        parts += [f"gets a branch beside it in {beside} of {of} layers"] if beside else []
+        return "attention " + ", ".join(parts)
 
     def write(self, path: Path) -> None:
         """As YAML, the old file or the whole new one."""

@@ -157,8 +157,7 @@ class Stages:
         plan.write(path)
         self.keep_asked()
         cost = f"; it took {plan.cost.tokens:,} tokens and {plan.cost.seconds:.1f} s" if plan.cost.tokens else ""
-        kept = ", ".join(plan.keep) or "none"
-        self.say(f"plan by {plan.rule}: of {len(plan.keep) + len(plan.replace)} attention layers stay {kept}{cost}")
+        self.say(f"plan by {plan.rule}: {plan.words}{cost}")
 
     def keep_asked(self) -> None:
         """Only once there is a plan: what cannot be leaves the folder to be asked again."""

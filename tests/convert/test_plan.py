@@ -32,6 +32,20 @@ def test_a_plan_is_its_file(tmp_path, mixer):
         assert ours.place("W#0").config.qk_norm is False
 
 
+@pytest.mark.parametrize(
+    "replace, words",
+    [
+        ({"A#0": "mamba2", "A#1": "gru"}, "attention stays at A#2, is replaced in 2 of 3 layers"),
+        (
+            {"A#1": {"branches": ["mamba2", "attention"]}, "A#2": "gru"},
+            "attention stays at A#0, is replaced in 1 of 3 layers, gets a branch beside it in 1 of 3 layers",
+        ),
+    ],
+)
+def test_a_plan_in_words(replace, words):
+    assert Plan.of(teacher_of(), "x", replace).words == words
+
+
 def test_a_person_may_leave_sizes_out(tmp_path):
     teacher = teacher_of()
     text = f"teacher: x\nteacher_hash: {teacher_hash(teacher)}\nreplace:\n  A#1: {{kind: gated_deltanet}}\nkeep: [A#0, A#2]\n"

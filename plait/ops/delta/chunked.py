@@ -70,7 +70,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @gradient
-    def backward(ctx, do: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodoverride]
+    def backward(ctx, do: Tensor, dS: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return *_rows_backward(ctx.saved_tensors, do, dS, ctx.rows), None
 
 
