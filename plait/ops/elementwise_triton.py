@@ -1,4 +1,4 @@
-"""What a decoding step does number by number between its products, as one Triton kernel each; in float32 inside."""
+"""What is done number by number between products, as one Triton kernel each; in float32 inside."""
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
 # (it reads kernels as Python, in which triton's functions only raise)
@@ -26,6 +26,37 @@ def swiglu(hidden: Tensor, out: Tensor) -> None:
     n, H = out.shape
     block = min(BLOCK, triton.next_power_of_2(H))
     launch(_swiglu, n * -(-H // block), hidden, out, hidden.stride(0), H=H, BLOCK=block, num_warps=4)
+
+
+@kernel
+def _swiglu_gradient(hidden, dy, dhidden, hidden_b, dy_b, H: tl.constexpr, BLOCK: tl.constexpr):
+    blocks: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    row, c = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(hidden + row * hidden_b + c, mask=c < H, other=0.0).to(tl.float32)
+    up = tl.load(hidden + row * hidden_b + H + c, mask=c < H, other=0.0).to(tl.float32)
+    d = tl.load(dy + row * dy_b + c, mask=c < H, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    there = dhidden + row * (2 * H) + c
+    tl.store(there, (d * up * s * (1 + gate * (1 - s))).to(dhidden.dtype.element_ty), mask=c < H)
+    tl.store(there + H, (d * gate * s).to(dhidden.dtype.element_ty), mask=c < H)
+
+
+def swiglu_gradient(hidden: Tensor, dy: Tensor, out: Tensor) -> None:
+    """hidden and out (n, 2 h), dy (n, h)."""
+    n, H = dy.shape
+    block = min(2 * BLOCK, triton.next_power_of_2(H))
+    launch(
+        _swiglu_gradient,
+        n * -(-H // block),
+        hidden,
+        dy,
+        out,
+        hidden.stride(0),
+        dy.stride(0),
+        H=H,
+        BLOCK=block,
+        num_warps=4,
+    )
 
 
 @kernel

@@ -54,8 +54,10 @@ def _gelu_backward(dy: Tensor, gate: Tensor, out: Tensor | None = None, form: st
     return backward(dy, gate, approximate=form, **place)
 
 
-def _gated(act: Callable[..., Tensor], act_backward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """act(gate) up as one step of a graph."""
+def _gated(
+    act: Callable[..., Tensor], act_backward: Callable[..., Tensor], on_gpu: Callable[..., Tensor] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """act(gate) up as one step of a graph. on_gpu: the gradient of (hidden, dy) as one operator, for up to float32."""
 
     class Gated(torch.autograd.Function):
         """Keeps only its input, and computes both halves of the gradient where they are to lie: autograd would keep four
@@ -71,6 +73,8 @@ def _gated(act: Callable[..., Tensor], act_backward: Callable[..., Tensor]) -> C
         @gradient
         def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
             (hidden,) = ctx.saved_tensors
+            if on_gpu is not None and hidden.is_cuda and hidden.dtype != torch.float64:
+                return on_gpu(hidden, dy)
             gate, up = hidden.chunk(2, -1)
             if torch.compiler.is_compiling():  # it makes one pass of this, and refuses to be told where
                 return torch.cat([act_backward(dy * up, gate), act(gate) * dy], -1)
@@ -81,11 +85,6 @@ def _gated(act: Callable[..., Tensor], act_backward: Callable[..., Tensor]) -> C
             return dhidden
 
     return one_step(Gated)
-
-
-_swiglu = _gated(_silu, _silu_backward)
-_geglu = _gated(_gelu, _gelu_backward)
-_exact_geglu = _gated(partial(_gelu, form=EXACT), partial(_gelu_backward, form=EXACT))
 
 
 @operator("swiglu", cheap=True)
@@ -101,3 +100,24 @@ def _rows(hidden: Tensor) -> Tensor:
 @torch.library.register_fake("plait::swiglu")
 def _(hidden):
     return hidden.new_empty(*hidden.shape[:-1], hidden.shape[-1] // 2)
+
+
+@operator("swiglu_gradient")
+def _gradient(hidden: Tensor, dy: Tensor) -> Tensor:
+    """Compiled from formulas each half would be a kernel that reads all."""
+    from plait.ops import elementwise_triton
+
+    out = hidden.new_empty(hidden.shape)
+    rows = (x.reshape(-1, x.shape[-1]) for x in (hidden, dy))
+    elementwise_triton.swiglu_gradient(*rows, out.view(-1, out.shape[-1]))
+    return out
+
+
+@torch.library.register_fake("plait::swiglu_gradient")
+def _(hidden, dy):
+    return hidden.new_empty(hidden.shape)
+
+
+_swiglu = _gated(_silu, _silu_backward, _gradient)
+_geglu = _gated(_gelu, _gelu_backward)
+_exact_geglu = _gated(partial(_gelu, form=EXACT), partial(_gelu_backward, form=EXACT))

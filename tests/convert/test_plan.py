@@ -33,7 +33,7 @@ def test_a_plan_is_its_file(tmp_path, mixer):
 
 
 @pytest.mark.parametrize(
-    "replace, words",
+    ("replace", "words"),
     [
         ({"A#0": "mamba2", "A#1": "gru"}, "attention stays at A#2, is replaced in 2 of 3 layers"),
         (
