@@ -108,8 +108,8 @@ def _gradient(hidden: Tensor, dy: Tensor) -> Tensor:
     from plait.ops import elementwise_triton
 
     out = hidden.new_empty(hidden.shape)
-    rows = (x.reshape(-1, x.shape[-1]) for x in (hidden, dy))
-    elementwise_triton.swiglu_gradient(*rows, out.view(-1, out.shape[-1]))
+    read, given, made = (x.reshape(-1, x.shape[-1]) for x in (hidden, dy, out))
+    elementwise_triton.swiglu_gradient(read, given, made)
     return out
 
 
