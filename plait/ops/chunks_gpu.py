@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plait.ops.graph import gradient, one_step
 from plait.ops.kernels import Call
-from plait.ops.operator import operator
+from plait.ops.operator import evenly, operator
 from plait.ops.packing import CHUNK, Packing, sent
 from plait.ops.token import ARCHITECTURE
 
@@ -67,19 +67,13 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in `ssd` and, with `beta`, in `gated_delta`; with a decay per channel, in `gla` and `gated_delta`."""
     dtype = v.dtype
-    q, k, v = (_laid_out(x.to(dtype)) for x in (q, k, v))
-    g, beta = _laid_out(g), None if beta is None else _laid_out(beta)
+    q, k, v = (evenly(x.to(dtype)) for x in (q, k, v))
+    g, beta = evenly(g), None if beta is None else evenly(beta)
     cu_seqlens = None if packing is None else packing.cu_seqlens
     first = None if state is None else state.float().contiguous()
     learned = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, beta, state))
     o, last = _chunked(q, k, v, g, beta, first, cu_seqlens, scale, learned)
     return o, None if state is None else last.to(state.dtype)
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    """Rows (b, t) that follow one another evenly, whatever lies between them; numbers of a head side by side."""
-    even = x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1
-    return x if even and (x.ndim == 3 or x.stride(3) == 1) else x.contiguous()
 
 
 class _Chunked(torch.autograd.Function):
@@ -179,7 +173,7 @@ def _backward(
     dbeta = None if beta is None else torch.empty(beta.shape, device=g.device)
     first = v.new_empty(_sequences(v, cu_seqlens) if has_state else 0, h, v.shape[3], k.shape[3], dtype=torch.float32)
     _kernels(g).run_backward(
-        q, k, v, g, beta, _laid_out(do.to(v.dtype)), None if dlast is None else dlast.float().contiguous(),
+        q, k, v, g, beta, evenly(do.to(v.dtype)), None if dlast is None else dlast.float().contiguous(),
         before, T, written, dq, dk, dv, dg, dbeta, first, _planned(cu_seqlens, v.device), scale,
     )  # fmt: skip
     dq, dk = (_of_groups(d, x.shape[2]) for d, x in ((dq, q), (dk, k)))

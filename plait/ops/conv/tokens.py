@@ -5,7 +5,7 @@ from torch import Tensor
 
 from plait.ops.graph import gradient, one_step
 from plait.ops.kernels import Call
-from plait.ops.operator import operator
+from plait.ops.operator import evenly, operator
 from plait.ops.packing import Packing
 from plait.ops.token import ARCHITECTURE, DTYPES
 
@@ -31,8 +31,6 @@ def run(
     x: Tensor, weight: Tensor, bias: Tensor | None, skip: int | None, packing: Packing | None, silu: bool = False
 ) -> Tensor:
     """Shapes as in `reference.run`; silu: of what comes out."""
-    if x.stride(2) != 1 or (x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
-        x = x.contiguous()
     y = _filtered(x, weight, bias, None if packing is None else packing.offsets, silu)
     return y[:, skip:] if skip else y
 
@@ -56,12 +54,12 @@ class _Filtered(torch.autograd.Function):
 _filtered = one_step(_Filtered)
 
 
-@operator("conv_tokens", cheap=True)
+@operator("conv_tokens", cheap=True, strided=True)
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor | None, silu: bool) -> Tensor:
     from plait.ops.conv import tokens_triton
 
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tokens_triton.run_forth(x, weight, bias, offsets, y, silu)
+    tokens_triton.run_forth(evenly(x), weight, bias, offsets, y, silu)
     return y
 
 
@@ -70,7 +68,7 @@ def _(x, weight, bias, offsets, silu):
     return x.new_empty(x.shape)
 
 
-@operator("conv_tokens_backward")
+@operator("conv_tokens_backward", strided=True)
 def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor | None, dy: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -78,7 +76,7 @@ def _backward(
     from plait.ops.conv import tokens_triton
 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = tokens_triton.run_back(x, weight, bias, offsets, dy.contiguous(), dx, silu)
+    sums = tokens_triton.run_back(evenly(x), weight, bias, offsets, evenly(dy), dx, silu)
     return dx, sums
 
 
