@@ -44,6 +44,19 @@ def test_forty_eight_layers_with_forty_eight_head_counts(tmp_path):
     assert model.place("A#7").qkv_proj.weight.shape[0] == 3 * 8 * 4
 
 
+@pytest.mark.parametrize("first", [{"kind": "gelu", "hidden": 9}, {"shared": False}, {"kind": "gru", "heads": 2}])
+def test_the_first_of_shared_layers_may_be_another(first):
+    """Then what is shared is drawn and counted where it is first used."""
+    layers = {"F": plait.SwiGLU(hidden=40, shared=True)}
+    design = plait.ModelConfig(vocab=31, dim=64, pattern="F[FA|F]F", layers=layers, at={"F#0": first})
+    model = plait.build(design)
+    assert {w.name: w.shape for w in declared.weights(design)} == {
+        name: tuple(p.shape) for name, p in model.named_parameters()
+    }
+    assert model.place("F#1") is model.place("F#3")
+    assert model(TOKENS)[0].isfinite().all()
+
+
 def test_mixed_norms_a_factor_and_a_capped_head(tmp_path):
     """Trained, saved, loaded, generated from."""
     design = plait.ModelConfig(
