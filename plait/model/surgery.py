@@ -63,7 +63,7 @@ class _Swap:
     def __init__(self, design: ModelConfig, model: LanguageModel, index: int, seed: int):
         self.design, self.seed, self.prefix = design, seed, f"slots.{index}."
         self.device, self.dtype = model.device, model.dtype
-        self.training = model.training
+        self.training, self.old = model.training, set(model.modules())
         self.weights = {weight.name: weight for weight in declared.weights(design)}
 
     def slot(self, before: Node, now: Node, module: nn.Module) -> nn.Module:
@@ -141,7 +141,7 @@ class _Swap:
     def _like_model(self, module: Any) -> Any:
         """New norms in the model's dtype and on its device; what it is made of is there already."""
         for child in module.modules():
-            if isinstance(child, Norm) and child.weight.device != self.device:
+            if isinstance(child, Norm) and child not in self.old:
                 child.to(self.device, self.dtype)
         return module
 

@@ -293,6 +293,21 @@ class TestPlaces:
         plait.save(student, tmp_path)
         assert torch.equal(plait.load(tmp_path)(TOKENS)[0], student(TOKENS)[0])
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize(
+        "change", [{"A#1": {"wrap": {"norms": "both"}}}, {"F#1": "[D|F]"}, {"par#0": {"merge": "average"}}]
+    )
+    def test_new_norms_have_the_model_s_dtype(self, change, dtype):
+        student = plait.swap(plait.build(self.design, dtype=dtype), change)
+        fresh = plait.build(student.design, dtype=dtype)
+        assert {n: p.dtype for n, p in student.named_parameters()} == {n: p.dtype for n, p in fresh.named_parameters()}
+
+    def test_norms_that_stay_keep_their_dtype(self):
+        model = plait.build(self.design, dtype=torch.bfloat16)
+        model.slots[0].norm.float()
+        plait.swap(model, {"A#0": {"kv_heads": 1}, "F#0": "gelu", "par#0": {"wrap": {"factor": 0.5}}})
+        assert model.slots[0].norm.weight.dtype == torch.float32
+
     def test_swap_survives_a_file(self, tmp_path):
         student = plait.swap(plait.build(self.design, dtype=torch.bfloat16), {"A#1": "gru", "par#0": plait.GELU()})
         assert {p.dtype for p in student.parameters()} <= {torch.bfloat16, torch.float32}
