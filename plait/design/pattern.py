@@ -67,6 +67,11 @@ def parse(text: str) -> Chain:
     return chain
 
 
+def is_letter(name: str) -> bool:
+    """Whether a pattern can name a layer so."""
+    return _LETTER.fullmatch(name) is not None
+
+
 def letters(chain: Chain) -> Iterator[Letter]:
     """Every letter, left to right, branches included."""
     for item in chain:
