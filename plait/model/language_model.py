@@ -348,6 +348,7 @@ class LanguageModel(nn.Module):
 
     def state_spec(self, batch: int = 1, length: int = 0) -> StateSpec:
         """Shapes, dtypes and bytes of the state of `batch` sequences of `length` tokens; allocates nothing."""
+        batch, length = whole_number("state_spec: batch", batch, 1), whole_number("state_spec: length", length, 0)
         return count.state_spec(self.design, batch, length, str(self.dtype).removeprefix("torch."))
 
     def _checked_inputs(self, inputs: Tensor) -> Tensor:

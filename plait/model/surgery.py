@@ -30,6 +30,8 @@ def swap(model: LanguageModel, changes: Mapping[str, Any], *, seed: int = 0) -> 
     that stood there keep their modules; at a parallel slot, the address of the one of its layers that stays. Raises
     ValueError for an address, a field or a size that does not exist or fit.
     """
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"swap takes changes by address, as in {{'A#3': 'gru'}}; got {changes!r}")
     design = with_places(model.design, changes)
     student = copy.copy(model)
     student._modules, student._parameters = dict(model._modules), dict(model._parameters)

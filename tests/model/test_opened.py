@@ -341,6 +341,7 @@ class TestPlaces:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
+            (["A#1"], r"swap takes changes by address, as in {'A#3': 'gru'}; got \['A#1'\]"),
             ({"A#1": "[D|Q]"}, "swap A#1: no layer is bound to 'Q'"),
             ({"A#1": "[D|AF]"}, "swap A#1: a branch here is one layer, got 'AF'"),
             ({"A#1": "[D|A]F"}, "swap A#1: '.D|A.F' is more than one slot"),

@@ -192,6 +192,8 @@ def test_another_batch_refuses_it(model, state):
 def test_init_state_of_nothing(model, batch, length):
     with pytest.raises(ValueError, match="init_state: (batch|length) must be a whole number"):
         model.init_state(batch, length)
+    with pytest.raises(ValueError, match="state_spec: (batch|length) must be a whole number"):
+        model.state_spec(batch, length)
 
 
 class TestWriteAtomic:
