@@ -263,8 +263,15 @@ class LanguageModel(nn.Module):
         `state` is one value per slot of the model; `plait.layers.context_for(hidden)` makes a fresh context.
         """
         after, modules, indices = [], list(self.slots), list(self._indices(slots))
+        if self.reads_embeddings and "x0" not in context.shared:
+            for i in indices:
+                if self.design.slots[i].wrap.reads == "stream_and_embeddings":
+                    raise ValueError(
+                        f"{self.design.slots[i].address} reads the embeddings too, which this context does not hold; take the "
+                        "one that model.stream(tokens) gives"
+                    )
         decoding = context.rows is not None and few_rows(hidden)
-        for i, following in zip(indices, [*indices[1:], None], strict=True):
+        for i, following in zip(indices, [*indices, None][1:], strict=True):
             if decoding:
                 norm = self.norm if following is None else getattr(modules[following], "norm", None)
                 announce(modules[i], norm, context)
@@ -283,6 +290,8 @@ class LanguageModel(nn.Module):
         for slot in slots:
             if isinstance(slot, str) and slot not in by_address:
                 raise ValueError(f"there is no slot {slot!r}; {nearest_place(slot, by_address)}")
+            if not isinstance(slot, str) and slot not in range(-len(everything), len(everything)):
+                raise ValueError(f"there is no slot {slot!r}; the model has {len(everything)}, from 0 on")
             found.append(by_address[slot] if isinstance(slot, str) else everything[slot])
         return found
 

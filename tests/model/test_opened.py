@@ -372,8 +372,22 @@ class TestPlaces:
             first, _ = model.run(x, context_for(x), slots=slice(0, 1))
             rest, _ = model.run(first, context_for(x), slots=["F#1", "A#1"])
             torch.testing.assert_close(model.head(model.norm(rest)), model(TOKENS)[0])
+        assert model.run(x, context_for(x), slots=slice(0, 0)) == (x, ())
         with pytest.raises(ValueError, match="there is no slot 'A#0'"):
             model.run(x, context_for(x), slots=["A#0"])
+        with pytest.raises(ValueError, match="there is no slot 3; the model has 3"):
+            model.run(x, context_for(x), slots=[0, 3])
+
+    def test_part_of_a_stack_that_reads_the_embeddings(self):
+        at = {"A#1": {"wrap": {"reads": "stream_and_embeddings"}}}
+        model = plait.build(self.design.replace(at=at))
+        with torch.no_grad():
+            x, context = model.stream(TOKENS)
+            x, _ = model.run(x, context, slots=["par#0", "F#1"])
+            with pytest.raises(ValueError, match=r"A#1 reads the embeddings too, which .* model.stream\(tokens\) gives"):
+                model.run(x, context_for(x), slots=["A#1"])
+            x, _ = model.run(x, context, slots=["A#1"])
+            assert torch.equal(model.head(model.norm(x)), model(TOKENS)[0])
 
 
 @pytest.mark.parametrize(
