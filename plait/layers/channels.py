@@ -36,7 +36,9 @@ class Outbox:
         if instead is None:
             return x
         if not isinstance(instead, Tensor) or instead.shape != x.shape:  # sums would stretch it
-            raise ValueError(f"a listener to {place[1]!r} gives {_what(x)}, or None for no change; got {_what(instead)}")
+            raise ValueError(
+                f"a listener to {place[1]!r} gives {_what(x)}, or None for no change; got {_what(instead)}"
+            )
         return instead
 
 

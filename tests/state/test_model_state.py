@@ -172,7 +172,9 @@ def test_another_design_refuses_it(state, other):
 
 @pytest.mark.parametrize("other", [DESIGN.replace(vocab=18), DESIGN.replace(pattern="M")])
 def test_states_of_another_design_do_not_join(state, other):
-    with pytest.raises(ValueError, match=f"join takes .* all of one design; got those of .*{plait.build(other).design.hash}"):
+    with pytest.raises(
+        ValueError, match=f"join takes .* all of one design; got those of .*{plait.build(other).design.hash}"
+    ):
         ModelState.join([state, plait.build(other).init_state()])
 
 
