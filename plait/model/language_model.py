@@ -364,10 +364,11 @@ class LanguageModel(nn.Module):
         if isinstance(self.design.front, Tokens):
             return self._checked_tokens(inputs)
         features = self.design.front.features
-        if inputs.ndim != 3 or not inputs.is_floating_point() or inputs.shape[-1] != features:
+        tensor = isinstance(inputs, Tensor)
+        if not tensor or inputs.ndim != 3 or not inputs.is_floating_point() or inputs.shape[-1] != features:
             raise ValueError(
                 f"this model reads vectors: expected floating point numbers of shape (batch, time, {features}), "
-                f"got {tuple(inputs.shape)} {inputs.dtype}"
+                f"got {f'{tuple(inputs.shape)} {inputs.dtype}' if tensor else type(inputs).__name__}"
             )
         if inputs.numel() == 0:
             raise ValueError(

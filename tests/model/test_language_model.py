@@ -56,6 +56,9 @@ class TestBuild:
     def test_from_a_name_or_data(self):
         assert plait.build("tiny").design == plait.load_design("tiny")
         assert plait.build(DESIGN.to_dict()).design == DESIGN
+        for wrong in (None, 3, ["AF"]):
+            with pytest.raises(ValueError, match="a design is a ModelConfig, plain data, or the name of"):
+                plait.build(wrong)
 
     def test_tied_and_untied(self):
         tied = plait.build(DESIGN)

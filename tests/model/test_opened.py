@@ -108,6 +108,7 @@ def test_frames(head, tmp_path):
             plait.Vectors(features=7),
             "reads vectors: expected floating point numbers",
         ),
+        ([[0.5] * 7], plait.Vectors(features=7), r"shape \(batch, time, 7\), got list"),
         (torch.randn(1, 4, 6), plait.Vectors(features=7), r"shape \(batch, time, 7\)"),
     ],
 )
@@ -384,7 +385,9 @@ class TestPlaces:
         with torch.no_grad():
             x, context = model.stream(TOKENS)
             x, _ = model.run(x, context, slots=["par#0", "F#1"])
-            with pytest.raises(ValueError, match=r"A#1 reads the embeddings too, which .* model.stream\(tokens\) gives"):
+            with pytest.raises(
+                ValueError, match=r"A#1 reads the embeddings too, which .* model.stream\(tokens\) gives"
+            ):
                 model.run(x, context_for(x), slots=["A#1"])
             x, _ = model.run(x, context, slots=["A#1"])
             assert torch.equal(model.head(model.norm(x)), model(TOKENS)[0])
