@@ -5,10 +5,9 @@ import torch
 from plait.design import declared
 from plait.design.load import load_design
 from plait.design.model import ModelConfig
-from plait.design.spec import BYTES
 from plait.design.weights import FLOAT32
 from plait.layers.start import start
-from plait.model.device import check_room
+from plait.model.device import check_dtype, check_room
 from plait.model.language_model import LanguageModel
 
 
@@ -22,7 +21,7 @@ def build(
     """A model whose every weight depends on `seed` and its own name alone: not on other layers, the device, or what torch's
     random state and default dtype are. On the device "meta" it has no values; `init_weights` then fills it in."""
     design = load_design(design)
-    _check(dtype)
+    check_dtype(dtype)
     if torch.device(device).type == "meta":
         return empty_model(design, device=device, dtype=dtype)
     check_room(design, torch.device(device), dtype)
@@ -33,14 +32,9 @@ def empty_model(
     design: ModelConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
     """A model with room for weights, which are whatever was in memory."""
-    _check(dtype)
+    check_dtype(dtype)
     with torch.inference_mode(False), torch.device(device):
         return to_dtype(LanguageModel(design), dtype)
-
-
-def _check(dtype: torch.dtype) -> None:
-    if dtype not in [getattr(torch, name) for name in BYTES]:
-        raise ValueError(f"dtype must be one of {', '.join(f'torch.{name}' for name in BYTES)}; got {dtype!r}")
 
 
 def init_weights(model: LanguageModel, seed: int = 0) -> LanguageModel:
