@@ -67,7 +67,8 @@ def _node(design: ModelConfig, node: Node, name: str, uses: set[str]) -> Weights
 def _layer(design: ModelConfig, place: Place, name: str, uses: set[str]) -> Weights:
     layer, reads = place.layer, place.wrap.width(design.dim)
     own = () if layer.shared and place.letter in uses else layer.weights(design.dim, reads)
-    uses.add(place.letter)
+    if layer.shared:  # not where `at` puts another layer
+        uses.add(place.letter)
     return tuple(weight.inside(name) for weight in (*own, *layer.adapters(design.dim, reads)))
 
 

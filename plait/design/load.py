@@ -77,8 +77,12 @@ def load_design(spec: str | Path | dict[str, Any] | ModelConfig, **overrides: An
         data, ours = spec.to_dict(), False
     elif isinstance(spec, dict):
         data, ours = spec, True
-    else:
+    elif isinstance(spec, str | os.PathLike):
         data, ours = find_design(spec)
+    else:
+        raise ValueError(
+            f"a design is a ModelConfig, plain data, or the name of a preset, pattern or file; got {spec!r}"
+        )
     if ours:
         load_modules(asked(data))
     return ModelConfig.from_dict(override(data, {key: value for key, value in overrides.items() if key != KEY}))

@@ -60,6 +60,12 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
         at_most(self, "dim", MAX_DIM)
         at_most(self, "vocab", MAX_VOCAB)
         positive(self, "vocab", "dim")
+        for name in self.layers:
+            if not patterns.is_letter(name):
+                raise ValueError(
+                    f"layers: {name!r} is no letter of a pattern, which is a capital with lower case behind it, as A and Aw; "
+                    "a single layer is changed in `at`"
+                )
         own = {letter.name for letter in patterns.letters(self.chain)}  # what is not plait's is written down
         bound = {name: layer for name, layer in LETTERS.items() if name in own and is_own(layer)} | self.layers
         self._set("layers", {name: read_layer(layer, f"layers.{name}") for name, layer in bound.items()})

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 MAX_SLOTS = 10_000  # letters in all; a typing slip such as "A99999999" should be an error, not an hour of building
+MAX_DEPTH = 64  # brackets inside each other; modules nested some hundred deep are more than Python can call or copy
 
 _LETTER = re.compile(r"[A-Z][a-z]*")
 _NAME = re.compile(r"[a-z_]+")
@@ -67,6 +68,11 @@ def parse(text: str) -> Chain:
     return chain
 
 
+def is_letter(name: str) -> bool:
+    """Whether a pattern can name a layer so."""
+    return _LETTER.fullmatch(name) is not None
+
+
 def letters(chain: Chain) -> Iterator[Letter]:
     """Every letter, left to right, branches included."""
     for item in chain:
@@ -81,7 +87,7 @@ class _Reader:
     """Recursive descent; each method takes a position and gives what it read and the position after it."""
 
     def __init__(self, text: str):
-        self.text = text
+        self.text, self.depth = text, 0
 
     def error(self, at: int, reason: str) -> PatternError:
         return PatternError(self.text, at + 1, reason)
@@ -137,12 +143,15 @@ class _Reader:
 
     def parallel(self, opened: int) -> tuple[Chain, int]:
         branches, at = [], opened
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise self.error(opened, f"more than {MAX_DEPTH} parallel slots inside each other")
         while True:
             branch, at = self.chain(at + 1, closers="|])")
             branches.append(branch)
             if self.peek(at) != "|":
                 break
-        at = self.closed(at, "]", opened)
+        at, self.depth = self.closed(at, "]", opened), self.depth - 1
         if len(branches) < 2:
             raise self.error(at - 1, "one branch alone is not parallel: write '[M|A]', or drop the brackets")
         merge, start, at = self.merge(at)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from plait.data.tokenizer import Tokenizer
+from plait.design.ends import Logits, Tokens
 from plait.engine.prefill import prefill
 from plait.engine.sampling import Sampling, check_finite, not_finite
 from plait.engine.step import Step
@@ -190,7 +191,10 @@ def check_vocab(model: LanguageModel, tokenizer: Tokenizer) -> None:
 
 def check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
     """`max_tokens` as an int. Raises ValueError for what cannot be continued."""
-    max_tokens = whole_number("max_tokens", max_tokens, 1)
+    max_tokens, front, head = whole_number("max_tokens", max_tokens, 1), model.design.front, model.design.head
+    if not (isinstance(front, Tokens) and isinstance(head, Logits)):
+        ends = f"{type(front).__name__} to {type(head).__name__}"
+        raise ValueError(f"a text is continued by a model from Tokens to Logits; this one goes from {ends}")
     for row, prompt in enumerate(prompts):
         name = "the prompt" if len(prompts) == 1 else f"prompt {row}"
         if not isinstance(prompt, Iterable) or isinstance(prompt, str):
@@ -207,8 +211,8 @@ def check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: in
             left = model.max_positions - len(prompt) + 1
             hint = f"give max_tokens={left} or fewer" if left > 0 else "shorten it"
             raise ValueError(
-                f"{name} of {len(prompt)} tokens with max_tokens={max_tokens} is longer than RoPE was configured for "
-                f"(max_positions {model.max_positions}); {hint}"
+                f"{name} of {len(prompt)} tokens with max_tokens={max_tokens} is longer than this model's positions "
+                f"go (max_positions {model.max_positions}); {hint}"
             )
     return max_tokens
 

@@ -33,7 +33,13 @@ class Outbox:
         self.taps.append(place)
         listener = self.listeners.get(place)
         instead = None if listener is None else listener(x)
-        return x if instead is None else instead
+        if instead is None:
+            return x
+        if not isinstance(instead, Tensor) or instead.shape != x.shape:  # sums would stretch it
+            raise ValueError(
+                f"a listener to {place[1]!r} gives {_what(x)}, or None for no change; got {_what(instead)}"
+            )
+        return instead
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from plait.design.load import load_design
 from plait.design.model import ModelConfig
 from plait.design.weights import FLOAT32
 from plait.layers.start import start
-from plait.model.device import check_room
+from plait.model.device import check_dtype, check_room
 from plait.model.language_model import LanguageModel
 
 
@@ -21,6 +21,7 @@ def build(
     """A model whose every weight depends on `seed` and its own name alone: not on other layers, the device, or what torch's
     random state and default dtype are. On the device "meta" it has no values; `init_weights` then fills it in."""
     design = load_design(design)
+    check_dtype(dtype)
     if torch.device(device).type == "meta":
         return empty_model(design, device=device, dtype=dtype)
     check_room(design, torch.device(device), dtype)
@@ -31,8 +32,7 @@ def empty_model(
     design: ModelConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
     """A model with room for weights, which are whatever was in memory."""
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating point type such as torch.float32, got {dtype}")
+    check_dtype(dtype)
     with torch.inference_mode(False), torch.device(device):
         return to_dtype(LanguageModel(design), dtype)
 

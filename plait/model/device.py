@@ -31,6 +31,12 @@ def find_dtype(name: str | None) -> torch.dtype | None:
     return getattr(torch, name)
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError for what is no dtype of weights."""
+    if dtype not in [getattr(torch, name) for name in BYTES]:
+        raise ValueError(f"dtype must be one of {', '.join(f'torch.{name}' for name in BYTES)}; got {dtype!r}")
+
+
 def check_room(design: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raise ValueError where a model's weights alone are more than all memory that the device has."""
     name, have = str(dtype).removeprefix("torch."), memory(device)

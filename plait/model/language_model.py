@@ -263,8 +263,15 @@ class LanguageModel(nn.Module):
         `state` is one value per slot of the model; `plait.layers.context_for(hidden)` makes a fresh context.
         """
         after, modules, indices = [], list(self.slots), list(self._indices(slots))
+        if self.reads_embeddings and "x0" not in context.shared:
+            for i in indices:
+                if self.design.slots[i].wrap.reads == "stream_and_embeddings":
+                    raise ValueError(
+                        f"{self.design.slots[i].address} reads the embeddings too, which this context does not hold; take the "
+                        "one that model.stream(tokens) gives"
+                    )
         decoding = context.rows is not None and few_rows(hidden)
-        for i, following in zip(indices, [*indices[1:], None], strict=True):
+        for i, following in zip(indices, [*indices, None][1:], strict=True):
             if decoding:
                 norm = self.norm if following is None else getattr(modules[following], "norm", None)
                 announce(modules[i], norm, context)
@@ -283,6 +290,8 @@ class LanguageModel(nn.Module):
         for slot in slots:
             if isinstance(slot, str) and slot not in by_address:
                 raise ValueError(f"there is no slot {slot!r}; {nearest_place(slot, by_address)}")
+            if not isinstance(slot, str) and slot not in range(-len(everything), len(everything)):
+                raise ValueError(f"there is no slot {slot!r}; the model has {len(everything)}, from 0 on")
             found.append(by_address[slot] if isinstance(slot, str) else everything[slot])
         return found
 
@@ -348,16 +357,18 @@ class LanguageModel(nn.Module):
 
     def state_spec(self, batch: int = 1, length: int = 0) -> StateSpec:
         """Shapes, dtypes and bytes of the state of `batch` sequences of `length` tokens; allocates nothing."""
+        batch, length = whole_number("state_spec: batch", batch, 1), whole_number("state_spec: length", length, 0)
         return count.state_spec(self.design, batch, length, str(self.dtype).removeprefix("torch."))
 
     def _checked_inputs(self, inputs: Tensor) -> Tensor:
         if isinstance(self.design.front, Tokens):
             return self._checked_tokens(inputs)
         features = self.design.front.features
-        if inputs.ndim != 3 or not inputs.is_floating_point() or inputs.shape[-1] != features:
+        tensor = isinstance(inputs, Tensor)
+        if not tensor or inputs.ndim != 3 or not inputs.is_floating_point() or inputs.shape[-1] != features:
             raise ValueError(
                 f"this model reads vectors: expected floating point numbers of shape (batch, time, {features}), "
-                f"got {tuple(inputs.shape)} {inputs.dtype}"
+                f"got {f'{tuple(inputs.shape)} {inputs.dtype}' if tensor else type(inputs).__name__}"
             )
         if inputs.numel() == 0:
             raise ValueError(

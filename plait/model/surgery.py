@@ -30,6 +30,8 @@ def swap(model: LanguageModel, changes: Mapping[str, Any], *, seed: int = 0) -> 
     that stood there keep their modules; at a parallel slot, the address of the one of its layers that stays. Raises
     ValueError for an address, a field or a size that does not exist or fit.
     """
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"swap takes changes by address, as in {{'A#3': 'gru'}}; got {changes!r}")
     design = with_places(model.design, changes)
     student = copy.copy(model)
     student._modules, student._parameters = dict(model._modules), dict(model._parameters)
@@ -63,7 +65,7 @@ class _Swap:
     def __init__(self, design: ModelConfig, model: LanguageModel, index: int, seed: int):
         self.design, self.seed, self.prefix = design, seed, f"slots.{index}."
         self.device, self.dtype = model.device, model.dtype
-        self.training = model.training
+        self.training, self.old = model.training, set(model.modules())
         self.weights = {weight.name: weight for weight in declared.weights(design)}
 
     def slot(self, before: Node, now: Node, module: nn.Module) -> nn.Module:
@@ -141,7 +143,7 @@ class _Swap:
     def _like_model(self, module: Any) -> Any:
         """New norms in the model's dtype and on its device; what it is made of is there already."""
         for child in module.modules():
-            if isinstance(child, Norm) and child.weight.device != self.device:
+            if isinstance(child, Norm) and child not in self.old:
                 child.to(self.device, self.dtype)
         return module
 

@@ -158,7 +158,7 @@ class Appended(State):
         return handle, grown
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.settled().buffer.tensors if self.seen is not None else self.buffer.tensors
+        return self.settled().buffer.tensors
 
     def map(self, change: Callable[[Tensor], Tensor], lengths: tuple[int, ...] | None = None) -> Self:
         """A handle to a new buffer whose tensors are `change`d."""

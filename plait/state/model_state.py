@@ -93,7 +93,12 @@ class ModelState:
 
     @classmethod
     def join(cls, states: Sequence[Self]) -> Self:
-        """One state with the rows of all, in order. It shares memory with none of them unless there is only one."""
+        """One state with the rows of all, in order. It shares memory with none of them unless there is only one. Raises
+        ValueError for states of unlike designs."""
+        designs = {state.design for state in states}
+        if len(designs) != 1:
+            which = f"got those of {' and '.join(sorted(designs))}" if designs else "got none"
+            raise ValueError(f"join takes one state or more, all of one design; {which}")
         if len(states) == 1:
             return states[0]
         lengths = tuple(length for state in states for length in state.lengths)

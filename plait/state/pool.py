@@ -145,11 +145,7 @@ class Pool:
 
     def at(self, rows: Sequence[int]) -> PoolRows:
         """These rows as a call takes them. Raises ValueError for a row that holds no sequence, or one given twice."""
-        rows = tuple(rows)
-        for row in rows:
-            self._check_row(row)
-        if len(set(rows)) < len(rows):
-            raise ValueError(f"rows {list(rows)}: a row can be given once in a call")
+        rows = self._checked(rows)
         if rows and rows == tuple(range(rows[0], rows[0] + len(rows))):
             return PoolRows(self, rows, slice(rows[0], rows[0] + len(rows)))
         return PoolRows(self, rows, self.on_device(rows))
@@ -172,19 +168,20 @@ class Pool:
             self._put_back(row, state)
             return [row]
         self._check_room(lengths, sum(self._pages_for(n) for n in lengths))
+        tensors = state.tensors()  # raises where keys are stale
         rows = [heapq.heappop(self._free_rows) for _ in lengths]
         for row, length in zip(rows, lengths, strict=True):
             self.tables[row] = [self._take_page(row) for _ in range(self._pages_for(length))]
             self.lengths[row] = self._joined[row] = self._reached[row] = length
         self._tell(rows)
-        for name, x in state.tensors().items():
+        for name, x in tensors.items():
             self._write(name, rows, x.detach(), lengths)
         return rows
 
     def leave(self, rows: Sequence[int]) -> None:
-        """Rows that are done; their places and pages are free again."""
+        """Rows that are done; their places and pages are free again. Raises as `at` does, before anything has changed."""
+        rows = self._checked(rows)
         for row in rows:
-            self._check_row(row)
             self._drop_pages(row)
             self.lengths[row] = 0
             self._snapshots[row] = []
@@ -404,6 +401,14 @@ class Pool:
         if self.keeps_all:
             full = [[*table, *[self.pages] * (self.width - len(table))] for table in (*self.tables, [])]
             self.table.copy_(self.on_device(full, torch.int32))
+
+    def _checked(self, rows: Sequence[int]) -> tuple[int, ...]:
+        rows = tuple(rows)
+        for row in rows:
+            self._check_row(row)
+        if len(set(rows)) < len(rows):
+            raise ValueError(f"rows {list(rows)}: a row can be given once in a call")
+        return rows
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self.rows or row in self._free_rows:

@@ -151,6 +151,9 @@ def test_hash_is_of_what_is_built():
         ({"vocab": "many"}, "vocab: expected a whole number, got 'many'"),
         ({"vocab": 0}, "ModelConfig.vocab must be above 0, got 0"),
         ({"dim": 70}, "layer 'A': Attention: dim 70 is not a multiple of head_dim 64, so heads must be given"),
+        ({"layers": {"A#0": "gru"}}, "layers: 'A#0' is no letter of a pattern, which is a capital"),
+        ({"layers": {"a": "gru"}}, "layers: 'a' is no letter of a pattern"),
+        ({"layers": {"AF": "gru"}}, "layers: 'AF' is no letter of a pattern"),
         ({"layers": {"A": {"kind": "attention", "heads": 5}}}, "heads 5 do not divide dim 64"),
         ({"layers": {"A": {"kind": "attention", "heads": 4, "kv_heads": 3}}}, "kv_heads 3 does not divide heads 4"),
         (

@@ -120,6 +120,7 @@ def test_structure():
         ("[M|A]:Gated", 7, "expected the name of a merge after ':', in lower case"),
         ("M99999999", 1, f"more than {MAX_SLOTS:,} layers"),
         ("(" * 5000, 1, "nested too deeply"),
+        ("[" * 65 + "A" + "|F]" * 65, 65, "more than 64 parallel slots inside each other"),
     ],
 )
 def test_errors_say_where_and_what(text, column, reason):
@@ -128,6 +129,10 @@ def test_errors_say_where_and_what(text, column, reason):
     assert reason in str(caught.value)
     assert caught.value.column == column
     assert f"column {column}:" in str(caught.value)
+
+
+def test_brackets_side_by_side_are_not_deep():
+    assert len(parse("[M|[A|F]]100" + "[M|A]" * 100 + "[" * 64 + "A" + "|F]" * 64)) == 201
 
 
 @pytest.mark.parametrize("wrong", [None, 3, ["M", "F"]])

@@ -284,6 +284,29 @@ def test_a_tokenizer_of_another_model_is_refused():
         plait.generate(tiny(vocab=61), TOKENIZER, "a")
 
 
+@pytest.mark.parametrize(
+    ("ends", "what"),
+    [
+        ({"head": plait.Regression(outputs=3)}, "Tokens to Regression"),
+        ({"front": plait.Vectors(features=3)}, "Vectors to Logits"),
+    ],
+)
+def test_numbers_are_no_text(ends, what):
+    model = plait.build(plait.ModelConfig(vocab=257, dim=64, pattern="AF", **ends))
+    with pytest.raises(ValueError, match=f"from Tokens to Logits; this one goes from {what}"):
+        plait.generate(model, TOKENIZER, "a", max_tokens=2)
+    with pytest.raises(ValueError, match=f"from Tokens to Logits; this one goes from {what}"):
+        generate_tokens(model, [[1]], max_tokens=2)
+
+
+def test_texts_end_where_positions_do():
+    """Learned ones, too."""
+    model = plait.build(plait.ModelConfig(vocab=257, dim=64, pattern="MF", front=plait.Tokens(positions=10)))
+    assert plait.generate(model, TOKENIZER, "abc", max_tokens=8)
+    with pytest.raises(ValueError, match="longer than this model's positions go .max_positions 10.; give max_tokens=8"):
+        plait.generate(model, TOKENIZER, "abc", max_tokens=9)
+
+
 def test_texts_end_where_rope_does():
     model = tiny("AF", layers={"A": plait.Attention(rope=plait.RoPE(max_positions=16))})
     assert len(generate_tokens(model, [[1] * 10], max_tokens=7)[0]) == 7

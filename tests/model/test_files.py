@@ -105,6 +105,11 @@ def test_damage(folder, damage, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_dtype_that_is_none(folder):
+    with pytest.raises(ValueError, match="dtype must be one of torch.float64, .*; got 'bfloat16'"):
+        plait.load(folder, dtype="bfloat16")
+
+
 def test_what_is_not_there(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         plait.load(tmp_path / "nowhere")

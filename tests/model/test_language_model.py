@@ -47,9 +47,18 @@ class TestBuild:
         assert logits.isfinite().all()
         logits.sum().backward()
 
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    @pytest.mark.parametrize("dtype", ["float32", torch.int64, torch.float8_e5m2, torch.complex64, None])
+    def test_a_dtype_that_is_none(self, dtype, device):
+        with pytest.raises(ValueError, match=f"dtype must be one of torch.float64, torch.float32, .*; got {dtype!r}"):
+            plait.build(DESIGN, dtype=dtype, device=device)
+
     def test_from_a_name_or_data(self):
         assert plait.build("tiny").design == plait.load_design("tiny")
         assert plait.build(DESIGN.to_dict()).design == DESIGN
+        for wrong in (None, 3, ["AF"]):
+            with pytest.raises(ValueError, match="a design is a ModelConfig, plain data, or the name of"):
+                plait.build(wrong)
 
     def test_tied_and_untied(self):
         tied = plait.build(DESIGN)

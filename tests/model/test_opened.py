@@ -44,6 +44,19 @@ def test_forty_eight_layers_with_forty_eight_head_counts(tmp_path):
     assert model.place("A#7").qkv_proj.weight.shape[0] == 3 * 8 * 4
 
 
+@pytest.mark.parametrize("first", [{"kind": "gelu", "hidden": 9}, {"shared": False}, {"kind": "gru", "heads": 2}])
+def test_the_first_of_shared_layers_may_be_another(first):
+    """Then what is shared is drawn and counted where it is first used."""
+    layers = {"F": plait.SwiGLU(hidden=40, shared=True)}
+    design = plait.ModelConfig(vocab=31, dim=64, pattern="F[FA|F]F", layers=layers, at={"F#0": first})
+    model = plait.build(design)
+    assert {w.name: w.shape for w in declared.weights(design)} == {
+        name: tuple(p.shape) for name, p in model.named_parameters()
+    }
+    assert model.place("F#1") is model.place("F#3")
+    assert model(TOKENS)[0].isfinite().all()
+
+
 def test_mixed_norms_a_factor_and_a_capped_head(tmp_path):
     """Trained, saved, loaded, generated from."""
     design = plait.ModelConfig(
@@ -95,6 +108,7 @@ def test_frames(head, tmp_path):
             plait.Vectors(features=7),
             "reads vectors: expected floating point numbers",
         ),
+        ([[0.5] * 7], plait.Vectors(features=7), r"shape \(batch, time, 7\), got list"),
         (torch.randn(1, 4, 6), plait.Vectors(features=7), r"shape \(batch, time, 7\)"),
     ],
 )
@@ -280,6 +294,21 @@ class TestPlaces:
         plait.save(student, tmp_path)
         assert torch.equal(plait.load(tmp_path)(TOKENS)[0], student(TOKENS)[0])
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize(
+        "change", [{"A#1": {"wrap": {"norms": "both"}}}, {"F#1": "[D|F]"}, {"par#0": {"merge": "average"}}]
+    )
+    def test_new_norms_have_the_model_s_dtype(self, change, dtype):
+        student = plait.swap(plait.build(self.design, dtype=dtype), change)
+        fresh = plait.build(student.design, dtype=dtype)
+        assert {n: p.dtype for n, p in student.named_parameters()} == {n: p.dtype for n, p in fresh.named_parameters()}
+
+    def test_norms_that_stay_keep_their_dtype(self):
+        model = plait.build(self.design, dtype=torch.bfloat16)
+        model.slots[0].norm.float()
+        plait.swap(model, {"A#0": {"kv_heads": 1}, "F#0": "gelu", "par#0": {"wrap": {"factor": 0.5}}})
+        assert model.slots[0].norm.weight.dtype == torch.float32
+
     def test_swap_survives_a_file(self, tmp_path):
         student = plait.swap(plait.build(self.design, dtype=torch.bfloat16), {"A#1": "gru", "par#0": plait.GELU()})
         assert {p.dtype for p in student.parameters()} <= {torch.bfloat16, torch.float32}
@@ -313,6 +342,7 @@ class TestPlaces:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
+            (["A#1"], r"swap takes changes by address, as in {'A#3': 'gru'}; got \['A#1'\]"),
             ({"A#1": "[D|Q]"}, "swap A#1: no layer is bound to 'Q'"),
             ({"A#1": "[D|AF]"}, "swap A#1: a branch here is one layer, got 'AF'"),
             ({"A#1": "[D|A]F"}, "swap A#1: '.D|A.F' is more than one slot"),
@@ -343,8 +373,24 @@ class TestPlaces:
             first, _ = model.run(x, context_for(x), slots=slice(0, 1))
             rest, _ = model.run(first, context_for(x), slots=["F#1", "A#1"])
             torch.testing.assert_close(model.head(model.norm(rest)), model(TOKENS)[0])
+        assert model.run(x, context_for(x), slots=slice(0, 0)) == (x, ())
         with pytest.raises(ValueError, match="there is no slot 'A#0'"):
             model.run(x, context_for(x), slots=["A#0"])
+        with pytest.raises(ValueError, match="there is no slot 3; the model has 3"):
+            model.run(x, context_for(x), slots=[0, 3])
+
+    def test_part_of_a_stack_that_reads_the_embeddings(self):
+        at = {"A#1": {"wrap": {"reads": "stream_and_embeddings"}}}
+        model = plait.build(self.design.replace(at=at))
+        with torch.no_grad():
+            x, context = model.stream(TOKENS)
+            x, _ = model.run(x, context, slots=["par#0", "F#1"])
+            with pytest.raises(
+                ValueError, match=r"A#1 reads the embeddings too, which .* model.stream\(tokens\) gives"
+            ):
+                model.run(x, context_for(x), slots=["A#1"])
+            x, _ = model.run(x, context, slots=["A#1"])
+            assert torch.equal(model.head(model.norm(x)), model(TOKENS)[0])
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,19 @@ def test_another_design_refuses_it(state, other):
         plait.build(other)(TOKENS, state)
 
 
+@pytest.mark.parametrize("other", [DESIGN.replace(vocab=18), DESIGN.replace(pattern="M")])
+def test_states_of_another_design_do_not_join(state, other):
+    with pytest.raises(
+        ValueError, match=f"join takes .* all of one design; got those of .*{plait.build(other).design.hash}"
+    ):
+        ModelState.join([state, plait.build(other).init_state()])
+
+
+def test_nothing_does_not_join():
+    with pytest.raises(ValueError, match="join takes one state or more, all of one design; got none"):
+        ModelState.join([])
+
+
 def test_another_batch_refuses_it(model, state):
     with pytest.raises(ValueError, match="the state has 2 rows, but the call has 1"):
         model(TOKENS[:1], state)
@@ -181,6 +194,8 @@ def test_another_batch_refuses_it(model, state):
 def test_init_state_of_nothing(model, batch, length):
     with pytest.raises(ValueError, match="init_state: (batch|length) must be a whole number"):
         model.init_state(batch, length)
+    with pytest.raises(ValueError, match="state_spec: (batch|length) must be a whole number"):
+        model.state_spec(batch, length)
 
 
 class TestWriteAtomic:

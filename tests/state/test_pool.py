@@ -8,7 +8,7 @@ import torch
 import plait
 from plait.engine import Sampling, generate_tokens
 from plait.engine.step import Step
-from plait.state import PoolFull
+from plait.state import PoolFull, StaleState
 
 
 def tiny(pattern="DF AF", **changes):
@@ -58,6 +58,8 @@ def test_a_pool_without_room_says_what_would_do_and_stays_as_it_was():
     ("wrong", "message"),
     [
         (lambda pool, model: pool.at([0, 0]), r"rows \[0, 0\]: a row can be given once"),
+        (lambda pool, model: pool.leave([0, 0]), r"rows \[0, 0\]: a row can be given once"),
+        (lambda pool, model: pool.leave([0, 1]), r"row 1 of the pool holds no sequence; those that do: \[0\]"),
         (lambda pool, model: pool.at([1]), r"row 1 of the pool holds no sequence; those that do: \[0\]"),
         (lambda pool, model: pool.join(after(tiny("AF"), 3)), "the state of another design"),
         (lambda pool, model: pool.restore(0, _snapshot_of(tiny("AF"))), "the state of another design"),
@@ -82,6 +84,18 @@ def test_what_a_pool_refuses(wrong, message):
     before = everything(pool)
     with pytest.raises(ValueError, match=message):
         wrong(pool, model)
+    unchanged(pool, before)
+
+
+def test_a_pool_refuses_keys_that_were_overwritten():
+    model = tiny()
+    pool, state = model.init_pool(3, 16, page=4), after(model, 7)
+    with torch.no_grad():
+        _, draft = model(torch.ones(1, 2, dtype=torch.long), state)
+        model(torch.zeros(1, 2, dtype=torch.long), state)
+    before = everything(pool)
+    with pytest.raises(StaleState):
+        pool.join(draft)
     unchanged(pool, before)
 
 

@@ -237,6 +237,10 @@ def test_nothing_is_wrong_silently():
     wrong = pytest.raises(ValueError, match="Z#1 has no tap 'scalde'; it has output, scaled")
     with plait.listening(model, {"Z#1.scalde": print}), wrong:
         model(tokens)
+    for instead, got in ((lambda x: x[:, :1], r"\(1, 1, 64\)"), (lambda x: 0.0, "float")):
+        wrong = pytest.raises(ValueError, match=rf"a listener to 'output' gives \(1, 12, 64\) .* got {got}")
+        with plait.listening(model, {"Z#1.output": instead}), wrong:
+            model(tokens)
     with pytest.raises(ValueError, match="named 'cross_entropy', as a part of the objective"):
         Loss(torch.ones(()), torch.ones(()), {"cross_entropy": torch.ones(())}).plus({"cross_entropy": torch.ones(())})
 
