@@ -9,7 +9,12 @@ from transformers import CONFIG_MAPPING
 import plait
 from plait.hub.checkpoint import config_of, design_of, export
 from plait.hub.families import NAMES, TRANSFORMERS, family
+from plait.hub.families.llama import FULL, SLIDING
 from plait.hub.parity import LAWS, pair, parity
+
+WHOLE = {"rope_type": "default", "rope_theta": 1e4}
+HALF = WHOLE | {"partial_rotary_factor": 0.5}  # which most of transformers' classes do not heed
+UNCUT = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -55,6 +60,11 @@ def test_rotary_dim_of_minimax_is_how_much_of_a_head_turns() -> None:
         ("xlstm", {"weight_mode": "fused"}, "weight_mode 'fused' is not supported"),
         ("falcon_h1", {"attention_bias": True, "attention_in_multiplier": 0.5}, "attention_in_multiplier 0.5 beside"),
         ("minimax", {"newer": 1}, "plait does not know 'newer'"),
+        ("llama", {"rope_parameters": HALF}, "rope_parameters: partial_rotary_factor 0.5 is not supported; plait reads 1"),
+        ("deepseek_v3", {"rope_parameters": HALF}, "partial_rotary_factor 0.5 is not supported"),
+        ("recurrent_gemma", {"hidden_size": 18, "num_attention_heads": 3, "num_key_value_heads": 1}, "of 6 channels"),
+        ("gemma3_text", {"rope_parameters": {FULL: UNCUT, SLIDING: WHOLE}}, "rope_parameters: truncate False is not"),
+        ("olmo3", {"rope_parameters": {FULL: UNCUT, SLIDING: WHOLE}}, "rope_parameters: truncate False is not"),
     ],
 )
 def test_what_a_family_does_not_read_is_named(name: str, changes: dict[str, object], message: str) -> None:

@@ -5,7 +5,7 @@ from random import Random
 from typing import Any
 
 from plait.design.ends import Logits, Tokens
-from plait.design.layers import Attention, SwiGLU
+from plait.design.layers import Attention, RoPE, SwiGLU
 from plait.design.layers.feed_forward import Gated
 from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm
@@ -31,10 +31,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 LETTER = {FULL: "A", SLIDING: "W"}
 
 
-def attention(f: Fields, **more: Any) -> Attention:
+def attention(f: Fields, partial: bool = False, **more: Any) -> Attention:
     heads = f["num_attention_heads"]
     head_dim = f.get("head_dim") or f["hidden_size"] // heads
-    more = more if "rope" in more else more | {"rope": rope(f)}
+    more = more if "rope" in more else more | {"rope": rope(f, partial=partial)}
     if more["rope"] and int(head_dim * more["rope"].fraction) % 2:
         raise ValueError(
             f"{f.where}: partial_rotary_factor {more['rope'].fraction} of {head_dim} channels are not pairs"
@@ -98,6 +98,15 @@ def window_config(design: ModelConfig) -> dict[str, Any]:
     widths = [layer.window for layer in mixers(design)]
     kinds = [FULL if width is None else SLIDING for width in widths]
     return {"layer_types": kinds} | ({"sliding_window": max(width or 0 for width in widths)} if any(widths) else {})
+
+
+def turns_by_type(f: Fields) -> dict[str, RoPE]:
+    """By what angles layers turn, where those that see a window may turn by others. YaRN's bounds are whole numbers there: what
+    `truncate` says is not heeded."""
+    given = {kind: Fields(f["rope_parameters"][kind], f"{f.where}: rope_parameters") for kind in (FULL, SLIDING)}
+    for parameters in given.values():
+        parameters.must(truncate=True)
+    return {kind: rope(f, parameters) for kind, parameters in given.items()}
 
 
 def by_type(design: ModelConfig) -> dict[str, Any]:
