@@ -13,11 +13,11 @@ from plait.hub.families.fields import Fields
 from plait.hub.families.llama import (
     ATTENTION,
     FULL,
-    LETTER,
     SLIDING,
     SWIGLU,
     attention,
     by_type,
+    mixer_letters,
     transformer_config,
     transformer_design,
     turns_by_type,
@@ -37,7 +37,7 @@ def _design(f: Fields, full: Attention, windowed: Attention) -> ModelConfig:
     f.carried("hidden_act", "cache_implementation", "sliding_window_size", "num_hidden_layers")
     return transformer_design(
         f,
-        [LETTER[kind] for kind in f["layer_types"]],
+        mixer_letters(f),
         {"A": full, "W": windowed, "F": GEGLU(hidden=f["intermediate_size"])},
         norm=RMSNorm(eps=f["rms_norm_eps"], zero_centered=True),
         wrap=Wrap(norms="both"),

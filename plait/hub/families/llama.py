@@ -100,6 +100,17 @@ def window_config(design: ModelConfig) -> dict[str, Any]:
     return {"layer_types": kinds} | ({"sliding_window": max(width or 0 for width in widths)} if any(widths) else {})
 
 
+def mixer_letters(f: Fields) -> list[str]:
+    """A or W for each block, by its type; W only where a width is given."""
+    letters = f.each_of("layer_types", LETTER)
+    if "W" in letters and not f.get("sliding_window"):
+        raise ValueError(
+            f"{f.where}: layer_types has {SLIDING!r}, for which sliding_window must be above 0 and use_sliding_window, where "
+            f"the family has it, true; got {f.get('sliding_window')!r}"
+        )
+    return letters
+
+
 def turns_by_type(f: Fields) -> dict[str, RoPE]:
     """By what angles layers turn, where those that see a window may turn by others. YaRN's bounds are whole numbers there: what
     `truncate` says is not heeded."""
@@ -144,8 +155,8 @@ def _qwen3(f: Fields) -> ModelConfig:
 
 def _windowed(f: Fields, a: Attention) -> ModelConfig:
     f.carried("use_sliding_window", "max_window_layers", "num_hidden_layers")  # `layer_types` says what comes of them
-    windowed = a.replace(window=f.get("sliding_window"))
-    return transformer_design(f, [LETTER[kind] for kind in f["layer_types"]], {"A": a, "W": windowed, "F": swiglu(f)})
+    letters, windowed = mixer_letters(f), a.replace(window=f.get("sliding_window"))
+    return transformer_design(f, letters, {"A": a, "W": windowed, "F": swiglu(f)})
 
 
 def _qwen2_config(design: ModelConfig) -> dict[str, Any]:
@@ -160,7 +171,8 @@ def _qwen3_config(design: ModelConfig) -> dict[str, Any]:
 
 def _smollm3(f: Fields) -> ModelConfig:
     f.must(use_sliding_window=False)
-    f.carried("sliding_window", "layer_types", "no_rope_layer_interval")
+    f.each_of("layer_types", {FULL: "A"})  # masks of transformers' class heed it, whatever `use_sliding_window` says
+    f.carried("sliding_window", "no_rope_layer_interval")
     a = attention(f, bias=f["attention_bias"])
     letters = ["A" if turned else "N" for turned in f["no_rope_layers"][: f["num_hidden_layers"]]]
     return transformer_design(f, letters, {"A": a, "N": a.replace(rope=None), "F": swiglu(f)})

@@ -11,11 +11,11 @@ from plait.hub.families.fields import Fields
 from plait.hub.families.llama import (
     ATTENTION,
     FULL,
-    LETTER,
     SLIDING,
     SWIGLU,
     attention,
     by_type,
+    mixer_letters,
     swiglu,
     transformer_config,
     transformer_design,
@@ -47,7 +47,7 @@ def _olmo3(f: Fields) -> ModelConfig:
     turns = turns_by_type(f)
     a = attention(f, bias=f["attention_bias"], qk_norm="wide", rope=turns[FULL])
     layers = {"A": a, "W": a.replace(rope=turns[SLIDING], window=f["sliding_window"]), "F": swiglu(f)}
-    return transformer_design(f, [LETTER[kind] for kind in f["layer_types"]], layers, wrap=Wrap(norms="after"))
+    return transformer_design(f, mixer_letters(f), layers, wrap=Wrap(norms="after"))
 
 
 def _olmo3_config(design: ModelConfig) -> dict[str, Any]:
