@@ -102,7 +102,8 @@ def fitted(attention: Attention, mixer: Mapping[str, Any] | Layer | str, where: 
     says which can.
     """
     data = plain(mixer)
-    kind = KINDS.get(data["kind"]) or type(read_layer(data, where))  # raises for an unknown one, naming the nearest
+    named = KINDS.get(data["kind"]) if isinstance(data["kind"], str) else None
+    kind = named or type(read_layer(data, where))  # raises for an unknown one, naming the nearest
     if kind not in SIZES:
         known = [name for name, other in KINDS.items() if other in SIZES]
         raise ValueError(f"{where}: {data['kind']} takes no weights of attention; {suggest(str(data['kind']), known)}")

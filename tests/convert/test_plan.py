@@ -77,6 +77,8 @@ def test_a_hash_does_not_ask_in_which_dtype_weights_were_loaded():
         ({"D#0": "mamba2"}, "D#0 is gated_deltanet already, not attention"),
         ({"A#0": "swiglu"}, "swiglu takes no weights of attention"),
         ({"A#0": "mambo"}, "unknown kind 'mambo'; did you mean 'mamba'"),
+        ({"A#0": {"kind": {"kind": "mamba2"}}}, "A#0: unknown kind {'kind': 'mamba2'}; did you mean 'mamba2'"),
+        ({"A#0": {"kind": ["mamba2", "gru"]}}, r"A#0: unknown kind \['mamba2', 'gru'\]"),
         ({"A#0": {"kind": "mamba2", "heads": 8}}, "mamba2 with heads 8 cannot .* head_dim 16, state_dim 16, groups 4"),
         ({"A#0": {"kind": "gru", "head_dim": 32}}, "gru with head_dim 32 .* heads 4, head_dim 16"),
         ({"A#0": {"windw": 8}}, "unknown key 'windw'; did you mean 'window'"),

@@ -38,6 +38,12 @@ REFUSED = {
     "another width": ("mamba", "Ma2", {"Ma": plait.Mamba(inner_dim=30)}, r"Ma#0\.inner_dim: 30, it would be 24"),
     "attention at no period": ("jamba", "MaF AF AF MaF", {"Ma": MA, "A": A}, "A#1: attention, it would be mamba"),
     "one layer of experts": ("granitemoehybrid", "ME MF", {"M": M, "E": E}, "F#0: swiglu, it would be moe"),
+    "a part of each head that turns": (
+        "granitemoehybrid",
+        "ME AE",
+        {"M": M, "E": E, "A": A.replace(rope=plait.RoPE(fraction=0.5))},
+        "this design: granitemoehybrid: rope_parameters: partial_rotary_factor 0.5 is not supported",
+    ),
     "positions": (
         "nemotron_h",
         "M A",
@@ -73,4 +79,4 @@ def test_channels_that_are_no_pairs_do_not_turn():
     fields = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     sizes = {"hidden_size": 18, "num_attention_heads": 3}
     with pytest.raises(ValueError, match=r"config: partial_rotary_factor 0\.5 of 6 channels are not pairs"):
-        attention(Fields(fields | sizes, "config"))
+        attention(Fields(fields | sizes, "config"), partial=True)

@@ -120,7 +120,7 @@ def _bamba(f: Fields) -> ModelConfig:
     f.carried("num_logits_to_keep", "z_loss_coefficient")
     indices = f.get("attn_layer_indices", ())
     at = [i in indices for i in range(f["num_hidden_layers"])]
-    return hybrid_design(f, at, lambda f: attention(f, bias=f["attention_bias"]), swiglu(f))
+    return hybrid_design(f, at, lambda f: attention(f, partial=True, bias=f["attention_bias"]), swiglu(f))
 
 
 def _bamba_config(design: ModelConfig) -> dict[str, Any]:

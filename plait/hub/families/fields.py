@@ -83,8 +83,9 @@ class Fields(Mapping[str, Any]):
             )
 
 
-def rope(fields: Fields, parameters: Mapping[str, Any] | None = None, fraction: float | None = None) -> RoPE:
-    """Of `rope_parameters`, in the form that transformers' config classes give them."""
+def rope(fields: Fields, parameters: Mapping[str, Any] | None = None, partial: bool = False) -> RoPE:
+    """Of `rope_parameters`, in the form that transformers' config classes give them. partial: whether the family's class heeds
+    a `partial_rotary_factor`; the others turn whole heads whatever it says."""
     given = Fields(fields["rope_parameters"] if parameters is None else parameters, f"{fields.where}: rope_parameters")
     given.must(rope_type=("default", "linear", "llama3", "yarn"))
     kind = given["rope_type"]
@@ -96,8 +97,10 @@ def rope(fields: Fields, parameters: Mapping[str, Any] | None = None, fraction: 
         scaling = Llama3(factor=given["factor"], low=low, high=high, original=given["original_max_position_embeddings"])
     elif kind == "yarn":
         scaling = _yarn(given, fields)
-    share = given.get("partial_rotary_factor", 1.0) if fraction is None else fraction
-    given.carried("partial_rotary_factor", "original_max_position_embeddings", "type")
+    if not partial:
+        given.must(partial_rotary_factor=1)
+    share = given.get("partial_rotary_factor", 1.0)
+    given.carried("original_max_position_embeddings", "type")
     found = RoPE(theta=float(given["rope_theta"]), fraction=share, scaling=scaling)
     given.check()
     return found

@@ -9,17 +9,18 @@ from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm
 from plait.design.wrap import Wrap
 from plait.hub.families.family import Family, blocks, first
-from plait.hub.families.fields import Fields, rope
+from plait.hub.families.fields import Fields
 from plait.hub.families.llama import (
     ATTENTION,
     FULL,
-    LETTER,
     SLIDING,
     SWIGLU,
     attention,
     by_type,
+    mixer_letters,
     transformer_config,
     transformer_design,
+    turns_by_type,
     window_config,
 )
 from plait.hub.families.tiny import transformer
@@ -36,7 +37,7 @@ def _design(f: Fields, full: Attention, windowed: Attention) -> ModelConfig:
     f.carried("hidden_act", "cache_implementation", "sliding_window_size", "num_hidden_layers")
     return transformer_design(
         f,
-        [LETTER[kind] for kind in f["layer_types"]],
+        mixer_letters(f),
         {"A": full, "W": windowed, "F": GEGLU(hidden=f["intermediate_size"])},
         norm=RMSNorm(eps=f["rms_norm_eps"], zero_centered=True),
         wrap=Wrap(norms="both"),
@@ -77,7 +78,7 @@ def _gemma3(f: Fields) -> ModelConfig:
     """Layers that see a window turn by other angles than those that see all."""
     f.must(attn_logit_softcapping=None)  # which transformers' class leaves out
     f.carried("_sliding_window_pattern", "sliding_window_pattern")  # `layer_types` says what comes of it
-    turns = {kind: rope(f, f["rope_parameters"][kind]) for kind in (FULL, SLIDING)}
+    turns = turns_by_type(f)
     a = _attention(f, qk_norm=True, rope=turns[FULL])
     return _design(f, a, a.replace(rope=turns[SLIDING], window=f["sliding_window"]))
 

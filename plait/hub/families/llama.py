@@ -5,7 +5,7 @@ from random import Random
 from typing import Any
 
 from plait.design.ends import Logits, Tokens
-from plait.design.layers import Attention, SwiGLU
+from plait.design.layers import Attention, RoPE, SwiGLU
 from plait.design.layers.feed_forward import Gated
 from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm
@@ -31,10 +31,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 LETTER = {FULL: "A", SLIDING: "W"}
 
 
-def attention(f: Fields, **more: Any) -> Attention:
+def attention(f: Fields, partial: bool = False, **more: Any) -> Attention:
     heads = f["num_attention_heads"]
     head_dim = f.get("head_dim") or f["hidden_size"] // heads
-    more = more if "rope" in more else more | {"rope": rope(f)}
+    more = more if "rope" in more else more | {"rope": rope(f, partial=partial)}
     if more["rope"] and int(head_dim * more["rope"].fraction) % 2:
         raise ValueError(
             f"{f.where}: partial_rotary_factor {more['rope'].fraction} of {head_dim} channels are not pairs"
@@ -100,6 +100,26 @@ def window_config(design: ModelConfig) -> dict[str, Any]:
     return {"layer_types": kinds} | ({"sliding_window": max(width or 0 for width in widths)} if any(widths) else {})
 
 
+def mixer_letters(f: Fields) -> list[str]:
+    """A or W for each block, by its type; W only where a width is given."""
+    letters = f.each_of("layer_types", LETTER)
+    if "W" in letters and not f.get("sliding_window"):
+        raise ValueError(
+            f"{f.where}: layer_types has {SLIDING!r}, for which sliding_window must be above 0 and use_sliding_window, where "
+            f"the family has it, true; got {f.get('sliding_window')!r}"
+        )
+    return letters
+
+
+def turns_by_type(f: Fields) -> dict[str, RoPE]:
+    """By what angles layers turn, where those that see a window may turn by others. YaRN's bounds are whole numbers there: what
+    `truncate` says is not heeded."""
+    given = {kind: Fields(f["rope_parameters"][kind], f"{f.where}: rope_parameters") for kind in (FULL, SLIDING)}
+    for parameters in given.values():
+        parameters.must(truncate=True)
+    return {kind: rope(f, parameters) for kind, parameters in given.items()}
+
+
 def by_type(design: ModelConfig) -> dict[str, Any]:
     """By what angles layers turn that see all, and those that see a window."""
     turns = {FULL if layer.window is None else SLIDING: layer.rope for layer in mixers(design)}
@@ -135,8 +155,8 @@ def _qwen3(f: Fields) -> ModelConfig:
 
 def _windowed(f: Fields, a: Attention) -> ModelConfig:
     f.carried("use_sliding_window", "max_window_layers", "num_hidden_layers")  # `layer_types` says what comes of them
-    windowed = a.replace(window=f.get("sliding_window"))
-    return transformer_design(f, [LETTER[kind] for kind in f["layer_types"]], {"A": a, "W": windowed, "F": swiglu(f)})
+    letters, windowed = mixer_letters(f), a.replace(window=f.get("sliding_window"))
+    return transformer_design(f, letters, {"A": a, "W": windowed, "F": swiglu(f)})
 
 
 def _qwen2_config(design: ModelConfig) -> dict[str, Any]:
@@ -151,7 +171,8 @@ def _qwen3_config(design: ModelConfig) -> dict[str, Any]:
 
 def _smollm3(f: Fields) -> ModelConfig:
     f.must(use_sliding_window=False)
-    f.carried("sliding_window", "layer_types", "no_rope_layer_interval")
+    f.each_of("layer_types", {FULL: "A"})  # masks of transformers' class heed it, whatever `use_sliding_window` says
+    f.carried("sliding_window", "no_rope_layer_interval")
     a = attention(f, bias=f["attention_bias"])
     letters = ["A" if turned else "N" for turned in f["no_rope_layers"][: f["num_hidden_layers"]]]
     return transformer_design(f, letters, {"A": a, "N": a.replace(rope=None), "F": swiglu(f)})

@@ -62,7 +62,7 @@ def _design(f: Fields) -> ModelConfig:
     f.carried("block_size", "output_router_logits", "router_jitter_noise")
     heads, count = f["num_attention_heads"], f["num_hidden_layers"]
     size = f.get("head_dim") or f["hidden_size"] // heads
-    fraction = None if f.get("rotary_dim") is None else f["rotary_dim"] / size
+    turned = rope(f) if f.get("rotary_dim") is None else rope(f).replace(fraction=f["rotary_dim"] / size)
     full = Attention(heads=heads, kv_heads=f["num_key_value_heads"], head_dim=size, window=f.get("sliding_window"))
     experts = MixtureOfExperts(
         experts=f["num_local_experts"],
@@ -72,7 +72,7 @@ def _design(f: Fields) -> ModelConfig:
         z_loss=0.0,
     )
     kinds = {
-        "A": full.replace(rope=rope(f, fraction=fraction), wrap=_wrap(f, "full_attn")),
+        "A": full.replace(rope=turned, wrap=_wrap(f, "full_attn")),
         "Li": LightningAttention(heads=heads, head_dim=size, norm_eps=LIGHTNING_EPS, wrap=_wrap(f, "linear_attn")),
         "E": experts.replace(wrap=_wrap(f, "mlp")),
     }

@@ -10,11 +10,11 @@ from plait.hub.families.fields import Fields
 from plait.hub.families.llama import (
     ATTENTION,
     FULL,
-    LETTER,
     SLIDING,
     SWIGLU,
     attention,
     attention_config,
+    mixer_letters,
     swiglu,
     transformer_design,
     window_config,
@@ -62,6 +62,7 @@ def _qwen(f: Fields, letters: list[str], a: Attention, experts: int, **more: Any
     channels = sparse(f, experts)
     layers = {"A": a, "W": a.replace(window=f.get("sliding_window") or None), "F": swiglu(f)}
     own = {"hidden": f["moe_intermediate_size"], "renormalize": f["norm_topk_prob"], **more}
+    f.carried("num_experts_per_tok", *TRAINED)  # where no block has experts
     if "E" in channels:
         layers["E"] = routed(f, experts=experts, **own)
     return transformer_design(f, letters, layers, channels)
@@ -78,7 +79,7 @@ def _qwen2(f: Fields) -> ModelConfig:
     f.carried("use_sliding_window", "max_window_layers")  # `layer_types` says what comes of them
     a = attention(f, bias=("q", "k", "v") if f["qkv_bias"] else False)
     shared = {"shared_hidden": f["shared_expert_intermediate_size"], "shared_gate": True}
-    return _qwen(f, [LETTER[kind] for kind in f["layer_types"]], a, f["num_experts"], **shared)
+    return _qwen(f, mixer_letters(f), a, f["num_experts"], **shared)
 
 
 def _mixtral(f: Fields) -> ModelConfig:

@@ -7,18 +7,19 @@ from plait.design.layers import Attention, SwiGLU
 from plait.design.model import ModelConfig
 from plait.design.wrap import Wrap
 from plait.hub.families.family import Family, blocks, first
-from plait.hub.families.fields import Fields, rope
+from plait.hub.families.fields import Fields
 from plait.hub.families.llama import (
     ATTENTION,
     FULL,
-    LETTER,
     SLIDING,
     SWIGLU,
     attention,
     by_type,
+    mixer_letters,
     swiglu,
     transformer_config,
     transformer_design,
+    turns_by_type,
     window_config,
 )
 from plait.hub.families.tiny import transformer
@@ -43,10 +44,10 @@ def _olmo2_config(design: ModelConfig) -> dict[str, Any]:
 def _olmo3(f: Fields) -> ModelConfig:
     """Positions of layers that see a window may be stretched otherwise than those of layers that see all."""
     f.carried("num_hidden_layers")  # `layer_types` says it
-    turns = {kind: rope(f, f["rope_parameters"][kind]) for kind in (FULL, SLIDING)}
+    turns = turns_by_type(f)
     a = attention(f, bias=f["attention_bias"], qk_norm="wide", rope=turns[FULL])
     layers = {"A": a, "W": a.replace(rope=turns[SLIDING], window=f["sliding_window"]), "F": swiglu(f)}
-    return transformer_design(f, [LETTER[kind] for kind in f["layer_types"]], layers, wrap=Wrap(norms="after"))
+    return transformer_design(f, mixer_letters(f), layers, wrap=Wrap(norms="after"))
 
 
 def _olmo3_config(design: ModelConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def _design(f: Fields) -> ModelConfig:
     f.must(attention_bias=False, mlp_bias=False, lm_head_bias=False, full_attn_mod=1, interpolate_factor=1)
     f.carried("original_max_position_embeddings", "partial_rotary_factor")  # `rope_parameters` has what comes of them
     long = f["rope_parameters"]["rope_type"] == "longrope"
-    a = attention(f, window=f.get("sliding_window"), rope=_long(f) if long else rope(f))
+    a = attention(f, window=f.get("sliding_window"), rope=_long(f) if long else rope(f, partial=True))
     return transformer_design(f, ["A"] * f["num_hidden_layers"], {"A": a, "F": swiglu(f)})
 
 

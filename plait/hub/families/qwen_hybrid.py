@@ -92,7 +92,7 @@ def _design(f: Fields, channels: list[str], bound: dict[str, Layer]) -> ModelCon
     f.must(hidden_act="silu")
     f.carried("num_hidden_layers", "full_attention_interval", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
     f.must(attn_output_gate=True, mamba_ssm_dtype="float32", use_sliding_window=False)
-    turned = rope(f, {name: value for name, value in f["rope_parameters"].items() if name not in MROPE})
+    turned = rope(f, {name: value for name, value in f["rope_parameters"].items() if name not in MROPE}, partial=True)
     bound |= {
         "A": attention(f, bias=f["attention_bias"], qk_norm=True, output_gate=True, rope=turned),
         "D": GatedDeltaNet(

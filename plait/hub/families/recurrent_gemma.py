@@ -12,7 +12,8 @@ from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm
 from plait.design.places import layers
 from plait.hub.families.family import ENDS, Family, Named, by_kind, first, pattern
-from plait.hub.families.fields import Fields, rope, rope_parameters
+from plait.hub.families.fields import Fields, rope_parameters
+from plait.hub.families.llama import attention
 from plait.hub.families.tiny import transformer
 from plait.hub.weight_table import Form, Rows, Rules
 
@@ -63,13 +64,8 @@ def _design(f: Fields) -> ModelConfig:
     dim, heads, count = f["hidden_size"], f["num_attention_heads"], f["num_hidden_layers"]
     f.must(head_dim=dim // heads)
     kinds = {
-        "W": Attention(
-            heads=heads,
-            kv_heads=f["num_key_value_heads"],
-            head_dim=dim // heads,
-            window=f["attention_window_size"],
-            rope=rope(f),
-            bias=True if f["attention_bias"] else ("o",),
+        "W": attention(
+            f, partial=True, window=f["attention_window_size"], bias=True if f["attention_bias"] else ("o",)
         ),
         "R": RGLRU(heads=heads, head_dim=f["lru_width"] // heads, conv_width=f["conv1d_width"]),
         "F": GEGLU(hidden=f["intermediate_size"] // 2, bias=True),

@@ -22,7 +22,7 @@ from plait.hub.weight_table import Rules
 EPS = 1e-5  # of Mamba-2's inner norm, whatever the config says of the others
 MAMBA = mamba2_rules("input_layernorm", "mamba")
 DERIVED = (  # by the config itself, from its other fields
-    *("attention_hidden_size", "attention_head_dim", "kv_channels", "num_query_groups", "hybrid_layer_ids"),
+    *("attention_hidden_size", "attention_head_dim", "kv_channels", "num_query_groups"),
     *("num_hidden_layers", "mamba_headdim"),
 )
 HOW = ("chunk_size", "use_mamba_kernels", "use_mem_eff_path", "use_long_context", "num_logits_to_keep", "use_conv_bias")
@@ -89,7 +89,9 @@ def _design(f: Fields) -> ModelConfig:
     blocks, use, letters = f["num_mem_blocks"], 0, []
     kinds: dict[str, Any] = {"M": _mamba2(f), "P": Linear(wrap=Wrap(norms="none", gives="next_added"))}
     attention, geglu = _attention_layer(f), _geglu_layer(f)
-    for hybrid in f.each_of("layers_block_type", {"linear_attention": False, "hybrid": True}):
+    hybrids = f.each_of("layers_block_type", {"linear_attention": False, "hybrid": True})
+    f.must(hybrid_layer_ids=[i for i, hybrid in enumerate(hybrids) if hybrid])
+    for hybrid in hybrids:
         if hybrid:
             a, b = _letters(use % blocks, blocks)
             kinds |= {a: attention, b: geglu}
@@ -154,11 +156,13 @@ def _config(design: ModelConfig) -> dict[str, Any]:
     places = list(layers(design.slots))
     mixers = [i for i, place in enumerate(places) if isinstance(place.layer, Mamba2)]
     blocks = {place.letter for place in places if isinstance(place.layer, Attention)}
+    hybrids = [_fed(places, i) for i in mixers]
     return {
         "vocab_size": design.vocab,
         "hidden_size": design.dim,
         "num_hidden_layers": len(mixers),
-        "layers_block_type": ["hybrid" if _fed(places, i) else "linear_attention" for i in mixers],
+        "layers_block_type": ["hybrid" if hybrid else "linear_attention" for hybrid in hybrids],
+        "hybrid_layer_ids": [i for i, hybrid in enumerate(hybrids) if hybrid],
         "num_mem_blocks": len(blocks),
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv_heads,
