@@ -17,7 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.function import BackwardCFunction
 from torch.utils.flop_counter import FlopCounterMode
 
-from plait.design import GELU, Attention, Mixer, count, declared
+from plait.design import GELU, Attention, GatedConv, Mixer, count, declared
 from plait.design.model import ModelConfig
 from plait.design.places import Place, layers
 from plait.design.weights import FLOAT32
@@ -143,7 +143,7 @@ def _other_layer(law: str, model: LanguageModel, place: Place, tokens: torch.Ten
     layer, address = place.layer, place.address
     other = GELU(hidden=24)
     if isinstance(layer, Mixer) and not layer.out_proj:  # at inner, where a layer must be as wide as the others
-        other = Attention(heads=1, head_dim=layer.inner(), rope=None)
+        other = GatedConv(width=layer.inner())
     student = swap(model, {address: other})
     kept = {id(p) for p in model.parameters()}
     names = {name for name, p in student.named_parameters() if id(p) not in kept}
@@ -151,7 +151,8 @@ def _other_layer(law: str, model: LanguageModel, place: Place, tokens: torch.Ten
     have = {name: tuple(p.shape) for name, p in student.named_parameters()}
     if stated != have:
         raise LawBroken(law, f"{address}: weights {sorted(stated.items() ^ have.items())[:2]} are not as declared")
-    if not names or any("_proj" not in name and not name.endswith(".value_mix") for name in names):
+    own = (*(weight.name for weight in other.weights(model.design.dim)), ".value_mix")
+    if not names or not all(name.endswith(own) for name in names):
         raise LawBroken(law, f"{address}: {sorted(names)[:3]} are new, and should be the new layer's alone")
     student(tokens, student.init_state())
 
