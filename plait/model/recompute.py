@@ -27,6 +27,8 @@ def recomputed(choice: Choice, slot: nn.Module) -> Callable[..., Any] | None:
         return None
     if choice is True:
         return partial(checkpoint, use_reentrant=False)
+    if choice != "cheap":
+        raise ValueError(f"activation_checkpointing is True, False or 'cheap'; got {choice!r}")
     if torch.compiler.is_compiling() or slot._compiled_call_impl is not None:
         return None
     return partial(checkpoint, _without_cache, use_reentrant=False, context_fn=_contexts)

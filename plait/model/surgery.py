@@ -83,8 +83,7 @@ class _Swap:
         if _same(before, now):
             return module
         if isinstance(now, Place):
-            there = [] if isinstance(before, Place) else held(before, module)
-            return self._taken(now, there) or self._drawn(build_layer(now, self.design), path)
+            return self._taken(now, held(before, module)) or self._drawn(build_layer(now, self.design), path)
         if isinstance(before, ParallelPlace) and alike(before, now):
             return self._parallel(before, now, module, path)
         return self._beside(now, held(before, module), path)

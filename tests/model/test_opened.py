@@ -309,6 +309,12 @@ class TestPlaces:
         plait.swap(model, {"A#0": {"kv_heads": 1}, "F#0": "gelu", "par#0": {"wrap": {"factor": 0.5}}})
         assert model.slots[0].norm.weight.dtype == torch.float32
 
+    def test_a_layer_that_sits_otherwise_keeps_its_weights(self):
+        model = plait.build(self.design)
+        student = plait.swap(model, {"A#1": {"wrap": {"factor": 0.5}}, "F#0": {"wrap": {"norms": "both"}}})
+        assert student.place("A#1") is model.place("A#1") and student.place("F#0") is model.place("F#0")
+        assert student.design.place("A#1").wrap.factor == 0.5 and not torch.equal(student(TOKENS)[0], model(TOKENS)[0])
+
     def test_swap_survives_a_file(self, tmp_path):
         student = plait.swap(plait.build(self.design, dtype=torch.bfloat16), {"A#1": "gru", "par#0": plait.GELU()})
         assert {p.dtype for p in student.parameters()} <= {torch.bfloat16, torch.float32}

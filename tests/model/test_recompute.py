@@ -90,3 +90,10 @@ def test_the_names_exist():
     for name in (*PRODUCTS, *(f"plait::{name}" for name in CHEAP)):
         space, operator = name.split("::")
         assert hasattr(getattr(torch.ops, space), operator)
+
+
+def test_a_choice_that_is_none():
+    model = plait.build(plait.ModelConfig(vocab=7, dim=64, pattern="AF"))
+    model.activation_checkpointing = "all"
+    with pytest.raises(ValueError, match="activation_checkpointing is True, False or 'cheap'; got 'all'"):
+        model(torch.zeros(1, 3, dtype=torch.long))
