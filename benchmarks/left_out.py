@@ -5,7 +5,6 @@ python benchmarks/left_out.py swiglu "((DF)3 AF)6" dim=1024 vocab=32000 --compil
 
 joined: the gradients of a projection's parts are put side by side by a copy (`plait.ops.parts`); else the compiler does it.
 swiglu: SwiGLU's gradient is one kernel; else the compiler makes it of formulas.
-l2norm: x / |x| of heads and its gradient are one kernel each; else formulas.
 strided: the convolution takes rows that lie apart; else the compiler copies them.
 """
 
@@ -13,20 +12,7 @@ import runpy
 import sys
 from importlib import import_module
 
-import torch
-
 from plait.ops import operator
-
-
-def of_modules(name: str, other: object) -> None:
-    """`other` instead of what modules of plait import as `name`."""
-    for module in list(sys.modules.values()):
-        if module.__name__.startswith(("plait.layers.", "plait.ops.")) and hasattr(module, name):
-            setattr(module, name, other)
-
-
-def plain_l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
 def leave_out(what: str) -> None:
@@ -35,15 +21,15 @@ def leave_out(what: str) -> None:
         operator.operator = lambda *args, strided=False, **options: made(*args, **options)
     import_module("plait.model")  # and all layers with it
     if what == "joined":
-        of_modules("parts", lambda x, widths: x.split_with_sizes(list(widths), -1))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("plait.layers.") and hasattr(module, "parts"):
+                module.parts = lambda x, widths: x.split_with_sizes(list(widths), -1)  # type: ignore[attr-defined]
     if what == "swiglu":
         ops = import_module("plait.ops.swiglu")
         ops._swiglu = ops._gated(ops._silu, ops._silu_backward)
-    if what == "l2norm":
-        of_modules("l2norm", plain_l2norm)
 
 
-PARTS = ("nothing", "joined", "swiglu", "l2norm", "strided")
+PARTS = ("nothing", "joined", "swiglu", "strided")
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ class DeltaNetLayer(MixerModule):
         c = self.config
         qkv, b = parts(self.in_proj(x), self.widths)
         qkv, conv = self.conv1d(qkv, context, state and state.conv)
-        q, k, v = (y.unflatten(-1, (c.heads, -1)) for y in parts(qkv, self.conv_widths))
+        q, k, v = (y.unflatten(-1, (c.heads, -1)) for y in qkv.split_with_sizes(self.conv_widths, -1))
         q, k = turn_both(q, k, c.rope, context)
         beta = torch.sigmoid(wide(b)) * (2 if c.negative_eigenvalues else 1)
         o, s = gated_delta(

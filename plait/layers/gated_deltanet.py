@@ -34,8 +34,7 @@ class GatedDeltaNetLayer(MixerModule):
     def __init__(self, config: GatedDeltaNet, design: ModelConfig):
         super().__init__(config, design)
         q, k, v, z, b, a = config.rows().values()
-        self.widths = [q + k + v, z, b, a]
-        self.conv_widths = [q, k, v] if config.rope is None else [q + k, v]  # which turn in one go
+        self.widths, self.conv_widths = [q + k + v, z, b, a], [q + k, v]
 
     def assemble(self, design: ModelConfig) -> None:
         # queries are scaled by 1/sqrt(k); here outputs stay that much larger, and the bound inside the norm grows with them
@@ -48,9 +47,9 @@ class GatedDeltaNetLayer(MixerModule):
         c, (b, t, _) = self.config, x.shape
         qkv, z, beta, a = parts(self.in_proj(x), self.widths)
         qkv, conv = self.conv1d(qkv, context, state and state.conv)
-        *qk, v = parts(qkv, self.conv_widths)
-        qk = [y.view(b, t, -1, c.head_dim) for y in qk]
-        q, k = qk if c.rope is None else turn(qk[0], c.rope, context).unflatten(2, (2, -1)).unbind(2)
+        qk, v = qkv.split_with_sizes(self.conv_widths, -1)
+        qk = qk.view(b, t, -1, c.head_dim)
+        q, k = (qk if c.rope is None else turn(qk, c.rope, context)).unflatten(2, (2, -1)).unbind(2)
         v, z = v.view(b, t, -1, c.value_head_dim), z.view(b, t, -1, c.value_head_dim)
         gates = Gates(self.A_log, self.dt_bias, most=2.0 if c.negative_eigenvalues else 1.0)
         o, s = gated_delta(

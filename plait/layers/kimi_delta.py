@@ -50,7 +50,7 @@ class KimiDeltaAttentionLayer(MixerModule):
         c = self.config
         qkv, decay, z, b = parts(self.in_proj(x), self.widths)
         qkv, conv = self.conv1d(qkv, context, state and state.conv)
-        q, k, v = (y.unflatten(-1, (c.heads, -1)) for y in parts(qkv, self.conv_widths))
+        q, k, v = (y.unflatten(-1, (c.heads, -1)) for y in qkv.split_with_sizes(self.conv_widths, -1))
         q, k = turn_both(q, k, c.rope, context)
         a = self.decay_proj(decay).unflatten(-1, (c.heads, -1))  # (b, t, h, k)
         gates = Gates(self.A_log, self.dt_bias.view(c.heads, -1), most=2.0 if c.negative_eigenvalues else 1.0)

@@ -51,7 +51,7 @@ class Mamba2Layer(MixerModule):
         c, (b, t, _) = self.config, u.shape
         z, xBC, dt = parts(self.projected(u), self.widths)
         xBC, conv = self.conv1d(xBC, context, state and state.conv)
-        x, B, C = parts(xBC, self.conv_widths)
+        x, B, C = xBC.split_with_sizes(self.conv_widths, -1)
         x = x.view(b, t, -1, c.head_dim)
         B, C = B.view(b, t, c.groups, -1), C.view(b, t, c.groups, -1)
         gates = Gates(self.A_log, self.dt_bias, self.D, c.dt_min, c.dt_max)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from plait.ops.graph import gradient, one_step
 from plait.ops.kernels import WIDE
-from plait.ops.operator import evenly, operator
-from plait.ops.token import DTYPES, few_rows
+from plait.ops.operator import operator
+from plait.ops.token import few_rows
 
 
 def rms_norm(
@@ -76,8 +76,6 @@ def added_rms_norm(
 
 def l2norm(x: Float[Tensor, "*n k"], eps: float = 1e-6) -> Float[Tensor, "*n k"]:
     """x / |x|, the norm bounded away from 0."""
-    if x.is_cuda and x.ndim == 4 and x.dtype in DTYPES:  # heads of many tokens
-        return _heads(x, eps) if torch.is_grad_enabled() else _directions(x, eps)
     if not x.is_cpu or x.dtype not in WIDE or torch.compiler.is_compiling():
         return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
     return _L2Norm.apply(x, eps) if torch.is_grad_enabled() else x * _scale(x, eps, 1.0)
@@ -113,53 +111,6 @@ def _sums(x: Tensor, y: Tensor, weight: Tensor, eps: float, zero_centered: bool)
 @torch.library.register_fake("plait::added_rms_norm")
 def _(x, y, weight, eps, zero_centered):
     return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@operator("l2norm", cheap=True, strided=True)
-def _directions(x: Tensor, eps: float) -> Tensor:
-    from plait.ops import rms_norm_triton
-
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rms_norm_triton.run_directions(evenly(x), y, eps)
-    return y
-
-
-@torch.library.register_fake("plait::l2norm")
-def _(x, eps):
-    return x.new_empty(x.shape)
-
-
-@operator("l2norm_gradient", strided=True)
-def _directions_gradient(x: Tensor, dy: Tensor, eps: float) -> Tensor:
-    from plait.ops import rms_norm_triton
-
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rms_norm_triton.run_directions_gradient(evenly(x), evenly(dy), dx, eps)
-    return dx
-
-
-@torch.library.register_fake("plait::l2norm_gradient")
-def _(x, dy, eps):
-    return x.new_empty(x.shape)
-
-
-class _Heads(torch.autograd.Function):
-    """`l2norm` of (b, t, h, k) on a GPU."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.eps = eps
-        return _directions(x, eps)
-
-    @staticmethod
-    @gradient
-    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,) = ctx.saved_tensors
-        return _directions_gradient(x, dy, ctx.eps), None
-
-
-_heads = one_step(_Heads)
 
 
 def _scale(x: Float[Tensor, "*n d"], eps: float, part: float) -> Float[Tensor, "*n 1"]:

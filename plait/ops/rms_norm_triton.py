@@ -1,5 +1,4 @@
-"""RMSNorm of a few rows as one Triton kernel each: with a gate, or of a sum; and x / |x| of many heads, with its gradient; in
-float32 from one end to the other."""
+"""RMSNorm of a few rows as one Triton kernel each: with a gate, or of a sum; in float32 from one end to the other."""
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
 # (it reads kernels as Python, in which triton's functions only raise)
@@ -77,54 +76,4 @@ def run_sum(
     launch(
         normalise_sum, n, x, y, weight, total, normed, eps, x.stride(0), y.stride(0),
         D=D, BD=BD, ZERO_CENTERED=zero_centered, num_warps=max(1, min(8, BD // 256)),
-    )  # fmt: skip
-
-
-HEADS = 32  # that a program does
-
-
-@triton.jit
-def head_of(x, token, head, x_t, x_h, k, inside):
-    return tl.load(x + (token * x_t + head * x_h)[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
-
-
-@kernel
-def directions(x, y, eps, n, x_t, x_h, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr):
-    """n: heads of all tokens."""
-    row, k = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS), tl.arange(0, BK)
-    inside = (row < n)[:, None] & (k < K)[None, :]
-    values = head_of(x, row // H, row % H, x_t, x_h, k, inside)
-    scale = tl.rsqrt(tl.sum(values * values, 1) + eps)
-    tl.store(y + row[:, None] * K + k[None, :], (values * scale[:, None]).to(y.dtype.element_ty), mask=inside)
-
-
-@kernel
-def directions_gradient(
-    x, dy, dx, eps, n, x_t, x_h, dy_t, dy_h, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr
-):
-    row, k = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS), tl.arange(0, BK)
-    inside = (row < n)[:, None] & (k < K)[None, :]
-    values = head_of(x, row // H, row % H, x_t, x_h, k, inside)
-    d = head_of(dy, row // H, row % H, dy_t, dy_h, k, inside)
-    scale = tl.rsqrt(tl.sum(values * values, 1) + eps)
-    along = tl.sum(values * d, 1) * scale * scale
-    d = (d - values * along[:, None]) * scale[:, None]
-    tl.store(dx + row[:, None] * K + k[None, :], d.to(dx.dtype.element_ty), mask=inside)
-
-
-def run_directions(x: Tensor, y: Tensor, eps: float) -> None:
-    """x (b, t, h, k), its rows (b, t) at one distance; y in one piece."""
-    n, (H, K) = x.shape[0] * x.shape[1] * x.shape[2], x.shape[2:]
-    launch(
-        directions, -(-n // HEADS), x, y, eps, n, x.stride(1), x.stride(2),
-        H=H, K=K, BK=triton.next_power_of_2(K), HEADS=HEADS, num_warps=4,
-    )  # fmt: skip
-
-
-def run_directions_gradient(x: Tensor, dy: Tensor, dx: Tensor, eps: float) -> None:
-    """All (b, t, h, k), rows (b, t) of x and dy at one distance; dx in one piece."""
-    n, (H, K) = x.shape[0] * x.shape[1] * x.shape[2], x.shape[2:]
-    launch(
-        directions_gradient, -(-n // HEADS), x, dy, dx, eps, n, x.stride(1), x.stride(2), dy.stride(1), dy.stride(2),
-        H=H, K=K, BK=triton.next_power_of_2(K), HEADS=HEADS, num_warps=4,
     )  # fmt: skip

@@ -124,13 +124,11 @@ def test_what_goes_row_by_row():
     for gate in (None, x):
         for weights in (64, 192):
             rms_norm_triton.run(x, torch.zeros(weights), gate, x, 1e-6, gate is None, weights == 64)
-    rms_norm_triton.run_directions(x[:, :, None], x, 1e-6)
-    rms_norm_triton.run_directions_gradient(x[:, :, None], x[:, :, None], x, 1e-6)
     elementwise_triton.swiglu(x[0], narrow(3, 32))
     elementwise_triton.swiglu_gradient(x[0], narrow(3, 32), x[0])
     for half in (32, 16):
         elementwise_triton.rotate(x[None], narrow(1, 2, 1, 1, half), narrow(1, 2, 1, 2, half), x[None])
-    assert len(compiled) == 10
+    assert len(compiled) == 8
 
 
 def test_what_the_interpreter_lets_pass_is_seen():
