@@ -46,17 +46,8 @@ def swiglu_gradient(hidden: Tensor, dy: Tensor, out: Tensor) -> None:
     n, H = dy.shape
     block = min(2 * BLOCK, triton.next_power_of_2(H))
     launch(
-        _swiglu_gradient,
-        n * -(-H // block),
-        hidden,
-        dy,
-        out,
-        hidden.stride(0),
-        dy.stride(0),
-        H=H,
-        BLOCK=block,
-        num_warps=4,
-    )
+        _swiglu_gradient, n * -(-H // block), hidden, dy, out, hidden.stride(0), dy.stride(0), H=H, BLOCK=block, num_warps=4
+    )  # fmt: skip
 
 
 @kernel

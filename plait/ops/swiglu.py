@@ -109,6 +109,7 @@ def _gradient(hidden: Tensor, dy: Tensor) -> Tensor:
 
     out = hidden.new_empty(hidden.shape)
     read, given, made = (x.reshape(-1, x.shape[-1]) for x in (hidden, dy, out))
+    given = given if given.stride(1) == 1 else given.contiguous()  # of a plain sum it is one number, over and over
     elementwise_triton.swiglu_gradient(read, given, made)
     return out
 
