@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plait.ops.attention import KERNELS, attention, flash, fused, halves
+from plait.ops.attention import KERNELS, attention, engines, flash, fused, halves, packed
 from plait.ops.attention.reference import weigh
 from plait.ops.kernels import Call, explain, forced
 from tests.ops.conftest import DOCUMENTS, packing, run_with_gradients
@@ -26,8 +26,9 @@ def inputs(t, s=None, keys=2, batch=2):
 def both(tensors, close, **call):
     """By every form that fits."""
     results = []
-    fused = call.get("softcap") is None and not call.get("prefix")
-    rows = "sinks" in tensors and tensors["q"].shape[1] > 1 and not {"q_start", "k_start"} & call.keys()
+    fused = call.get("softcap") is None
+    more = "sinks" in tensors or (call.get("prefix") and call.get("window"))
+    rows = more and tensors["q"].shape[1] > 1 and not {"q_start", "k_start"} & call.keys()
     for name in ("reference", "chunked", *(["varlen"] if fused and ("packing" in call or rows) else [])):
         with forced(name):
             results.append(run_with_gradients(lambda **x: (attention(**x, **call), None), tensors))
@@ -186,7 +187,11 @@ def test_rows_at_different_positions(close):
         close(got[row], want[row, start : start + 5])
 
 
-@pytest.mark.parametrize("call", [{}, {"window": 3}, {"window": 3, "prefix": 4}], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [{}, {"window": 3}, {"window": 3, "prefix": 4}, {"window": 1, "prefix": 1}, {"window": 7, "prefix": 100}],
+    ids=str,
+)
 def test_packed(call, close):
     tensors = inputs(sum(DOCUMENTS), batch=1)
     got = both(tensors, close, **call, packing=packing())
@@ -198,8 +203,8 @@ def test_packed(call, close):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("k", "v"), [(64, 64), (20, 20), (24, 40)])  # both of torch's kernels, aligned and not
-@pytest.mark.parametrize("window", [None, 7])
-def test_packed_on_a_gpu(window, k, v, dtype):
+@pytest.mark.parametrize(("window", "prefix"), [(None, 0), (7, 0), (7, 3)])
+def test_packed_on_a_gpu(window, prefix, k, v, dtype):
     row = packing(device="cuda")
     shapes = {"q": (HEADS, k), "k": (2, k), "v": (2, v)}
     tensors = {
@@ -207,7 +212,7 @@ def test_packed_on_a_gpu(window, k, v, dtype):
     }
 
     def run(**x):
-        return attention(**x, window=window, packing=row), None
+        return attention(**x, window=window, prefix=prefix, packing=row), None
 
     with forced("reference"):
         want = run_with_gradients(run, {name: x.double() for name, x in tensors.items()})
@@ -317,3 +322,133 @@ def test_new_tokens_in_the_flash_kernel(before, start, window, close, monkeypatc
     monkeypatch.setattr(flash, "aten", SimpleNamespace(_flash_attention_forward=lined_up_at_the_end))
     with forced("chunked"):
         close(attention(**tensors, **call), want)
+
+
+class Written:
+    """What torch's kernels for packed documents are documented to do, written out, document by document."""
+
+    @staticmethod
+    def seen(t, s, causal, window, from_the_end):
+        gap = torch.arange(t)[:, None] - torch.arange(s) + (s - t if from_the_end else 0)
+        return (gap >= 0 if causal else gap == gap) & (gap < window if window else True)
+
+    def forward(self, q, k, v, cuts, more_cuts, scale, causal, window, from_the_end):
+        o, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1], q.shape[0])
+        for (a, b), (c, d) in zip(pairs(cuts), pairs(more_cuts), strict=True):
+            keys, values = (x[c:d].repeat_interleave(HEADS // x.shape[1], 1) for x in (k, v))
+            logits = torch.einsum("thk,shk->hts", q[a:b], keys) * scale
+            logits = logits.masked_fill(~self.seen(b - a, d - c, causal, window, from_the_end), -torch.inf)
+            o[a:b] = torch.einsum("hts,shv->thv", logits.softmax(2), values)
+            lse[:, a:b] = logits.logsumexp(2)
+        return o, lse
+
+    def backward(self, do, q, k, v, o, lse, cuts, more_cuts, scale, causal, window, from_the_end):
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (a, b), (c, d) in zip(pairs(cuts), pairs(more_cuts), strict=True):
+            keys, values = (x[c:d].repeat_interleave(HEADS // x.shape[1], 1) for x in (k, v))
+            weights = (torch.einsum("thk,shk->hts", q[a:b], keys) * scale - lse[:, a:b, None]).exp()
+            weights = weights * self.seen(b - a, d - c, causal, window, from_the_end)
+            taken = (do[a:b] * o[a:b]).sum(2).T[..., None]
+            slopes = weights * (torch.einsum("thv,shv->hts", do[a:b], values) - taken) * scale
+            dq[a:b] = torch.einsum("hts,shk->thk", slopes, keys)
+            dk[c:d] = torch.einsum("hts,thk->shk", slopes, q[a:b]).unflatten(1, (k.shape[1], -1)).sum(2)
+            dv[c:d] = torch.einsum("hts,thv->shv", weights, do[a:b]).unflatten(1, (v.shape[1], -1)).sum(2)
+        return dq, dk, dv
+
+    def _flash_attention_forward(
+        self, q, k, v, cuts, more_cuts, t, s, dropout, causal, mask, *, scale, window_size_left, window_size_right
+    ):
+        assert (dropout, mask) == (0.0, False) and t == longest(cuts) and s == longest(more_cuts)
+        window, near = window_size_left + 1, window_size_right == 0
+        return *self.forward(q, k, v, cuts, more_cuts, scale, causal or near, window, True), None
+
+    def _flash_attention_backward(
+        self,
+        do,
+        q,
+        k,
+        v,
+        o,
+        lse,
+        cuts,
+        more_cuts,
+        t,
+        s,
+        dropout,
+        causal,
+        *random,
+        scale,
+        window_size_left,
+        window_size_right,
+    ):
+        assert t == longest(cuts) and s == longest(more_cuts)
+        window, near = window_size_left + 1, window_size_right == 0
+        return self.backward(do, q, k, v, o, lse, cuts, more_cuts, scale, causal or near, window, True)
+
+    def _efficient_attention_forward(
+        self, q, k, v, bias, cuts, more_cuts, t, s, dropout, kind, wanted, *, scale, window_size
+    ):
+        assert bias is None and wanted and t == longest(cuts) and s == longest(more_cuts)
+        assert kind == 1 or window_size is None
+        o, lse = self.forward(q[0], k[0], v[0], cuts, more_cuts, scale, kind == 1, window_size, False)
+        by_document = lse.new_full((len(cuts) - 1, HEADS, t + -t % 32), torch.inf)
+        for document, (a, b) in enumerate(pairs(cuts)):
+            by_document[document, :, : b - a] = lse[:, a:b]
+        return o[None], by_document, None
+
+    def _efficient_attention_backward(
+        self,
+        do,
+        q,
+        k,
+        v,
+        bias,
+        o,
+        cuts,
+        more_cuts,
+        t,
+        s,
+        lse,
+        dropout,
+        seed,
+        offset,
+        kind,
+        wanted,
+        *,
+        scale,
+        window_size,
+    ):
+        assert t == longest(cuts) and s == longest(more_cuts) and lse.shape == (len(cuts) - 1, HEADS, t + -t % 32)
+        flat = torch.cat([lse[document, :, : b - a] for document, (a, b) in enumerate(pairs(cuts))], 1)
+        found = self.backward(
+            do[0], q[0], k[0], v[0], o[0], flat, cuts, more_cuts, scale, kind == 1, window_size, False
+        )
+        return *(x[None] for x in found), None
+
+
+def pairs(cuts):
+    return list(zip(cuts.tolist(), cuts.tolist()[1:], strict=False))
+
+
+def longest(cuts):
+    return max(b - a for a, b in pairs(cuts))
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+@pytest.mark.parametrize(("window", "prefix"), [(None, 0), (7, 0), (7, 3), (1, 1), (5, 100)])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_what_a_gpus_kernels_are_asked_for(kernel, window, prefix, sinks, close, monkeypatch):
+    tensors = inputs(sum(DOCUMENTS), batch=1) | ({"sinks": SINKS} if sinks else {})
+
+    def run(**x):
+        return attention(**x, window=window, prefix=prefix, packing=packing()), None
+
+    with forced("reference"):
+        want = run_with_gradients(run, tensors)
+    monkeypatch.setattr(engines, "aten", Written())
+    kernels = getattr(engines, kernel), getattr(engines, f"{kernel}_back")
+    monkeypatch.setattr(packed, "engine", lambda q, v: kernels)
+    with forced("varlen"):
+        got = run_with_gradients(run, tensors)
+    for name, x in want.items():
+        close(got[name], x)

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from plait.ops.attention import packed
+from plait.ops.attention import one_by_one, packed
 from plait.ops.delta import gated_delta
 from plait.ops.gla import dplr, gla
 from plait.ops.kernels import forced
@@ -196,18 +196,18 @@ def test_experts():
     assert told.names == ["plait::experts", "plait::experts_backward"]
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("window", "prefix"), [(None, 0), (3, 0), (3, 2)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("sinks", [True, False])
-def test_attention(sinks, together, dtype, window):
+def test_attention(sinks, together, dtype, window, prefix):
     sinks = randn(4) if sinks else None
     q, k, v = randn(1, T, 4, 8, dtype=dtype), randn(1, T, 2, 8, dtype=dtype), randn(1, T, 2, 8, dtype=dtype)
     with Told() as told:
         if together:
-            o = packed._Together.apply(q, k, v, sinks, packing().cu_seqlens, window, 0.3)
+            o = packed._Together.apply(q, k, v, sinks, packing().cu_seqlens, window, prefix, 0.3)
         else:
-            o = packed._Apart.apply(q, k, v, sinks, packing().cu_seqlens, window, 0, 2.0, 0.3, "chunked")
+            o = one_by_one._Apart.apply(q, k, v, sinks, packing().cu_seqlens, window, prefix, 2.0, 0.3, "chunked")
         o.sum().backward()
     assert len(told.names) == 2
 

@@ -3,7 +3,7 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from plait.ops.attention import chunked, packed, reference
+from plait.ops.attention import chunked, one_by_one, packed, reference
 from plait.ops.attention.fused import chosen, for_any_length, may_plan
 from plait.ops.attention.packed import Heads as Heads
 from plait.ops.kernels import Kernel, Kernels, always, choose
@@ -22,8 +22,8 @@ PACKED = Kernels(
     "packed_attention",
     (
         Kernel("varlen", packed.run, packed.supports, packed.within),
-        Kernel("chunked", packed.one_by_one("chunked"), always),
-        Kernel("reference", packed.one_by_one("reference"), always),
+        Kernel("chunked", one_by_one.by("chunked"), always),
+        Kernel("reference", one_by_one.by("reference"), always),
     ),
 )
 
@@ -56,7 +56,7 @@ def attention(
     prefix = 0 if window is None else prefix
     scale = q.shape[3] ** -0.5 if scale is None else scale
     heads = Heads(k.shape[3], v.shape[3], softcap is not None, sinks is not None, prefix > 0)
-    if sinks is not None:
+    if sinks is not None or prefix:
         past = k_start is not None or isinstance(q_start, Tensor) or q_start > 0 or k.shape[1] > q.shape[1]
         heads = heads._replace(past=past)
     if packing is not None:
