@@ -44,7 +44,9 @@ def answers_in(source: str | Path | Source) -> Form | None:
         if path.suffix.lower() not in (".jsonl", ".ndjson"):
             return None
         for _, record in jsonl_records(path, f"field {opened.field or FIELD!r}"):
-            return _form(record) if FIELD not in record or opened.field else None
+            if opened.field == MESSAGES:
+                return "messages"
+            return _form(record) if FIELD not in record else None
     return None
 
 
@@ -61,6 +63,8 @@ def answered(source: FileSource, tokenizer: Tokenizer) -> Iterator[tuple[str, st
             where = f"{path}, line {number}"
             id = str(number) if source.named else f"{name}:{number}"
             try:
+                if source.field == MESSAGES and MESSAGES not in record:
+                    raise DataError(_no_form(record, repr(MESSAGES)))
                 documents = list(_documents(record, tokenizer))
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
@@ -74,9 +78,14 @@ def _documents(record: dict[str, Any], tokenizer: Tokenizer) -> Iterator[Answere
         return _conversation(check_messages(record[MESSAGES]), record.get("tools"), tokenizer)
     if form == "prompt":
         return iter([_pair(_string(record, PROMPT), _string(record, COMPLETION), tokenizer)])
+    raise DataError(_no_form(record, HOLDS))
+
+
+def _no_form(record: dict[str, Any], expected: str) -> str:
+    """What is wrong with a record that has no answers in it."""
     near = next((hint for key in record if (hint := nearest(key, (MESSAGES, PROMPT, COMPLETION)))), "")
     shown = ", ".join(repr(key) for key in list(record)[:12]) or "none"
-    raise DataError(f"expected {HOLDS}, its fields are {shown}{near}")
+    return f"expected {expected}, its fields are {shown}{near}"
 
 
 def _string(record: dict[str, Any], field: str) -> str:

@@ -92,7 +92,7 @@ def _write(
         _read(source, writer)
         offsets, count = writer.offsets, len(split.sides)
         if not count:
-            passed = ", ".join(f"{n} {what}" for what, n in writer.passed_over.items() if n) or "no files"
+            passed = ", ".join(f"{n} {what}" for what, n in writer.passed_over.items() if n) or "no documents"
             raise DataError(f"{source.spec}: no text in it ({passed}); expected at least one document of UTF-8 text")
         if count == 1:
             offsets.insert(1, _tail(file, offsets[1], tokenizer, dtype, heldout, source.spec))

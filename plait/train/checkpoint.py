@@ -11,6 +11,7 @@ import torch
 
 from plait.data import Tokenizer
 from plait.design import ModelConfig
+from plait.design.struct import Struct
 from plait.files import naming, sync_folder
 from plait.model import LanguageModel
 from plait.model.adapter_files import base_name
@@ -118,19 +119,35 @@ class Checkpoint:
 
     def check_same_run(self, run: RunConfig, loader: Batches) -> None:
         """Raise ValueError where `run` (its design resolved) is not what this checkpoint is a part of."""
-        before = RunConfig.from_dict(self.facts["run"])
+        before = self.run
         for name in RunConfig.__struct_fields__:
             then, now = _comparable(before, name), _comparable(run, name)
-            if then == now or name in FREE or (run.resume is True and name not in FIXED):
+            fixed = name in FIXED or (name == "start" and run.lora is None)  # whose weights have been trained since
+            if then == now or name in FREE or (run.resume is True and not fixed):
                 continue
-            advice = "" if name in FIXED else ", or resume=true to go on with the new one"
-            raise ValueError(
-                f"{self.path} belongs to a run with {name} {getattr(before, name)!r}, not {getattr(run, name)!r}: "
-                f"give another folder{advice}"
-            )
+            advice = "" if fixed else ", or resume=true to go on with the new one"
+            what = _difference(name, getattr(before, name), getattr(run, name), then, now)
+            raise ValueError(f"{self.path} belongs to a run with {what}: give another folder{advice}")
+        self._check_tokenizer(before.data.tokenizer, run.data.tokenizer)
         if self.facts["loader"].get("shards") != loader.state_dict().get("shards"):
             raise ValueError(
                 f"{run.data.source}: this text or tokenizer is not what {self.path} was trained on; give another folder"
+            )
+
+    @property
+    def run(self) -> RunConfig:
+        """The run that it belongs to. Raises ValueError naming the file where another version wrote it, with other keys."""
+        try:
+            return RunConfig.from_dict(self.facts["run"])
+        except ValueError as error:
+            raise ValueError(f"{self.path / FACTS}: {error}") from None
+
+    def _check_tokenizer(self, then: str | dict[str, int], now: str | dict[str, int]) -> None:
+        """Refuse one to be trained that is not the run's, which goes on with the tokenizer that it has. (One that is named
+        may have moved; what it holds is in the shards' key.)"""
+        if isinstance(now, dict) and then != now:
+            raise ValueError(
+                f"{self.path} belongs to a run with data.tokenizer {then!r}, not {now!r}: give another folder"
             )
 
     def load_model(self, run: RunConfig, device: torch.device) -> LanguageModel:
@@ -153,3 +170,11 @@ def _comparable(run: RunConfig, name: str) -> Any:
     if name == "design":
         return ModelConfig.from_dict(value).hash
     return value.replace(source="stdlib", tokenizer="bytes", cache="cache") if name == "data" else value
+
+
+def _difference(name: str, before: Any, after: Any, then: Any, now: Any) -> str:
+    """In words, key by key where both are configs. then, now: their comparable values."""
+    if not (isinstance(before, Struct) and isinstance(after, Struct)):
+        return f"{name} {before!r}, not {after!r}"
+    keys = [key for key in before.__struct_fields__ if getattr(then, key) != getattr(now, key)]
+    return ", ".join(f"{name}.{key} {getattr(before, key)!r}, not {getattr(after, key)!r}" for key in keys)

@@ -52,7 +52,7 @@ def text_inputs(
     shards = open_shards(run.data, tokenizer, progress)
     check_heldout(run, shards)
     loader = open_loader(run, shards, ranks)
-    summary = answers_summary(run, shards) if shards.meta.answers else text_summary(run, loader)
+    summary = answers_summary(run, shards) if shards.meta.answers else text_summary(run, loader, shards)
 
     def measure(objective: Objective) -> HeldOut:
         how = {"batch": run.batch, "length": run.data.length, "tokens": run.eval_tokens, "precision": run.precision}
@@ -74,11 +74,15 @@ def open_shards(
     return prepare_answers(data.source, tokenizer, data.cache, length=length or data.length, **how)
 
 
-def text_summary(run: RunConfig, loader: Loader) -> str:
-    reads = run.steps * run.batch * run.data.length
+def text_summary(run: RunConfig, loader: Loader, shards: Shards) -> str:
+    reads, asked = run.steps * run.batch * run.data.length, run.data.tokenizer
+    passed = ", ".join(f"{count:,} {why}" for why, count in shards.meta.passed_over.items() if count)
+    few = isinstance(asked, dict) and shards.meta.vocab < asked["bpe"]
     return (
         f"text: {run.data.source}, {loader.tokens:,} tokens to train on; {run.steps:,} steps of "
         f"{run.batch * run.data.length:,} read {reads:,}, {reads / loader.tokens:.3g} times the text"
+        + (f"; documents passed over: {passed}" if passed else "")
+        + (f"; it has no more than {shards.meta.vocab:,} tokens for the tokenizer" if few else "")
     )
 
 
