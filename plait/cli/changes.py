@@ -63,6 +63,8 @@ def read_value(key: str, text: str, kind: Any) -> Any:
         if str in taken:
             return text
         raise ValueError(f"{key}={text}: cannot be read as YAML: {error}") from None
+    if isinstance(value, dict) and (close := [name for name, inner in value.items() if inner is None and ":" in str(name)]):
+        raise ValueError(f"{key}={text}: YAML wants a space after the colon: {str(close[0]).replace(':', ': ', 1)}")
     return text if str in taken and type(value) not in taken - {str} else value
 
 
@@ -76,7 +78,7 @@ def type_of(names: list[str], config: Any, inside: dict[str, type]) -> Any:
         return Any
     declared = fields[name].type
     if not rest:
-        return str | dict if name in inside else declared
+        return str | dict | None if name in inside else declared
     options = (inside.get(name), declared, *get_args(declared), type(fields[name].default))
     structs = [option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct)]
     return type_of(rest, structs[0], inside) if structs else Any

@@ -123,6 +123,8 @@ def run_config(arguments: list[str]) -> RunConfig:
     changes = reach_letters(changes, bound, "design.")
     run = load_run(file, **changes) if file else RunConfig.from_dict(override({}, changes))
     start = run.start or " "
+    if run.design is None and gguf_path(start) is None and not user_path(start).is_dir():
+        raise FileNotFoundError(f"start: {start}: no such folder; expected a saved model or a training run")
     if run.design is not None or not (gguf_path(start) or is_foreign(user_path(start))):
         # a design that cannot be is said before the text is read
         resolve_design(run.design or run.start or "", vocab=1)

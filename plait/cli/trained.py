@@ -47,20 +47,32 @@ def trained(spec: str) -> Path:
 
 def run_of(folder: Path) -> RunConfig | None:
     """The run that a checkpoint is part of."""
-    home = folder.resolve().parent.parent
-    return load_run(home) if (home / "run.yaml").is_file() and folder.resolve().parent.name == "checkpoints" else None
+    home = _home(folder)
+    return None if home is None else load_run(home)
+
+
+def _home(folder: Path) -> Path | None:
+    """The folder of that run."""
+    place = folder.resolve()
+    return place.parent.parent if place.parent.name == "checkpoints" and (place.parent.parent / RUN).is_file() else None
 
 
 def perplexity_next(run: str, folder: Path, again: list[str]) -> str:
     """The command that measures it: on what its run held out, or on text that is always there."""
-    text = [] if run_of(folder) else ["--text", "stdlib", "--tokens", "32768"]
+    text = [] if _home(folder) else ["--text", "stdlib", "--tokens", "32768"]
     return shell("plait", "eval", run, "ppl", *text, *again)
 
 
 def _of_file(path: Path) -> Path:
     if path.name == SAVED or (path.name == RUN and (path.parent / "checkpoints").is_dir()):
         return path.parent
-    data = read_mapping(path)
+    try:
+        data = read_mapping(path)
+    except ValueError:
+        if path.suffix in (".yaml", ".yml", ".json"):
+            raise
+        expected = "a run's or a saved model's folder, a run's file in YAML or JSON, or a GGUF file"
+        raise ValueError(f"{path}: neither a model nor a run; expected {expected}") from None
     if "design" not in data:
         what = "a design without weights" if "pattern" in data else "no run"
         raise ValueError(f"{path}: {what}; expected a run's or a saved model's folder")

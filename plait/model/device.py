@@ -16,6 +16,12 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        kind = torch.device(name).type
+    except RuntimeError:  # torch's words list all that it has ever run on
+        raise ValueError(f"device {name!r}: there is no such device; expected auto, cpu, cuda or cuda:INDEX") from None
+    if kind == "meta":
+        raise ValueError("device 'meta' holds no numbers; expected auto, cpu, cuda or cuda:INDEX")
+    try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

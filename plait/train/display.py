@@ -1,6 +1,8 @@
 """What a run shows: a bar on a terminal, plain lines elsewhere."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from statistics import median
 from typing import Any, Self
 
@@ -39,12 +41,26 @@ class Display:
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._unless_lost():
+                self._bar.stop()
         for address, times in self._fell_back.items():
             self.note(f"{address} fell back to one token after the other in {times} of {self._solved} steps")
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with self._unless_lost():
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def _unless_lost(self) -> Iterator[None]:
+        """Go on where nothing can be shown any more, on a closed pipe or a full disk: metrics.jsonl has it all."""
+        try:
+            yield
+        except SystemExit:  # rich's at a closed pipe, whose reader has seen enough
+            self.console.quiet = True
+        except OSError as error:
+            self.console.quiet = True
+            with suppress(OSError):
+                print(f"progress cannot be shown ({error.strerror}); the run goes on, see metrics.jsonl", file=sys.stderr)
 
     def reading(self, done: int, total: int | None) -> None:
         """`done` of `total` bytes of text are tokenized."""

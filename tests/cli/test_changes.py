@@ -33,6 +33,7 @@ def test_a_field_of_text_or_more_takes_both():
     assert run("data.tokenizer={bpe: 300}", "resume=auto", "design=[M|A]F") == {
         **{"data.tokenizer": {"bpe": 300}, "resume": "auto", "design": "[M|A]F"}
     }
+    assert run("design=null", "start=null") == {"design": None, "start": None}
     assert run("data.tokenizer=2024", "resume=# x") == {"data.tokenizer": "2024", "resume": "# x"}
     assert run("resume=true", "design={dim: 64}") == {"resume": True, "design": {"dim": 64}}
 

@@ -247,6 +247,14 @@ def test_what_generate_says_to_run_next_runs_for_a_model_of_no_run(plait, run_fo
         assert ran.code == 0, ran.err
 
 
+def test_generate_needs_nothing_of_the_run_but_its_model(plait, run_folder, tmp_path):
+    copy = shutil.copytree(run_folder, tmp_path / "copy")
+    (copy / "run.yaml").write_text("steps: [", encoding="utf-8")
+    ran = plait("generate", str(copy), "def ", "--max-tokens", "2", "--json")
+    assert ran.code == 0, ran.err
+    assert "text" in ran.json
+
+
 def test_eval_measures_any_text_as_it_measures_held_out_text(plait, run_folder, tmp_path):
     from plait.data import Shards, load_tokenizer, prepare
     from plait.train import load_run

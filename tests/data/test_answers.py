@@ -133,6 +133,7 @@ def test_a_file_says_by_its_first_record_whether_it_holds_answers(records, write
     assert answers_in(records({"text": "a", "messages": TALK})) is None
     assert answers_in(f"{records({'text': 'a', 'messages': TALK})}:messages") == "messages"
     assert answers_in(f"{records(PAIR)}:prompt") is None
+    assert answers_in(f"{records(PAIR)}:messages") == "messages"
     assert answers_in(write("a.txt", "text")) is None
 
 
@@ -162,6 +163,12 @@ def test_what_holds_no_answer_is_refused_with_file_and_line(record, message, tok
     with pytest.raises(DataError, match=f"^{path}, {message}") as caught:
         prepare_answers(path, tokenizer(), tmp_path / "cache", length=60)
     assert "\n" not in str(caught.value)
+
+
+def test_messages_that_are_insisted_on_are_in_every_record(tokenizer, records, tmp_path):
+    path = records({"messages": TALK}, PAIR)
+    with pytest.raises(DataError, match=f"^{path}, line 2: expected 'messages', its fields are 'prompt', 'completion'"):
+        prepare_answers(f"{path}:messages", tokenizer(), tmp_path / "cache", length=60)
 
 
 def test_messages_need_a_template(tokenizer, records, tmp_path):

@@ -236,7 +236,7 @@ def test_a_large_vocabulary_is_stored_wider(list_source, tmp_path, documents):
         ("blank.txt", "\n \n", DataError, "blank.txt: an empty file"),
         ("binary.txt", b"\x89PNG\0", NotText, "binary.txt: a binary file"),
         ("folder/x", b"\0", DataError, "folder: no text in it .1 binary.; expected at least one document"),
-        ("none.jsonl", "", DataError, "no text in it .no files."),
+        ("none.jsonl", "", DataError, "no text in it .no documents."),
         ("nulls.jsonl", '{"text": null}\n{"text": ""}', DataError, "no text in it .2 empty."),
     ],
 )

@@ -50,7 +50,7 @@ def test_prompt_and_continuation_are_the_text_of_all_tokens(tmp_path, kind):
         ({"prompt": b"a"}, "bytes"),
         ({"prompt": 3}, "int"),
         ({"prompt": "a\ud800"}, "character 1 .U.D800. is half of a surrogate pair"),
-        ({"prompt": "caf\udce9"}, "half of a surrogate pair"),
+        ({"prompt": "caf\udce9"}, "character 3 is the byte 0xe9, not UTF-8"),
         ({"stop": None}, "stop is of type NoneType; expected a string or a list"),
         ({"stop": 3}, "stop is of type int; expected a string or a list"),
         ({"stop": b"a"}, "stop holds 97; expected strings"),

@@ -26,6 +26,18 @@ def test_it_learns(make_run, quiet, pattern, optimizer):
     assert result.heldout.bits_per_byte == heldout[2]
 
 
+def test_what_was_passed_over_and_what_could_not_be_is_said(make_run, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name, content in {"a": b"one two " * 40, "b": b"three " * 40, "c": b"\xff", "d": b" ", "e": b""}.items():
+        (folder / f"{name}.txt").write_bytes(content)
+    run, said = make_run(steps=1), Console(file=io.StringIO())
+    train(run.replace(data=run.data.replace(source=str(folder), tokenizer={"bpe": 4096})), console=said)
+    shown = said.file.getvalue()
+    assert "documents passed over: 1 binary, 2 empty; it has no more than " in shown
+    assert "tokens for the tokenizer\n" in shown
+
+
 def test_metrics_are_one_object_a_step(make_run, quiet):
     run = make_run(steps=10, sample_every=5, eval_every=0, accumulate=2)
     result = train(run, sample=lambda model, tokenizer, prompt: prompt + "\n…", console=quiet)

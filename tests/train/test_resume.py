@@ -1,5 +1,7 @@
 """20 steps = 10 + resume + 10, to the bit, also when the process is killed at any moment of a save."""
 
+import errno
+import io
 import json
 import os
 import signal
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from plait.data import train_bpe
@@ -97,7 +100,8 @@ def test_changes_that_make_it_another_run_are_refused(make_run, quiet):
         ({"steps": 9}, "steps 2, not 9: give another folder, or resume=true"),
         ({"steps": 2, "seed": 7, "resume": True}, "seed 0, not 7: give another folder"),
         ({"steps": 2, "pattern": "DF", "resume": True}, "design"),
-        ({"steps": 2, "length": 16, "resume": True}, "data"),
+        ({"steps": 2, "length": 16, "resume": True}, "with data.length 32, not 16: give another folder"),
+        ({"steps": 2, "start": "elsewhere", "resume": True}, "start None, not 'elsewhere': give another folder"),
         ({"steps": 2, "resume": False}, "has a checkpoint, step-000002"),
     ]:
         with pytest.raises(ValueError, match=".") as caught:
@@ -106,6 +110,43 @@ def test_changes_that_make_it_another_run_are_refused(make_run, quiet):
         assert "\n" not in str(caught.value)
     result = train(make_run(steps=4, lr=0.5, batch=2, resume=True), console=quiet)
     assert (result.step, result.tokens) == (4, 2 * 4 * 32 + 2 * 2 * 32)
+
+
+@pytest.mark.parametrize(("then", "size"), [("bytes", 300), ({"bpe": 290}, 300)])
+def test_another_tokenizer_to_train_is_refused(make_run, quiet, then, size):
+    run = make_run(steps=2)
+    train(run.replace(data=run.data.replace(tokenizer=then)), console=quiet)
+    other = run.replace(data=run.data.replace(tokenizer={"bpe": size}), steps=4, resume=True)
+    with pytest.raises(ValueError, match=r"data\.tokenizer .*, not \{'bpe': 300\}: give another folder$"):
+        train(other, console=quiet)
+
+
+def test_a_key_that_another_version_wrote_is_named_with_its_file(make_run, quiet):
+    run = make_run(steps=2)
+    facts = train(run, console=quiet).checkpoint / "training.json"
+    facts.write_text(facts.read_text(encoding="utf-8").replace('"warmup"', '"warmpu"'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"training\.json: run: unknown key 'warmpu'; did you mean 'warmup'"):
+        train(run, console=quiet)
+
+
+class _Lost(io.StringIO):
+    """A screen that takes two lines."""
+
+    def __init__(self, error: OSError):
+        super().__init__()
+        self.error, self.left = error, 2
+
+    def write(self, text: str) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return len(text)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError(errno.EPIPE, "")])
+def test_a_run_outlives_its_screen(make_run, error, capfd):
+    result = train(make_run(steps=4), console=Console(file=_Lost(error)))
+    assert (result.step, result.checkpoint.name) == (4, "step-000004")
 
 
 @pytest.mark.parametrize("resume", ["auto", True])
