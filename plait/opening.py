@@ -12,7 +12,7 @@ from plait.files import user_path
 from plait.model.adapter_files import base_name, read_additions, read_lora
 from plait.model.build import to_dtype
 from plait.model.device import check_dtype
-from plait.model.files import BASE_HASH, carried_files, model_folder, read_config, read_model, stored
+from plait.model.files import BASE_HASH, carried_files, model_folder, read_config, read_model, stored, stored_design
 from plait.model.language_model import LanguageModel
 from plait.model.lora import Base, adapt, merge, weights_hash
 from plait.run_folder import ADAPTER_CONFIG, check_model
@@ -52,7 +52,7 @@ def folder_design(folder: str | Path) -> ModelConfig:
         return design_of_gguf(file)
     folder = model_folder(folder)
     if not is_foreign(folder):
-        return ModelConfig.from_dict(read_config(folder)["design"])
+        return stored_design(folder)
     from plait.hub.checkpoint import folder_design as theirs
 
     return theirs(folder)
@@ -76,7 +76,7 @@ def read_adapted(folder: Path, base: str | Path, device: str | torch.device = "c
             f"{base}: not there, and {folder} holds additions to it alone; put it back, or say in {ADAPTER_CONFIG} where it is"
         ) from None
     assert model.base is not None
-    if model.design.hash != ModelConfig.from_dict(config["design"]).hash or model.base[1] != config.get(BASE_HASH):
+    if model.design.hash != stored_design(folder).hash or model.base[1] != config.get(BASE_HASH):
         raise ValueError(
             f"{base}: not the weights that the additions in {folder} were trained on, or they have changed since"
         )

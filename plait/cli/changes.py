@@ -63,8 +63,9 @@ def read_value(key: str, text: str, kind: Any) -> Any:
         if str in taken:
             return text
         raise ValueError(f"{key}={text}: cannot be read as YAML: {error}") from None
-    if isinstance(value, dict) and (close := [name for name, inner in value.items() if inner is None and ":" in str(name)]):
-        raise ValueError(f"{key}={text}: YAML wants a space after the colon: {str(close[0]).replace(':', ': ', 1)}")
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        if inner is None and ":" in str(name):  # {rank:4} is a key without a value
+            raise ValueError(f"{key}={text}: YAML wants a space after the colon: {str(name).replace(':', ': ', 1)}")
     return text if str in taken and type(value) not in taken - {str} else value
 
 

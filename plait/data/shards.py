@@ -54,7 +54,7 @@ class Meta:
 
 
 class Shards:
-    """Token shards on disk, opened. Nothing but the meta and the byte table is read before it is asked for."""
+    """Token shards on disk, opened. Of the tokens nothing is read before it is asked for."""
 
     def __init__(self, folder: str | Path):
         self.folder = user_path(folder)
@@ -64,6 +64,21 @@ class Shards:
             size = path.stat().st_size if path.exists() else 0
             if size != expected:
                 raise DataError(f"{path}: {size} bytes where {expected} were written; prepare the corpus again")
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """Raise DataError where documents do not lie one after the other, or are held out otherwise than was counted."""
+        offsets, sides = self._offsets(), self._sides()
+        if offsets[0] != 0 or offsets[-1] != self.meta.tokens or (offsets[1:] < offsets[:-1]).any():
+            raise DataError(f"{self.folder / 'offsets.bin'}: damaged; prepare the corpus again")
+        if (sides > 1).any() or int(sides.sum()) != self.meta.heldout_documents:
+            raise DataError(f"{self.folder / 'split.bin'}: damaged; prepare the corpus again")
+
+    def _offsets(self) -> NDArray[np.int64]:
+        return np.fromfile(self.folder / "offsets.bin", dtype=np.int64)
+
+    def _sides(self) -> NDArray[np.uint8]:
+        return np.fromfile(self.folder / "split.bin", dtype=np.uint8)
 
     def _sizes(self) -> dict[str, int]:
         meta, width = self.meta, np.dtype(self.meta.dtype).itemsize
@@ -108,8 +123,7 @@ class Shards:
         """(starts, ends) in `tokens()` of the split's documents, in corpus order; an end is past the end-of-text id."""
         if split not in SPLITS:
             raise DataError(f"split {split!r}: expected train or heldout{nearest(split, SPLITS)}")
-        chosen = np.fromfile(self.folder / "split.bin", dtype=np.uint8) == SPLITS.index(split)
-        offsets = np.fromfile(self.folder / "offsets.bin", dtype=np.int64)
+        chosen, offsets = self._sides() == SPLITS.index(split), self._offsets()
         return offsets[:-1][chosen], offsets[1:][chosen]
 
     def token_bytes(self) -> NDArray[np.int32]:

@@ -69,7 +69,9 @@ def no_text(text: object) -> DataError:
         return DataError(f"text is of type {type(text).__name__}; expected str")
     half = _HALF.search(text)
     if half and "\udc80" <= half[0] <= "\udcff":  # how Python carries a byte that it could not decode
-        return DataError(f"text: character {half.start()} is the byte 0x{ord(half[0]) - 0xDC00:02x}, not UTF-8; expected UTF-8 text")
+        return DataError(
+            f"text: character {half.start()} is the byte 0x{ord(half[0]) - 0xDC00:02x}, not UTF-8; expected UTF-8 text"
+        )
     where = f"character {half.start()} (U+{ord(half[0]):04X})" if half else "a character"
     return DataError(f"text: {where} is half of a surrogate pair; expected Unicode text that UTF-8 can hold")
 

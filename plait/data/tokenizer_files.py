@@ -94,9 +94,12 @@ def _from_transformers(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # said False, or transformers asks at the terminal whether to run code that came with the files
+        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each of the library's formats fails in its own way
-        raise DataError(f"{folder}: transformers cannot load this tokenizer ({first_line(error)})") from None
+        raise DataError(
+            f"{folder}: no tokenizer.json, and transformers cannot load this tokenizer ({first_line(error)})"
+        ) from None
     if loaded.eos_token_id is None:
         raise _no_end(folder)
     name = folder.resolve().name

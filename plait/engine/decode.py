@@ -181,7 +181,11 @@ def continuations(
 
 
 def check_vocab(model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for a tokenizer with more ids than the model."""
+    """Raise ValueError for a tokenizer with more ids than the model, TypeError for what is no model or no tokenizer."""
+    if not hasattr(model, "design"):
+        raise TypeError(f"expected a model that plait.build or plait.load gave, got {type(model).__name__}")
+    if not hasattr(tokenizer, "vocab"):
+        raise TypeError(f"expected a tokenizer that plait.load_tokenizer gave, got {type(tokenizer).__name__}")
     if tokenizer.vocab > model.design.vocab:
         raise ValueError(
             f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab} ids, but the model was built for "

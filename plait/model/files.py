@@ -145,7 +145,7 @@ def stored(model: LanguageModel) -> dict[str, torch.Tensor]:
 def read_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
     """A model that `save` wrote to this folder, whose files have been found whole. Raises ValueError naming what is wrong."""
     config = read_config(folder)
-    design = ModelConfig.from_dict(config["design"])
+    design = stored_design(folder)
     files = weight_files(folder)
     model = empty_model(design, device=device, dtype=getattr(torch, config["dtype"]))
     with torch.no_grad():
@@ -169,6 +169,14 @@ def model_folder(folder: str | Path) -> Path:
         if (path / CONFIG).is_file() or (path / FACTS).is_file():  # with the second alone a damaged one, not none
             return path
     raise FileNotFoundError(f"{folder}: holds neither {CONFIG} nor checkpoints/step-*; expected a saved model or a run")
+
+
+def stored_design(folder: Path) -> ModelConfig:
+    """The design in config.json."""
+    try:
+        return ModelConfig.from_dict(read_config(folder)["design"])
+    except ValueError as error:
+        raise ValueError(f"{error}" if str(error).startswith(str(folder)) else f"{folder / CONFIG}: {error}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -60,7 +60,9 @@ class Display:
         except OSError as error:
             self.console.quiet = True
             with suppress(OSError):
-                print(f"progress cannot be shown ({error.strerror}); the run goes on, see metrics.jsonl", file=sys.stderr)
+                print(
+                    f"progress cannot be shown ({error.strerror}); the run goes on, see metrics.jsonl", file=sys.stderr
+                )
 
     def reading(self, done: int, total: int | None) -> None:
         """`done` of `total` bytes of text are tokenized."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from plait.data import Loader, Shards, Tokenizer, answers_in, cached_bpe, load_tokenizer, prepare, prepare_answers
 from plait.data.gguf_file import gguf_path
-from plait.design import ModelConfig
+from plait.design import ModelConfig, Tokens
 from plait.model import Objective, model_folder
 from plait.opening import folder_design
 from plait.train.config import DataConfig, RunConfig, resolve_design
@@ -49,6 +49,10 @@ def text_inputs(
     """
     tokenizer = load_tokenizer(kept) if kept and kept.is_dir() and not names_tokenizer(run) else own_tokenizer(run)
     design = resolve_design(spec(run), tokenizer.vocab)
+    if not isinstance(design.front, Tokens):
+        raise ValueError(
+            "design.front: this model reads vectors, and a run over text has tokens: give `batches` of your own"
+        )
     shards = open_shards(run.data, tokenizer, progress)
     check_heldout(run, shards)
     loader = open_loader(run, shards, ranks)

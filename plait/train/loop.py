@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from plait.data import Tokenizer
-from plait.design import ModelConfig
+from plait.design import Logits, ModelConfig
 from plait.files import write_text
 from plait.layers import Channels
 from plait.model import LanguageModel, NextToken, Objective, build
@@ -70,6 +70,8 @@ def train(
     Raises ValueError and OSError for a run that cannot begin, and TrainingStopped for one that had to stop, which is
     Interrupted, NonFinite, Unsolved or SaveFailed. In each case the checkpoints written before are whole.
     """
+    if not isinstance(run, RunConfig):
+        raise TypeError(f"expected a RunConfig, which plait.train.load_run reads from a file, got {type(run).__name__}")
     run = run if start is None else run.replace(start=str(start))
     folder, ranks = Path(run.folder), ranks or One()
     writes = ranks.rank == 0
@@ -81,6 +83,7 @@ def train(
                 inputs = own_inputs(run, batches, heldout)
             else:
                 inputs = text_inputs(run, before and folder / "tokenizer", ranks, display.reading)
+        check_head(inputs.design, objective)
         run = run.replace(design=inputs.design.to_dict())
         device, delayed = find_device(run.device), begins(run, inputs.design)
         if before is None:
@@ -116,6 +119,14 @@ def train(
                     delayed,
                     broken,
                 ).to_the_end()
+
+
+def check_head(design: ModelConfig, objective: Callable[[LanguageModel], Objective]) -> None:
+    """Raise ValueError for next tokens by a head that gives vectors."""
+    if objective is NextToken and not isinstance(design.head, Logits):
+        raise ValueError(
+            "design.head: this model gives vectors, not logits of next tokens: give an `objective` for them"
+        )
 
 
 def first_model(run: RunConfig, design: ModelConfig, device: torch.device) -> LanguageModel:

@@ -131,7 +131,9 @@ def test_what_is_no_text_is_refused_in_one_line(tokenizer, wrong):
         lambda: tokenizer.encode(wrong, special=True),
         lambda: tokenizer.encode_batch(["a", wrong]),
     ):
-        with pytest.raises(DataError, match="half of a surrogate pair; expected|expected str") as caught:
+        with pytest.raises(
+            DataError, match="half of a surrogate pair; expected|not UTF-8; expected|expected str"
+        ) as caught:
             encode()
         assert "\n" not in str(caught.value)
         str(caught.value).encode()
@@ -292,6 +294,18 @@ def test_a_tokenizer_without_tokenizer_json_comes_through_transformers(tmp_path)
     assert "".join(map(stream.push, ids)) + stream.finish() == text
     tokenizer.save(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").hash == tokenizer.hash
+
+
+def test_no_code_that_came_with_a_folder_is_offered_to_be_run(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    auto = {"AutoTokenizer": ["theirs.Theirs", None], "AutoConfig": "theirs.Config"}
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "theirs", "auto_map": auto}), encoding="utf-8")
+    (tmp_path / "theirs.py").write_text("raise SystemExit('it ran')", encoding="utf-8")
+    with pytest.raises(DataError, match="no tokenizer.json, and transformers cannot load this tokenizer"):
+        load_tokenizer(tmp_path)
+    assert not asked
 
 
 def test_wrong_tokenizers_say_what_was_expected(tmp_path, monkeypatch):

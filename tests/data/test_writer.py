@@ -149,6 +149,14 @@ def test_incomplete_shards_are_made_again_the_same_to_the_byte(list_source, bpe,
                 Shards(folder)
             prepare(source, bpe, tmp_path)
             assert contents(folder) == whole
+    for name in ("offsets.bin", "split.bin"):  # as long as they were
+        damaged = bytearray(whole[name])
+        damaged[len(damaged) // 2] ^= 0xFF
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(DataError, match=f"{name}: damaged; prepare the corpus again"):
+            Shards(folder)
+        prepare(source, bpe, tmp_path)
+        assert contents(folder) == whole
     shutil.rmtree(folder)
     left = tmp_path / f".{folder.name}.tmp"  # of a process that was killed
     left.mkdir()

@@ -62,3 +62,12 @@ def test_what_is_no_text_is_refused_in_one_line(options, message):
         with pytest.raises(ValueError, match=message) as caught:
             continued(model, ByteTokenizer(), **({"prompt": "a"} | options))
         assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_model_and_a_name_no_tokenizer():
+    model = plait.build(plait.ModelConfig(vocab=257, dim=64, pattern="AF"))
+    for continued in (plait.generate, stream):
+        with pytest.raises(TypeError, match=r"expected a model that plait\.build or plait\.load gave, got str"):
+            continued("runs/small", ByteTokenizer(), "a")
+        with pytest.raises(TypeError, match=r"expected a tokenizer that plait\.load_tokenizer gave, got str"):
+            continued(model, "bytes", "a")

@@ -8,6 +8,7 @@ import torch
 
 import plait
 from plait.model import model_folder, weight_files
+from plait.opening import folder_design
 
 DESIGN = plait.ModelConfig(vocab=31, dim=64, pattern="M [A|D]", layers={"M": plait.Mamba2(shared=True)})
 
@@ -128,3 +129,12 @@ def test_config_with_a_missing_or_wrong_dtype(folder):
     edit(folder, dtype=None)
     with pytest.raises(ValueError, match="dtype"):
         plait.load(folder)
+
+
+def test_a_design_that_another_version_wrote_is_named_with_its_file(tmp_path):
+    plait.save(plait.build(plait.ModelConfig(vocab=257, dim=64, pattern="AF")), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"dim"', '"dmi"'), encoding="utf-8")
+    for read in (plait.load, folder_design):
+        with pytest.raises(ValueError, match=rf"^{config}: design: unknown key 'dmi'; did you mean 'dim'"):
+            read(tmp_path)

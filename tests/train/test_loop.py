@@ -38,6 +38,29 @@ def test_what_was_passed_over_and_what_could_not_be_is_said(make_run, tmp_path):
     assert "tokens for the tokenizer\n" in shown
 
 
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ({"front": {"kind": "vectors", "features": 3}}, "design.front: this model reads vectors, .* give `batches`"),
+        (
+            {"head": {"kind": "regression", "outputs": 3}},
+            "design.head: this model gives vectors, .* give an `objective`",
+        ),
+    ],
+)
+def test_text_needs_a_model_from_tokens_to_logits(make_run, quiet, ends, said):
+    run = make_run(design={"dim": 64, "pattern": "AF"} | ends)
+    with pytest.raises(ValueError, match=said):
+        train(run, console=quiet)
+    assert not Path(run.folder).exists()
+
+
+@pytest.mark.parametrize("run", ["run.yaml", {"design": "AF"}])
+def test_what_is_no_run_is_refused(run):
+    with pytest.raises(TypeError, match="expected a RunConfig, which plait.train.load_run reads from a file, got"):
+        train(run)
+
+
 def test_metrics_are_one_object_a_step(make_run, quiet):
     run = make_run(steps=10, sample_every=5, eval_every=0, accumulate=2)
     result = train(run, sample=lambda model, tokenizer, prompt: prompt + "\n…", console=quiet)

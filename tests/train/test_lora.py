@@ -228,7 +228,7 @@ def test_what_cannot_begin_is_said_before_it_does(tuned, base, quiet):
     ):
         train(tuned(lora={"targets": ["down_prj"]}), console=quiet)
     train(tuned(), console=quiet)
-    with pytest.raises(ValueError, match="belongs to a run with lora LoRA.*give another folder$"):
+    with pytest.raises(ValueError, match="belongs to a run with lora.rank 2, not 4.*give another folder$"):
         train(tuned(lora={"rank": 4}, resume=True), console=quiet)
     assert RunConfig.from_dict(tuned().to_dict()) == tuned()
 
