@@ -157,54 +157,58 @@ def _room(cu_seqlens: Tensor, like: Tensor) -> int:
 class Chunks:
     """Chunks of `size` tokens in chunk-major order: first the 0th chunk of every sequence, then the 1st, ...
 
-    `alive[c]` sequences have a c-th chunk. Packed documents are ordered longest first (`order`), so those that are
-    alive are always a prefix, and one step of the recurrence over chunks advances all of them together.
+    `alive[c]` sequences have a c-th chunk, of `steps` that the longest has. Packed documents are ordered longest first
+    (`order`), so those that are alive are always a prefix, and one step of the recurrence over chunks advances all of them
+    together. In a compiled graph `steps` and `length` may be symbols, which no branch here asks for their values.
     """
 
     size: int
-    alive: tuple[int, ...]
+    steps: int
     batch: int
     length: int
     index: Int[Tensor, "n c"] | None = None  # packed: source of each place, one past the end for padding
     back: Int[Tensor, " t"] | None = None  # packed: where each token went
     order: Int[Tensor, " d"] | None = None  # packed: documents, longest first
     lengths: tuple[int, ...] = ()  # packed: of the documents
+    counts: tuple[int, ...] = ()  # packed: `alive`
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        return self.counts or (self.batch,) * self.steps
 
     def split(self, x: Float[Tensor, "b t h *k"]) -> Float[Tensor, "n h c *k"]:
         """Tokens into chunks, heads before time; places past a sequence's end are zero."""
         if self.index is not None:
             return gathered(x, self.index)
-        steps = len(self.alive)
-        missing = steps * self.size - self.length
-        if missing:  # a pad of nothing copies all the same, and so does its gradient
-            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
-        x = x.unflatten(1, (steps, self.size)).transpose(0, 1)  # (steps, b, c, h, *k)
+        x = self._filled(x).unflatten(1, (self.steps, self.size)).transpose(0, 1)  # (steps, b, c, h, *k)
         return x.transpose(2, 3).flatten(0, 1)
 
     def join(self, y: Float[Tensor, "n h c v"]) -> Float[Tensor, "b t h v"]:
         """The inverse of `split`, padding dropped."""
         if self.back is not None:
             return scattered(y, self.back)
-        y = y.unflatten(0, (len(self.alive), self.batch)).permute(1, 0, 3, 2, 4)  # (b, steps, c, h, v)
-        y = y.flatten(1, 2)
-        return y if y.shape[1] == self.length else y[:, : self.length]
+        y = y.unflatten(0, (self.steps, self.batch)).permute(1, 0, 3, 2, 4)  # (b, steps, c, h, v)
+        return y.flatten(1, 2)[:, : self.length]
 
     def by_step(self, x: Float[Tensor, "b t *u"]) -> Float[Tensor, "c n *u"]:
         """Tokens by their place in a chunk, so that one step advances all n chunks; places past an end are zero."""
         if self.index is not None:
             return _padded(x).index_select(0, self.index.T.flatten()).unflatten(0, self.index.T.shape)
-        steps = len(self.alive)
-        missing = steps * self.size - self.length
-        if missing:  # a pad of nothing copies all the same
-            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
-        return x.unflatten(1, (steps, self.size)).transpose(0, 2).flatten(1, 2)
+        return self._filled(x).unflatten(1, (self.steps, self.size)).transpose(0, 2).flatten(1, 2)
 
     def from_steps(self, y: Float[Tensor, "c n *u"]) -> Float[Tensor, "b t *u"]:
         """The inverse of `by_step`, padding dropped."""
         if self.back is not None:
             return y.transpose(0, 1).flatten(0, 1).index_select(0, self.back)[None]
-        y = y.unflatten(1, (len(self.alive), self.batch)).transpose(0, 2)
+        y = y.unflatten(1, (self.steps, self.batch)).transpose(0, 2)
         return y.flatten(1, 2)[:, : self.length]
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """(b, t, ...) with zeros to the end of the last chunk."""
+        missing = self.steps * self.size - self.length
+        if _is_known(missing == 0):  # a pad of nothing copies all the same, and so does its gradient
+            return x
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
 
     @cached_property
     def last(self) -> tuple[list[int], list[int]]:
@@ -220,6 +224,13 @@ class Chunks:
 
     def unsort(self, state: Tensor) -> Tensor:
         return state if self.order is None else state[torch.argsort(self.order)]
+
+
+def _is_known(holds: bool) -> bool:
+    """Whether it holds; of symbols of a graph, whether it does for all that they may be."""
+    if torch.compiler.is_compiling():  # elsewhere half a second to import
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(holds)  # pyright: ignore[reportAttributeAccessIssue]
+    return holds
 
 
 def gathered(x: Float[Tensor, "1 t h *k"], index: Int[Tensor, "n c"]) -> Float[Tensor, "n h c *k"]:
@@ -245,7 +256,7 @@ def chunks(batch: int, length: int, size: int, packing: Packing | None) -> Chunk
     """The chunk layout of a call."""
     if packing is not None:
         return packing.chunks(size)
-    return Chunks(size, (batch,) * -(-length // size), batch, length)
+    return Chunks(size, -(-length // size), batch, length)
 
 
 def _cut(cu_seqlens: Int[Tensor, " n+1"], size: int, device: torch.device) -> Chunks:
@@ -266,7 +277,7 @@ def _cut(cu_seqlens: Int[Tensor, " n+1"], size: int, device: torch.device) -> Ch
     index.masked_fill_(~inside, total)
     alive = tuple(step.bincount().tolist())
     index, back, order = (sent(x, device) for x in (index, back, order))
-    return Chunks(size, alive, 1, total, index, back, order, tuple(lengths.tolist()))
+    return Chunks(size, len(alive), 1, total, index, back, order, tuple(lengths.tolist()), alive)
 
 
 def each_document(

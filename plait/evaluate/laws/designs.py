@@ -292,7 +292,7 @@ DESIGNS: dict[str, ModelConfig] = {
             "F#0": {"wrap": {"reads": "stream_and_embeddings", "norms": "none"}},
         },
     ),
-    "meta tokens": small("AF WF DF", front=Tokens(meta=3), W=Attention(heads=2, head_dim=20, window=5, prefix=3)),
+    "meta tokens": small("AF WF DF Gl", front=Tokens(meta=3), W=Attention(heads=2, head_dim=20, window=5, prefix=3)),
     "meta tokens and learned positions, own head with bias": small(
         "MF A", front=Tokens(meta=2, positions=300), head=Logits(bias=True), tied=False
     ),
