@@ -63,6 +63,8 @@ def test_a_pool_without_room_says_what_would_do_and_stays_as_it_was():
         (lambda pool, model: pool.at([1]), r"row 1 of the pool holds no sequence; those that do: \[0\]"),
         (lambda pool, model: pool.join(after(tiny("AF"), 3)), "the state of another design"),
         (lambda pool, model: pool.restore(0, _snapshot_of(tiny("AF"))), "the state of another design"),
+        (lambda pool, model: pool.restore(0, _snapshot_of(model)), "this snapshot is of another pool"),
+        (lambda pool, model: pool.join(_snapshot_of(model)), "this snapshot is of another pool"),
         (lambda pool, model: pool.truncate(0, 9), "row 0 has 7 tokens and cannot be cut to 9"),
         (lambda pool, model: pool.truncate(0, 3), r"row 0 cannot be cut to 3 tokens: .*slot 0.*\(it has none\)"),
         (
