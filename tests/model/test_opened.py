@@ -170,12 +170,16 @@ class TestRules:
         self.check(model, KL(theirs, teacher.head, T, scored), kl)
         both = Mixed(((0.3, KL(theirs, teacher.head, T, scored)), (2.0, CrossEntropy(TOKENS))))
         self.check(model, both, lambda y: 0.3 * kl(y) + 2.0 * cross_entropy(y, TOKENS))
+        twice = Mixed(((0.3, KL(theirs, teacher.head, T, scored)), (2.0, KL(theirs, teacher.head, T, scored))))
+        self.check(model, twice, lambda y: 2.3 * kl(y))
 
     def test_squared_error(self, sliced):
         model, _ = self.models(head=plait.Regression(outputs=5))
         targets, scored = torch.randn(2, 12, 5, dtype=torch.float64), TOKENS % 2 > 0
         rule = SquaredError(targets, scored)
         self.check(model, rule, lambda y: ((y - targets).square().mean(-1) * scored).sum())
+        unknown = targets.masked_fill(~scored[..., None], torch.nan)
+        self.check(model, SquaredError(unknown, scored), lambda y: (y - targets)[scored].square().mean(-1).sum())
 
     def test_a_student_that_is_its_teacher_loses_nothing(self):
         model = plait.build(plait.ModelConfig(vocab=31, dim=64, pattern="DF"))
