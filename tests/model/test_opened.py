@@ -319,6 +319,18 @@ class TestPlaces:
         assert student.place("A#1") is model.place("A#1") and student.place("F#0") is model.place("F#0")
         assert student.design.place("A#1").wrap.factor == 0.5 and not torch.equal(student(TOKENS)[0], model(TOKENS)[0])
 
+    def test_what_is_hung_on_a_student_is_not_on_its_model(self):
+        model = plait.build(self.design).eval()
+        with plait.listening(model, {"A#0.output": lambda y: y * 0}):
+            student = plait.swap(model, {"A#1": "gru"})
+        before, calls = model(TOKENS)[0], []
+        student.register_forward_hook(lambda *_: calls.append(1))
+        student.register_buffer("more", torch.zeros(1))
+        assert torch.equal(model(TOKENS)[0], before) and not calls
+        assert "more" not in model.state_dict()
+        assert not any(module.training for module in student.modules())
+        assert not student.listeners
+
     def test_swap_survives_a_file(self, tmp_path):
         student = plait.swap(plait.build(self.design, dtype=torch.bfloat16), {"A#1": "gru", "par#0": plait.GELU()})
         assert {p.dtype for p in student.parameters()} <= {torch.bfloat16, torch.float32}
