@@ -160,6 +160,11 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 "packed documents that go on from a state are no part of a compiled graph: call the model itself"
             )
+        if self.meta is not None and state is not None and state.some_fresh and torch.compiler.is_compiling():
+            raise ValueError(
+                "rows that begin beside rows that go on need the model's meta tokens alone, which no compiled graph can give "
+                "them: call the model itself"
+            )
         self._check_state(state, tokens.shape[0] if packing is None else packing.count)
         seen = None if state is None or torch.compiler.is_compiling() else state.lengths
         begins = state is None or state.fresh or (seen is not None and 0 in seen)

@@ -424,7 +424,9 @@ class Pool:
 
     def _check_pool(self, snapshot: Snapshot) -> None:
         if snapshot.pool() is not self:  # its pages are there
-            raise ValueError("this snapshot is of another pool; there, pool.take([row]) gives a value that any pool can join")
+            raise ValueError(
+                "this snapshot is of another pool; there, pool.take([row]) gives a value that any pool can join"
+            )
 
     def _check_room(self, lengths: Sequence[int], pages: int) -> None:
         if self.keeps_all and max(lengths) > self.width * self.page:
