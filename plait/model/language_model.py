@@ -1,7 +1,7 @@
 """The language model: embedding, residual stack, head. One call form for training, prefill, decoding and packing."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -22,6 +22,7 @@ from plait.layers.norm import Norm
 from plait.layers.start import empty
 from plait.model.front import with_meta
 from plait.model.head import Head
+from plait.model.one_weight import one_weight
 from plait.model.padding import Padding, check_longest, packed
 from plait.model.recompute import Choice, recomputed
 from plait.model.tracing import refuse_tracing
@@ -438,6 +439,16 @@ class LanguageModel(nn.Module):
         after = tuple(n + c for n, c in zip(lengths, counts, strict=True))
         check_longest(max(after) - self.design.front.meta, self.max_positions)
         return after
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of nn.Module, behind `to`, `to_empty` and the like."""
+        with one_weight(self):
+            return super()._apply(fn, recurse)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of nn.Module."""
+        with one_weight(self):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __repr__(self) -> str:
         return summary(self.design)
