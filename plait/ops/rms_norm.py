@@ -24,6 +24,8 @@ def rms_norm(
     if not x.is_cpu or x.dtype not in WIDE or torch.compiler.is_compiling():
         if few_rows(x):
             return _rows(x, weight, None, eps, zero_centered, False)
+        if zero_centered and x.dtype not in WIDE:  # 1 + w in 16 bits has lost most of w, for every token alike
+            return rms_norm(x.float(), weight.float(), eps, zero_centered).to(x.dtype)
         weight = 1 + weight if zero_centered else weight
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
