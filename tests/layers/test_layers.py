@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plait
 from plait.design import RNN, Attention
@@ -63,6 +64,14 @@ class TestNorm:
         assert torch.autograd.gradcheck(
             lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, norm.weight)
         )
+
+    def test_numbers_kept_are_no_mode_s_of_torch(self):
+        """A model is often run without memory first, to see what it would take."""
+        norm, x = Norm(DIM, plait.RMSNorm(eps=7e-3)), torch.randn(2, 3, DIM)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            norm(mode.from_tensor(x)), l2norm(mode.from_tensor(x), 7e-3)
+        for y in (norm(x), l2norm(x, 7e-3)):
+            assert type(y) is torch.Tensor
 
     def test_unit_vectors(self):
         x = randn(2, 3, 8).requires_grad_()
