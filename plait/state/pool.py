@@ -154,7 +154,7 @@ class Pool:
         """Numbers of the host as a tensor, without waiting for the device."""
         if self.device.type != "cuda":
             return torch.tensor(numbers, dtype=dtype, device=self.device)
-        return torch.tensor(numbers, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+        return torch.tensor(numbers, dtype=dtype, device="cpu").pin_memory().to(self.device, non_blocking=True)
 
     def join(self, state: ModelState | Snapshot) -> list[int]:
         """Take in every row of a state, or what a snapshot holds (whose pages are then shared); gives the rows' places.
@@ -337,9 +337,9 @@ class Pool:
     def _places(self, name: str, row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Where the tokens `first` to `end` of a row lie in a leaf, its first two axes taken as one."""
         leaf, room = self.leaves[name], self.tensors[name]
-        at = torch.arange(first, end)
+        at = torch.arange(first, end, device="cpu")
         if leaf.keep == "all":
-            pages = torch.tensor(self.tables[row] or [self.pages])
+            pages = torch.tensor(self.tables[row] or [self.pages], device="cpu")
             places = pages[at // self.page] * self.page + at % self.page
         else:
             at = torch.where(at < leaf.prefix, at, leaf.prefix + (at - leaf.prefix) % (room.shape[1] - leaf.prefix))

@@ -89,6 +89,26 @@ def test_what_a_pool_refuses(wrong, message):
     unchanged(pool, before)
 
 
+@pytest.mark.parametrize("page", [None, 4])
+def test_a_pool_lies_where_its_model_does_whatever_the_default_device_is(page):
+    model = tiny("DF WF AF")
+    state, new = after(model, 7, 5), torch.tensor([[1], [2]])
+
+    def run():
+        pool = model.init_pool(3, 24, page=page)
+        rows = pool.join(state)
+        with torch.no_grad():
+            logits = [model(new, pool.at(rows))[0] for _ in range(3)]
+        pool.leave(rows[:1])
+        pool.join(pool.snapshot(rows[1]))
+        return [*logits, *pool.take([0, 1]).tensors().values()]
+
+    want = run()
+    with torch.device("meta"):
+        got = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_a_pool_refuses_keys_that_were_overwritten():
     model = tiny()
     pool, state = model.init_pool(3, 16, page=4), after(model, 7)
