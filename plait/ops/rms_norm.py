@@ -44,20 +44,18 @@ def gated_rms_norm(
     weight: Float[Tensor, " w"],
     eps: float,
     *,
-    zero_centered: bool = False,
     gate_first: bool = False,
 ) -> Float[Tensor, "*n i d"]:
     """rms_norm(x) silu(gate); `gate_first`: rms_norm(x silu(gate)). The weight is one for all i (d), or for each its own
     (i d), as where groups of channels are normed alone."""
     if x.is_cuda and few_rows(x, gate):
-        return _rows(x, weight, gate, eps, zero_centered, gate_first)
+        return _rows(x, weight, gate, eps, False, gate_first)
     if gate_first:
         x = x * F.silu(gate)
     if weight.shape[0] == x.shape[-1]:
-        y = rms_norm(x, weight, eps, zero_centered)
+        y = rms_norm(x, weight, eps)
     else:
-        factor = weight.to(x.dtype).view(x.shape[-2:])
-        y = F.rms_norm(x, x.shape[-1:], eps=eps) * (1 + factor if zero_centered else factor)
+        y = F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype).view(x.shape[-2:])
     return y if gate_first else y * F.silu(gate)
 
 
