@@ -146,9 +146,9 @@ class Loader:
         return Batch(
             inputs=torch.from_numpy(inputs[None]),
             targets=torch.from_numpy(targets[None]),
-            cu_seqlens=torch.tensor(cuts, dtype=torch.int32),
+            cu_seqlens=torch.tensor(cuts, dtype=torch.int32, device="cpu"),
             bytes=int(self._token_bytes[targets[targets != NO_TARGET]].sum()),
-            places=torch.tensor([start for start, _, _ in spans]),
+            places=torch.tensor([start for start, _, _ in spans], device="cpu"),
         )
 
     def _own_spans(self) -> tuple[list[Span], tuple[int, int, int]]:

@@ -243,11 +243,9 @@ def at_most(config: msgspec.Struct, name: str, limit: int) -> None:
         )
 
 
-def between(config: msgspec.Struct, low: float, high: float, *names: str, where: str = "") -> None:
+def between(config: msgspec.Struct, low: float, high: float, *names: str) -> None:
     """Raise ValueError where a set number is below `low` or above `high`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(
-                f"{where or type(config).__name__}.{name} must be between {low:,} and {high:,}, got {value}"
-            )
+            raise ValueError(f"{type(config).__name__}.{name} must be between {low:,} and {high:,}, got {value}")

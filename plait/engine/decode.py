@@ -33,7 +33,9 @@ class Launched:
     def of(cls, prompts: Iterable[int], tokens: Tensor) -> "Launched":
         if not tokens.is_cuda:
             return cls(tuple(prompts), tokens)
-        here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+        here = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True).copy_(
+            tokens, non_blocking=True
+        )
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(tokens.device))
         return cls(tuple(prompts), here, event)

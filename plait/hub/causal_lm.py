@@ -174,7 +174,8 @@ class PlaitForCausalLM(PreTrainedModel, Generation, GenerationMixin):  # the las
 
     def _packed(self, tokens: Int[Tensor, "b t"], starts: Tensor, sent: Channels | None) -> Float[Tensor, "b t d"]:
         """Rows of packed documents, read as one row of them."""
-        offsets = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()])])
+        end = torch.tensor([starts.numel()], device="cpu")
+        offsets = torch.cat([starts.flatten().nonzero().flatten(), end])
         hidden, _ = self.model.features(tokens.flatten()[None], cu_seqlens=offsets, channels=sent)
         return hidden[0].unflatten(0, tokens.shape)
 

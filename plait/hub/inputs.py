@@ -71,11 +71,11 @@ def document_starts(
     if given.shape[1] != tokens.shape[1] or given.shape[0] not in (1, tokens.shape[0]):
         raise ValueError(f"position_ids must have input_ids' shape {tuple(tokens.shape)}, got {tuple(given.shape)}")
     given = given.expand(tokens.shape)
-    columns = torch.arange(tokens.shape[1])
-    real = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else mask.cpu() != 0
+    columns = torch.arange(tokens.shape[1], device="cpu")
+    real = torch.ones(tokens.shape, dtype=torch.bool, device="cpu") if mask is None else mask.cpu() != 0
     past = _past(cache)
     seen = (0,) * len(tokens) if cache is None or cache.state is None else cache.state.lengths
-    counts = real.cumsum(1) - 1 + torch.tensor(seen)[:, None], columns + past
+    counts = real.cumsum(1) - 1 + torch.tensor(seen, device="cpu")[:, None], columns + past
     if any(bool(((given == count) | ~real).all()) for count in counts):
         return None
     starts = given == 0

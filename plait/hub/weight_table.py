@@ -28,14 +28,9 @@ class Form:
     refusal: Callable[[Tensor], str | None] | None = None
 
 
-def _turned(x: Tensor) -> Tensor:
-    return x.mT.contiguous()
-
-
 SAME = Form(lambda x: x, lambda x: x)
 NOTHING: Mapping[str, int] = {}
 CONV = Form(lambda x: x.squeeze(1), lambda x: x.unsqueeze(1))  # (channels, 1, width) and (channels, width)
-TRANSPOSED = Form(_turned, _turned)
 
 
 @dataclass(frozen=True, slots=True)

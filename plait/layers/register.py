@@ -63,7 +63,8 @@ def _register_cell(letter: str, cell: Any, defaults: dict[str, Any]) -> type[Non
     known: Any = KINDS.get(kind)
     config = known if known is not None and CELLS[known] is cell else _config(kind, cell)
     layer = config(**defaults)
-    _probe(cell_with(cell, layer))
+    with torch.device("cpu"):  # whatever the default device is
+        _probe(cell_with(cell, layer))
     _forget(known, config)
     CELLS[config], LAYERS[config] = cell, RecurrentLayer
     KINDS[kind], LETTERS[letter] = config, layer

@@ -96,23 +96,15 @@ def frequencies(
         factor = scaling.attention_factor
         if factor is None:
             factor = math.sqrt(1 + math.log(max(scaling.factor, 1.0)) / math.log(scaling.original))
-        numbers = _on if torch.compiler.is_compiling() else _kept_on
-        return turns / numbers(device, dtype, scaling.factors), factor
+        return turns / torch.tensor(scaling.factors, device=device, dtype=dtype), factor
     return turns, 1.0
 
 
 @lru_cache
 def _kept_frequencies(rope: RoPE, rotated: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Worked out once: half a dozen kernels less in every step."""
+    """Worked out once: half a dozen kernels less in every step, none of which waits for the host."""
     with torch.inference_mode(False):
         return frequencies(rope, rotated, device, dtype)
-
-
-def _on(device: torch.device, dtype: torch.dtype, numbers: tuple[float, ...]) -> Tensor:
-    return torch.tensor(numbers, device=device, dtype=dtype)
-
-
-_kept_on = lru_cache(_on)  # copied to the device once, so that no step waits for the host; a graph holds them itself
 
 
 def _pair_that_turns(times: float, rope: RoPE, scaling: YaRN, rotated: int) -> float:

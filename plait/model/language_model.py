@@ -1,7 +1,7 @@
 """The language model: embedding, residual stack, head. One call form for training, prefill, decoding and packing."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -22,6 +22,7 @@ from plait.layers.norm import Norm
 from plait.layers.start import empty
 from plait.model.front import with_meta
 from plait.model.head import Head
+from plait.model.one_weight import one_weight
 from plait.model.padding import Padding, check_longest, packed
 from plait.model.recompute import Choice, recomputed
 from plait.model.tracing import refuse_tracing
@@ -159,6 +160,11 @@ class LanguageModel(nn.Module):
         if packing is not None and state is not None and torch.compiler.is_compiling():
             raise ValueError(
                 "packed documents that go on from a state are no part of a compiled graph: call the model itself"
+            )
+        if self.meta is not None and state is not None and state.some_fresh and torch.compiler.is_compiling():
+            raise ValueError(
+                "rows that begin beside rows that go on need the model's meta tokens alone, which no compiled graph can give "
+                "them: call the model itself"
             )
         self._check_state(state, tokens.shape[0] if packing is None else packing.count)
         seen = None if state is None or torch.compiler.is_compiling() else state.lengths
@@ -433,6 +439,16 @@ class LanguageModel(nn.Module):
         after = tuple(n + c for n, c in zip(lengths, counts, strict=True))
         check_longest(max(after) - self.design.front.meta, self.max_positions)
         return after
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of nn.Module, behind `to`, `to_empty` and the like."""
+        with one_weight(self):
+            return super()._apply(fn, recurse)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of nn.Module."""
+        with one_weight(self):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __repr__(self) -> str:
         return summary(self.design)

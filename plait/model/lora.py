@@ -56,7 +56,7 @@ def adapt(model: LanguageModel, lora: LoRA, base: Base) -> LanguageModel:
         inner = model.get_submodule(name)
         assert isinstance(inner, Projection), name
         pair = by_name[f"{name}.lora_A.weight"], by_name[f"{name}.lora_B.weight"]
-        _put(model, name, AdaptedProjection(inner, *pair, lora).to(model.device))
+        _put(model, name, AdaptedProjection(inner, *pair, lora).to(model.device).train(inner.training))
     start(model, weights, lora.seed)
     model.lora, model.base = lora, base
     return model
@@ -66,7 +66,9 @@ def merge(model: LanguageModel) -> LanguageModel:
     """The model with its additions in the projections themselves, and no others; in place."""
     for name, module in _adapted(model).items():
         module.weight.data = module.merged()
-        _put(model, name, module.plain[0])
+        (plain,) = module.plain
+        plain.weight, plain.bias = module.weight, module.bias  # others than it had, where torch has put others in
+        _put(model, name, plain.train(module.training))
     model.lora = model.base = None
     parameters = dict(model.named_parameters())
     for weight in declared.weights(model.design):

@@ -138,8 +138,8 @@ class SquaredError:
 
     def score(self, y: Tensor, rows: slice, gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
         difference = at_least_float32(y) - self.targets.flatten(0, -2)[rows]
-        if self.scored is not None:
-            difference = difference * self.scored.flatten()[rows, None]
+        if self.scored is not None:  # whatever stands where nothing is known, NaN too
+            difference = difference.masked_fill(self.scored.flatten()[rows, None] == 0, 0.0)
         sums = {"squared_error": difference.square().mean(-1).sum()}
         return sums, difference.mul_(2 / y.shape[-1]) if gradient else None
 
@@ -166,7 +166,8 @@ class Mixed:
         total: Tensor | None = None
         for weight, rule in self.parts:
             own, dy = rule.score(y, rows, gradient)
-            sums |= {name: weight * value for name, value in own.items()}
+            for name, value in own.items():  # rules of one kind, such as KL to two teachers, share a name
+                sums[name] = sums.get(name, 0) + weight * value
             if dy is not None:
                 total = dy.mul_(weight) if total is None else total.add_(dy, alpha=weight)
         return sums, total

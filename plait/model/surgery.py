@@ -34,10 +34,11 @@ def swap(model: LanguageModel, changes: Mapping[str, Any], *, seed: int = 0) -> 
         raise ValueError(f"swap takes changes by address, as in {{'A#3': 'gru'}}; got {changes!r}")
     design = with_places(model.design, changes)
     student = copy.copy(model)
-    student._modules, student._parameters = dict(model._modules), dict(model._parameters)
-    student.design = design
+    vars(student).update({name: copy.copy(held) for name, held in vars(model).items() if isinstance(held, dict | set)})
+    student.design, student.listeners = design, {}
     pairs = zip(model.design.slots, design.slots, model.slots, strict=True)
     student.slots = nn.ModuleList(_Swap(design, model, i, seed).slot(*pair) for i, pair in enumerate(pairs))
+    student.slots.training = model.training
     student.max_positions = LanguageModel.limit(design)
     student.reads_embeddings = any(slot.wrap.reads == "stream_and_embeddings" for slot in design.slots)
     return student

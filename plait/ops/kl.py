@@ -23,13 +23,15 @@ def kl(
     theirs = theirs.to(torch.promote_types(theirs.dtype, torch.float32)).div(T).log_softmax(-1)
     ours = y.to(torch.promote_types(y.dtype, torch.float32)).div(T).log_softmax(-1)
     p = theirs.exp()
-    rowwise = torch.linalg.vecdot(p, theirs.sub_(ours)) * T**2
-    counts = None if scored is None else scored.to(ours.dtype)
-    total = (rowwise if counts is None else rowwise * counts).sum()
+    # what a teacher rules out weighs nothing, however far below it is
+    apart = theirs.clamp_min_(torch.finfo(theirs.dtype).min).sub_(ours)
+    rowwise = torch.linalg.vecdot(p, apart) * T**2
+    left_out = None if scored is None else scored == 0
+    total = (rowwise if left_out is None else rowwise.masked_fill(left_out, 0.0)).sum()
     if not gradient:
         return total, None
     dy = ours.exp_().sub_(p).mul_(T)
-    return total, dy if counts is None else dy.mul_(counts[:, None])
+    return total, dy if left_out is None else dy.masked_fill_(left_out[:, None], 0.0)
 
 
 @operator("kl")

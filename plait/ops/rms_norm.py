@@ -21,9 +21,11 @@ def rms_norm(
     x: Float[Tensor, "*n d"], weight: Float[Tensor, " d"], eps: float, zero_centered: bool = False
 ) -> Float[Tensor, "*n d"]:
     """The sum of squares is taken in float32 at least; the result has x's dtype. `zero_centered`: times 1 + w."""
-    if not x.is_cpu or x.dtype not in WIDE or torch.compiler.is_compiling():
+    if not _in_few_passes(x):
         if few_rows(x):
             return _rows(x, weight, None, eps, zero_centered, False)
+        if zero_centered and x.dtype not in WIDE:  # 1 + w in 16 bits has lost most of w, for every token alike
+            return rms_norm(x.float(), weight.float(), eps, zero_centered).to(x.dtype)
         weight = 1 + weight if zero_centered else weight
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
@@ -42,20 +44,18 @@ def gated_rms_norm(
     weight: Float[Tensor, " w"],
     eps: float,
     *,
-    zero_centered: bool = False,
     gate_first: bool = False,
 ) -> Float[Tensor, "*n i d"]:
     """rms_norm(x) silu(gate); `gate_first`: rms_norm(x silu(gate)). The weight is one for all i (d), or for each its own
     (i d), as where groups of channels are normed alone."""
     if x.is_cuda and few_rows(x, gate):
-        return _rows(x, weight, gate, eps, zero_centered, gate_first)
+        return _rows(x, weight, gate, eps, False, gate_first)
     if gate_first:
         x = x * F.silu(gate)
     if weight.shape[0] == x.shape[-1]:
-        y = rms_norm(x, weight, eps, zero_centered)
+        y = rms_norm(x, weight, eps)
     else:
-        factor = weight.to(x.dtype).view(x.shape[-2:])
-        y = F.rms_norm(x, x.shape[-1:], eps=eps) * (1 + factor if zero_centered else factor)
+        y = F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype).view(x.shape[-2:])
     return y if gate_first else y * F.silu(gate)
 
 
@@ -76,7 +76,7 @@ def added_rms_norm(
 
 def l2norm(x: Float[Tensor, "*n k"], eps: float = 1e-6) -> Float[Tensor, "*n k"]:
     """x / |x|, the norm bounded away from 0."""
-    if not x.is_cpu or x.dtype not in WIDE or torch.compiler.is_compiling():
+    if not _in_few_passes(x):
         return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
     return _L2Norm.apply(x, eps) if torch.is_grad_enabled() else x * _scale(x, eps, 1.0)
 
@@ -111,6 +111,11 @@ def _sums(x: Tensor, y: Tensor, weight: Tensor, eps: float, zero_centered: bool)
 @torch.library.register_fake("plait::added_rms_norm")
 def _(x, y, weight, eps, zero_centered):
     return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _in_few_passes(x: Tensor) -> bool:
+    """On a CPU, of an ordinary tensor: one of torch's modes must not get hold of `_constant`."""
+    return x.is_cpu and x.dtype in WIDE and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def _scale(x: Float[Tensor, "*n d"], eps: float, part: float) -> Float[Tensor, "*n 1"]:

@@ -58,9 +58,11 @@ class Buffer:
         return self.epochs
 
     def reserve(self, length: int) -> None:
-        """Room for `length` tokens; grows by doubling, so that appending costs one copy per token on average."""
-        if length > self.capacity:
-            extra = max(length, 2 * self.capacity, 64) - self.capacity
+        """Room for `length` tokens that this call may write to: of what a copy made in inference mode holds, none outside of
+        it. Grows by doubling, so that appending costs one copy per token on average."""
+        held = next(iter(self.tensors.values())).is_inference() and not torch.is_inference_mode_enabled()
+        if length > self.capacity or held:
+            extra = max(length, 2 * self.capacity, 64) - self.capacity if length > self.capacity else 0
             with (
                 torch.inference_mode(False),
                 torch.no_grad(),

@@ -24,19 +24,22 @@ from plait.state.values import Branches, State
 class ModelState:
     """An immutable value: a model given a state returns a new one, and the old one may be used again.
 
-    `seen` holds `lengths` on the device, for calls that may not depend on a number; `fresh`: no row has seen anything.
+    `seen` holds `lengths` on the device, for calls that may not depend on a number; `fresh`: no row has seen anything;
+    `some_fresh`: some have, and others not.
     """
 
     slots: tuple[State, ...]
     seen: Int[Tensor, " b"]
     design: str
     fresh: bool = False
+    some_fresh: bool = False
     _lengths: list[tuple[int, ...]] = field(default_factory=list)  # once the host knows them
 
     @classmethod
     def of(cls, slots: tuple[State, ...], lengths: tuple[int, ...], design: str, device: torch.device) -> Self:
         """For rows that have seen `lengths` tokens."""
-        return cls(slots, torch.tensor(lengths, device=device), design, not any(lengths), [lengths])
+        begun = any(lengths)
+        return cls(slots, torch.tensor(lengths, device=device), design, not begun, begun and 0 in lengths, [lengths])
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -47,7 +50,8 @@ class ModelState:
 
     def then(self, slots: tuple[State, ...], counts: Tensor | int, lengths: tuple[int, ...] | None) -> Self:
         """After `counts` more tokens in each row, which makes `lengths` of them where the host counts too."""
-        return type(self)(slots, self.seen + counts, self.design, False, [] if lengths is None else [lengths])
+        known = [] if lengths is None else [lengths]
+        return type(self)(slots, self.seen + counts, self.design, _lengths=known)
 
     @property
     def batch(self) -> int:

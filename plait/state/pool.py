@@ -154,12 +154,14 @@ class Pool:
         """Numbers of the host as a tensor, without waiting for the device."""
         if self.device.type != "cuda":
             return torch.tensor(numbers, dtype=dtype, device=self.device)
-        return torch.tensor(numbers, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+        return torch.tensor(numbers, dtype=dtype, device="cpu").pin_memory().to(self.device, non_blocking=True)
 
     def join(self, state: ModelState | Snapshot) -> list[int]:
         """Take in every row of a state, or what a snapshot holds (whose pages are then shared); gives the rows' places.
-        Raises PoolFull, and ValueError for a state of another design."""
+        Raises PoolFull, and ValueError for a state of another design and a snapshot of another pool."""
         self._check_design(state.design)
+        if isinstance(state, Snapshot):
+            self._check_pool(state)
         lengths = [state.length] if isinstance(state, Snapshot) else state.lengths
         if len(lengths) > len(self._free_rows):
             self._full(f"{len(lengths)} rows", rows=self.rows + len(lengths) - len(self._free_rows))
@@ -232,6 +234,7 @@ class Pool:
         """The row goes on from what the snapshot holds, as if it had never gone further."""
         self._check_row(row)
         self._check_design(snapshot.design)
+        self._check_pool(snapshot)
         before = [ref for ref in self._snapshots[row] if (s := ref()) is not None and s.length <= snapshot.length]
         known = any(ref() is snapshot for ref in before)
         self._drop_pages(row)
@@ -334,9 +337,9 @@ class Pool:
     def _places(self, name: str, row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Where the tokens `first` to `end` of a row lie in a leaf, its first two axes taken as one."""
         leaf, room = self.leaves[name], self.tensors[name]
-        at = torch.arange(first, end)
+        at = torch.arange(first, end, device="cpu")
         if leaf.keep == "all":
-            pages = torch.tensor(self.tables[row] or [self.pages])
+            pages = torch.tensor(self.tables[row] or [self.pages], device="cpu")
             places = pages[at // self.page] * self.page + at % self.page
         else:
             at = torch.where(at < leaf.prefix, at, leaf.prefix + (at - leaf.prefix) % (room.shape[1] - leaf.prefix))
@@ -418,6 +421,12 @@ class Pool:
     def _check_design(self, design: str) -> None:
         if design != self.design:
             raise ValueError(f"this is the state of another design ({design}) than the pool's ({self.design})")
+
+    def _check_pool(self, snapshot: Snapshot) -> None:
+        if snapshot.pool() is not self:  # its pages are there
+            raise ValueError(
+                "this snapshot is of another pool; there, pool.take([row]) gives a value that any pool can join"
+            )
 
     def _check_room(self, lengths: Sequence[int], pages: int) -> None:
         if self.keeps_all and max(lengths) > self.width * self.page:

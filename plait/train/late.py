@@ -17,9 +17,9 @@ class Late:
         self._numbers = numbers
         flat = [tensor.detach().reshape(-1) for tensor in leaves(numbers)]
         wide = torch.float32 if flat and flat[0].device.type == "mps" else torch.float64  # whole numbers stay exact
-        self._host, self._there = torch.cat([x.to(wide) for x in flat] or [torch.empty(0)]), None
+        self._host, self._there = torch.cat([x.to(wide) for x in flat] or [torch.empty(0, device="cpu")]), None
         if self._host.is_cuda:
-            there = torch.empty(self._host.shape, dtype=wide, pin_memory=True)
+            there = torch.empty(self._host.shape, dtype=wide, device="cpu", pin_memory=True)
             self._host = there.copy_(self._host, non_blocking=True)
             self._there = torch.cuda.Event()
             self._there.record()

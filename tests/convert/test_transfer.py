@@ -10,7 +10,6 @@ import plait
 from plait.convert import Plan, student_of
 from plait.convert.transfer import TRANSFER
 from plait.convert.transfer.calibrate import calibrate
-from plait.convert.transfer.latent import energy_rank
 from plait.convert.transfer.linear import TAP
 from plait.convert.transfer.parts import heads_of
 from plait.convert.transfer.starts import STARTS
@@ -122,17 +121,6 @@ def test_latent_attention_shares_keys_that_differ_by_a_turn_and_a_length():
     rank = GROUPS * SIZE  # of the values; keys have none in the latent
     mixer = {"kind": "latent_attention", "rank": rank, "rope_dim": SIZE, "nope_dim": 1}
     assert differs(converted(teacher, mixer), teacher) <= TOLERANCE
-
-
-def test_energy_says_how_many_channels():
-    teacher = teacher_of(pattern="A", rope=None)
-    layer = teacher.place("A#0")
-    config = plait.LatentAttention(heads=HEADS, nope_dim=SIZE, rope_dim=8, value_dim=SIZE, rope=None).resolve(DIM)
-    ranks = [energy_rank(layer, config, energy) for energy in (0.1, 0.5, 0.9, 1.0)]
-    assert ranks == sorted(ranks) and ranks[-1] == 2 * GROUPS * SIZE and all(rank % 8 == 0 for rank in ranks)
-    rows = layer.qkv_proj.weight.data[HEADS * SIZE :]
-    rows.copy_(rows[:, :11] @ rows[:11])  # of rank 11
-    assert energy_rank(layer, config, 1 - 1e-9) == 16
 
 
 def split(layer):

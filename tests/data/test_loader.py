@@ -131,6 +131,13 @@ def test_ranks_share_each_batch_and_where_they_are(counting_shards, corpus, rank
             assert part.cu_seqlens.tolist() == sorted(bound for bound in bounds if 0 <= bound <= share)
 
 
+def test_offsets_are_on_the_cpu_whatever_the_default_device_is(counting_shards):
+    shards = counting_shards([7, 9, 30, 1], [0, 0, 0, 1])
+    with torch.device("meta"):
+        batch = next(Loader(shards, batch=2, length=8))
+    assert {batch.cu_seqlens.device.type, batch.places.device.type, batch.inputs.device.type} == {"cpu"}
+
+
 def test_seed_and_epoch_draw_different_orders(counting_shards):
     shards = counting_shards([200] * 20 + [1], [0] * 20 + [1])
 

@@ -28,6 +28,13 @@ def test_ids_of_every_integer_dtype_are_the_same_ids(hub, dtype):
     assert model.generate(ids.to(dtype), **options).tolist() == model.generate(ids, **options).tolist()
 
 
+def test_documents_are_found_whatever_the_default_device_is(hub):
+    model, ids, places = hub(), torch.tensor([[17, 3, 33, 0, 8]]), torch.tensor([[0, 1, 0, 1, 2]])
+    want = model(ids, position_ids=places).logits
+    with torch.device("meta"):
+        assert torch.equal(model(ids, position_ids=places).logits, want)
+
+
 @pytest.mark.parametrize("dtype", OTHERS, ids=str)
 def test_ids_that_are_no_integers_are_refused(hub, dtype):
     model, ids = hub(), torch.tensor([[1, 0, 1]])

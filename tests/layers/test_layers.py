@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plait
 from plait.design import RNN, Attention
@@ -46,11 +47,31 @@ class TestNorm:
         assert norm.weight.count_nonzero() == 0
         assert torch.allclose(norm(x), F.rms_norm(x, (DIM,), eps=1e-6))
 
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+    def test_zero_centred_in_16_bits_is_rounded_once(self, dtype, bits, grad):
+        """1 + w is no number of 16 bits."""
+        norm, x = Norm(64, plait.RMSNorm(zero_centered=True)), randn(32, 64).to(dtype)
+        norm.weight.data = (0.3 * randn(64)).to(dtype)
+        want = F.rms_norm(x.double(), (64,), 1 + norm.weight.double(), 1e-6)
+        with torch.set_grad_enabled(grad):
+            got = norm(x)
+        assert got.dtype == dtype
+        assert ((got.double() - want).abs() <= 1.01 * 2.0**-bits * want.abs()).all()
+
     def test_gradients(self):
         norm, x = Norm(DIM, plait.RMSNorm()).double(), randn(2, 3, DIM).requires_grad_()
         assert torch.autograd.gradcheck(
             lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, norm.weight)
         )
+
+    def test_numbers_kept_are_no_mode_s_of_torch(self):
+        """A model is often run without memory first, to see what it would take."""
+        norm, x = Norm(DIM, plait.RMSNorm(eps=7e-3)), torch.randn(2, 3, DIM)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            norm(mode.from_tensor(x)), l2norm(mode.from_tensor(x), 7e-3)
+        for y in (norm(x), l2norm(x, 7e-3)):
+            assert type(y) is torch.Tensor
 
     def test_unit_vectors(self):
         x = randn(2, 3, 8).requires_grad_()

@@ -198,3 +198,8 @@ def test_names():
     with pytest.raises(ValueError, match="unknown key 'hedas'; did you mean 'heads'"):
         plait.register("Zz", Leaky, hedas=3)
     assert "Zz" not in LETTERS
+
+
+def test_a_cell_is_looked_at_whatever_the_default_device_is():
+    with torch.device("meta"):
+        assert plait.register("Z", Leaky).__name__ == "Leaky"

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import plait
 from plait.model import loss as losses
 from plait.model import token_loss
+from plait.state import ModelState
 
 DESIGN = plait.ModelConfig(vocab=31, dim=64, pattern="[M|A]F D", layers={"F": plait.SwiGLU(hidden=48)})
 TOKENS = torch.arange(24).view(2, 12) % 31
@@ -149,6 +150,15 @@ class TestCalls:
     def test_a_state_elsewhere(self, model):
         with pytest.raises(ValueError, match=r"the state is on meta, the model on cpu: give state.to\(model.device\)"):
             model(TOKENS, model.init_state(2).to("meta"))
+
+    def test_a_compiled_graph_refuses_rows_that_begin_beside_rows_that_go_on(self):
+        """Of which the first need meta tokens that the others have read."""
+        model = plait.build({"vocab": 31, "dim": 64, "pattern": "AF", "front": {"kind": "tokens", "meta": 3}})
+        with torch.no_grad():
+            states = ModelState.join([model.init_state(), model(TOKENS[:1], model.init_state())[1]])
+            with pytest.raises(Exception, match="rows that begin beside rows that go on"):
+                torch.compile(model, fullgraph=True, backend="eager")(TOKENS, states)
+        torch.compiler.reset()
 
     @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
     @pytest.mark.parametrize("pattern", ["[M|A]F D", "GF WF", "HF"])

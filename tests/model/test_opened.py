@@ -170,12 +170,16 @@ class TestRules:
         self.check(model, KL(theirs, teacher.head, T, scored), kl)
         both = Mixed(((0.3, KL(theirs, teacher.head, T, scored)), (2.0, CrossEntropy(TOKENS))))
         self.check(model, both, lambda y: 0.3 * kl(y) + 2.0 * cross_entropy(y, TOKENS))
+        twice = Mixed(((0.3, KL(theirs, teacher.head, T, scored)), (2.0, KL(theirs, teacher.head, T, scored))))
+        self.check(model, twice, lambda y: 2.3 * kl(y))
 
     def test_squared_error(self, sliced):
         model, _ = self.models(head=plait.Regression(outputs=5))
         targets, scored = torch.randn(2, 12, 5, dtype=torch.float64), TOKENS % 2 > 0
         rule = SquaredError(targets, scored)
         self.check(model, rule, lambda y: ((y - targets).square().mean(-1) * scored).sum())
+        unknown = targets.masked_fill(~scored[..., None], torch.nan)
+        self.check(model, SquaredError(unknown, scored), lambda y: (y - targets)[scored].square().mean(-1).sum())
 
     def test_a_student_that_is_its_teacher_loses_nothing(self):
         model = plait.build(plait.ModelConfig(vocab=31, dim=64, pattern="DF"))
@@ -314,6 +318,18 @@ class TestPlaces:
         student = plait.swap(model, {"A#1": {"wrap": {"factor": 0.5}}, "F#0": {"wrap": {"norms": "both"}}})
         assert student.place("A#1") is model.place("A#1") and student.place("F#0") is model.place("F#0")
         assert student.design.place("A#1").wrap.factor == 0.5 and not torch.equal(student(TOKENS)[0], model(TOKENS)[0])
+
+    def test_what_is_hung_on_a_student_is_not_on_its_model(self):
+        model = plait.build(self.design).eval()
+        with plait.listening(model, {"A#0.output": lambda y: y * 0}):
+            student = plait.swap(model, {"A#1": "gru"})
+        before, calls = model(TOKENS)[0], []
+        student.register_forward_hook(lambda *_: calls.append(1))
+        student.register_buffer("more", torch.zeros(1))
+        assert torch.equal(model(TOKENS)[0], before) and not calls
+        assert "more" not in model.state_dict()
+        assert not any(module.training for module in student.modules())
+        assert not student.listeners
 
     def test_swap_survives_a_file(self, tmp_path):
         student = plait.swap(plait.build(self.design, dtype=torch.bfloat16), {"A#1": "gru", "par#0": plait.GELU()})

@@ -33,6 +33,19 @@ def truth(y, theirs, T):
     return nats.detach(), torch.autograd.grad(nats.sum(), y)[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_what_a_teacher_rules_out_and_rows_left_out(dtype):
+    """A probability of 0 takes nothing, as in F.kl_div with probabilities; a row that does not count may hold anything."""
+    y, theirs, _ = rows(50, dtype)
+    theirs[0, :20] = -torch.inf
+    of_p = F.kl_div(y[:1].double().log_softmax(-1), theirs[:1].double().softmax(-1), reduction="sum")
+    theirs[1] = torch.nan
+    total, dy = kl(y[:2], theirs[:2], torch.tensor([True, False]), 1.0, True)
+    torch.testing.assert_close(total.double(), of_p, rtol=1e-6, atol=0)
+    want = y[0].double().softmax(-1) - theirs[0].double().softmax(-1)
+    torch.testing.assert_close(dy.double(), torch.stack([want, torch.zeros_like(want)]), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("T", [1.0, 2.5])
 @pytest.mark.parametrize("dtype", WITHIN, ids=str)
 @pytest.mark.parametrize("v", [2, 50, 2048, 5001])

@@ -6,6 +6,7 @@ The Triton form runs in Triton's interpreter, which has to be chosen before trit
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -263,6 +264,22 @@ def check_new_tokens_in_place(pool: dict, zero_centered: bool | None, rotated: i
         assert one.shape == other.shape
         assert (one.double() - other).abs().max() <= WITHIN[torch.float16] * other.abs().max()
     assert torch.equal(v_pages.double(), want_v)
+
+
+@torch.no_grad()
+def check_a_page_of_more_numbers_than_32_bits_count():
+    """As the one page of a row is after a million tokens of 16 heads of 128; of memory that is there but for the most part."""
+    from plait.ops.attention.paged import placed, triton
+
+    far = 2**30
+    memory = torch.from_numpy(np.empty(2 * far + 16, dtype=np.float16))  # torch.empty would be filled, and so be there
+    k_pages, v_pages = memory.as_strided((1, 3, 1, 16), (0, far, 16, 1)), torch.zeros(1, 3, 1, 16).half()
+    new, lengths = torch.arange(1.0, 17).half().view(1, 1, 1, 16), torch.tensor([3])
+    triton.write(k_pages, v_pages, new, new, None, lengths)
+    assert torch.equal(k_pages[0, 2], new[0, 0])
+    turns = torch.ones(1, 1, 1, 1, 8).half(), torch.zeros(1, 1, 1, 2, 8).half()
+    placed.place(torch.cat([new, 2 * new], 2), new, *turns, k_pages, v_pages, None, lengths)
+    assert torch.equal(k_pages[0, 2], 2 * new[0, 0])
 
 
 def check_a_compiled_graph_holds_the_kernels():

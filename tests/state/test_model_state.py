@@ -126,6 +126,19 @@ def test_a_state_from_inference_mode_goes_on_outside_of_it(model):
         assert torch.equal(model(TOKENS, state)[0], want)
 
 
+@pytest.mark.parametrize(
+    "copied", [ModelState.fork, ModelState.detach, lambda s: s.select([0, 1]), lambda s: s.to("cpu")]
+)
+def test_a_copy_made_in_inference_mode_goes_on_outside_of_it(model, copied):
+    with torch.inference_mode():
+        _, state = model(TOKENS, model.init_state(2, length=64))
+        copy, (want, _) = copied(state), model(TOKENS, state)
+    with torch.no_grad():
+        got, after = model(TOKENS, copy)
+        assert torch.equal(got, want)
+        assert model(TOKENS, after)[1].lengths == (18, 18)
+
+
 def test_files(state, tmp_path):
     path = tmp_path / "chat.state"
     state.save(path)

@@ -63,6 +63,8 @@ def test_a_pool_without_room_says_what_would_do_and_stays_as_it_was():
         (lambda pool, model: pool.at([1]), r"row 1 of the pool holds no sequence; those that do: \[0\]"),
         (lambda pool, model: pool.join(after(tiny("AF"), 3)), "the state of another design"),
         (lambda pool, model: pool.restore(0, _snapshot_of(tiny("AF"))), "the state of another design"),
+        (lambda pool, model: pool.restore(0, _snapshot_of(model)), "this snapshot is of another pool"),
+        (lambda pool, model: pool.join(_snapshot_of(model)), "this snapshot is of another pool"),
         (lambda pool, model: pool.truncate(0, 9), "row 0 has 7 tokens and cannot be cut to 9"),
         (lambda pool, model: pool.truncate(0, 3), r"row 0 cannot be cut to 3 tokens: .*slot 0.*\(it has none\)"),
         (
@@ -85,6 +87,26 @@ def test_what_a_pool_refuses(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong(pool, model)
     unchanged(pool, before)
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_a_pool_lies_where_its_model_does_whatever_the_default_device_is(page):
+    model = tiny("DF WF AF")
+    state, new = after(model, 7, 5), torch.tensor([[1], [2]])
+
+    def run():
+        pool = model.init_pool(3, 24, page=page)
+        rows = pool.join(state)
+        with torch.no_grad():
+            logits = [model(new, pool.at(rows))[0] for _ in range(3)]
+        pool.leave(rows[:1])
+        pool.join(pool.snapshot(rows[1]))
+        return [*logits, *pool.take([0, 1]).tensors().values()]
+
+    want = run()
+    with torch.device("meta"):
+        got = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_a_pool_refuses_keys_that_were_overwritten():

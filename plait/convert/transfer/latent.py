@@ -39,16 +39,6 @@ def to_latent(old: AttentionLayer, new: LatentAttentionLayer) -> None:
     put_output(new, heads.o)
 
 
-def energy_rank(old: AttentionLayer, new: LatentAttention, energy: float) -> int:
-    """The smallest multiple of 8 that holds as many channels of the latent as stay within `energy`, 0 to 1, of the sum of
-    squares (X-EcoMLA's dynamic rank)."""
-    heads = heads_of(old)
-    _, down = joint(heads, split(old.config, new)[0])
-    squares = down.square().sum(1)
-    within = int((squares.cumsum(0) / squares.sum() <= energy + 1e-12).sum())
-    return max(1, math.ceil(within / 8)) * 8
-
-
 def split(old: Attention, new: LatentAttention) -> tuple[list[int], list[int]]:
     """A head's channels that go where nothing turns, and those that turn, first members of pairs first."""
     d = old.head_dim

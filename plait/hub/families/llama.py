@@ -263,13 +263,7 @@ def _family(model_type: str, architecture: str, design: Any, config: Any, tiny: 
 
 FAMILIES = (
     _family("llama", "Llama", _llama, _llama_config, _tiny_llama),
-    _family(
-        "mistral",
-        "Mistral",
-        _mistral,
-        _mistral_config,
-        lambda draw: transformer(draw) | {"sliding_window": draw.choice([None, 4])},
-    ),
+    _family("mistral", "Mistral", _mistral, _mistral_config, _tiny_mistral),
     _family("qwen2", "Qwen2", _qwen2, _qwen2_config, _tiny_windows),
     _family("qwen3", "Qwen3", _qwen3, _qwen3_config, _tiny_qwen3),
     _family("smollm3", "SmolLM3", _smollm3, _smollm3_config, _tiny_smollm3),

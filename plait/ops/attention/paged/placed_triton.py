@@ -56,6 +56,7 @@ def place(
         page, offset, g = row, at, head - H
         if table is not None:
             page, offset = tl.load(table + row * n + at // PAGE).to(tl.int64), at % PAGE
+        offset = offset.to(tl.int64)  # the one page of a row may hold more than 2**31 numbers
         keys = k_pages + page * kp_p + offset * kp_s + g * kp_g
         tl.store(keys + i, one.to(k_pages.dtype.element_ty), mask=pairs)
         tl.store(keys + R + i, other.to(k_pages.dtype.element_ty), mask=pairs)

@@ -39,5 +39,5 @@ def _mask(
     ends: tuple[int, ...], t: int, low: int, high: int, window: int | None, dtype: torch.dtype
 ) -> Float[Tensor, "b one t s"]:
     """Which of the keys `low` to `high` each row's last t tokens see."""
-    with torch.inference_mode(False):  # a call with gradients may be the next to use it
+    with torch.inference_mode(False), torch.device("cpu"):  # a call with gradients may be the next to use it
         return added(visible(torch.tensor(ends), t, torch.arange(low, high), window), dtype)

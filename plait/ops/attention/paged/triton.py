@@ -160,6 +160,7 @@ def put(
     page, offset = row.to(tl.int64), at
     if table is not None:
         page, offset = tl.load(table + row * n + at // PAGE).to(tl.int64), at % PAGE
+    offset = offset.to(tl.int64)  # the one page of a row may hold more than 2**31 numbers
     for first in tl.static_range(0, G * K, BLOCK):
         i = first + tl.arange(0, BLOCK)
         new = tl.load(k + row.to(tl.int64) * k_b + token * k_t + i // K * k_g + i % K, mask=i < G * K)

@@ -40,4 +40,4 @@ def sliced(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, table: Tensor
 def _places(ends: tuple[int, ...], page: int) -> Int[Tensor, " b"]:
     """Where each row's last token lies, counted through all pages."""
     with torch.inference_mode(False):
-        return torch.tensor([row * page + end - 1 for row, end in enumerate(ends)])
+        return torch.tensor([row * page + end - 1 for row, end in enumerate(ends)], device="cpu")
