@@ -71,9 +71,8 @@ def standing_for(node: Node, bound: Mapping[str, Layer], where: str) -> dict[str
 
 def alone(mixer: Any) -> Any:
     """The new mixer without attention at its side: what rules that choose layers try."""
-    if not is_parallel(mixer):
-        return mixer
-    return next(branch for branch in mixer[BRANCHES] if KINDS[plain(branch)["kind"]] is not Attention)
+    branches = mixer[BRANCHES] if is_parallel(mixer) else [mixer]
+    return next((branch for branch in branches if KINDS[plain(branch)["kind"]] is not Attention), branches[0])
 
 
 def new_places(old: Node, new: Node) -> Iterator[Place]:

@@ -88,6 +88,8 @@ class Plan(Struct, frozen=True, kw_only=True, tag=False):
                 f"plan: made for other weights than these of {self.teacher} ({self.teacher_hash}); make a new plan, or load "
                 "the teacher that it was made for"
             )
+        if not self.replace:
+            raise ValueError("plan: it replaces no layer, so there is nothing to convert; move an address from keep to replace")
         self.layers(teacher.design)
         places = attention_places(teacher.design)
         for address in self.keep:

@@ -198,7 +198,8 @@ class Stages:
         if not self.asked.calibrate:
             return None
         starts, ends = self.shards.documents("train")
-        length = int(min(CALIBRATION_LENGTH, (ends - starts).max()))
+        most = min(CALIBRATION_LENGTH, self.teacher.max_positions or CALIBRATION_LENGTH)
+        length = int(min(most, (ends - starts).max()))
         begins = [at for start, end in zip(starts, ends, strict=True) for at in range(start, end - length + 1, length)]
         count = min(len(begins), max(1, self.asked.calibrate // length))
         ids = self.shards.tokens()
