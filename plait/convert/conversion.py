@@ -143,6 +143,10 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
         """That a stage may read."""
         return round(self.budget * self.share(stage))
 
+    def has(self, stage: str) -> bool:
+        """Whether anything is asked for of a stage."""
+        return self.prune is not None if stage == "prune" else stage not in STAGES or self.tokens(stage) > 0
+
     def runs(self, new: tuple[str, ...] = (), dim: int = WIDTH, gated: bool = False) -> dict[str, RunConfig]:
         """The training run of each stage that has a share of the budget; `new`: addresses of the new layers in the student,
         which is `dim` wide; gated: whether it has gates."""

@@ -81,7 +81,8 @@ def kept(asked: Conversion, design: ModelConfig, of_pattern: int | None) -> tupl
         count = len(listed)
     for address in listed:
         if address not in places:
-            raise ValueError(f"--keep: {address!r} is no attention layer; {suggest(address, places)}")
+            design.place(address)  # raises for an address that does not exist
+            raise ValueError(f"--keep: {address} is not attention; expected some of {', '.join(places)}")
     if not 0 <= count < len(places):
         raise ValueError(
             f"--keep {keep}: {count} of {len(places)} attention layers; expected from 0 to {len(places) - 1}, so that one goes"

@@ -28,7 +28,7 @@ def listed(teacher: LanguageModel, request: Request, data: Sequence[Batch], scor
             teacher.design.place(address)  # raises for an address that does not exist
             raise ValueError(f"{address} is not attention")
     if len(set(request.listed)) != request.keep:
-        raise ValueError(f"{len(set(request.listed))} different layers are listed, but {request.keep} are to stay")
+        raise ValueError(f"{len(set(request.listed))} layers are listed, but {request.keep} are to stay")
     return Scores({address: float(address in request.listed) for address in places})
 
 
