@@ -125,8 +125,8 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
                     raise ValueError(f"Conversion.{name}.{key} is what the conversion sets itself; leave it out")
             if name in STAGES and getattr(self, name) and not self.tokens(name):
                 raise ValueError(
-                    f"Conversion.{name}: {name} has no share of the budget, so its keys change nothing; leave them out, or give "
-                    "it one by align_share and finish_share"
+                    f"Conversion.{name}: {name} has no share of the budget, so its keys change nothing; leave them out, or "
+                    "give it one by align_share and finish_share"
                 )
         if self.head != "tied" and not self.tokens("distil") + self.tokens("finish"):
             raise ValueError(

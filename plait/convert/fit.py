@@ -22,7 +22,6 @@ from plait.design.layers import (
 )
 from plait.design.layers.rope import LongRoPE
 from plait.design.places import read_layer
-from plait.design.spelling import suggest
 from plait.design.struct import Struct
 
 Sizes = dict[str, Any]

@@ -53,8 +53,8 @@ def make_plan(
         raise ValueError(f"--select: there is no rule {rule!r}; {suggest(rule, RULES)}")
     if (rule == "list") is not bool(listed):
         raise ValueError(
-            f"--select {rule} and --keep {asked.keep!r}: addresses such as A#3,A#7 are for the rule list alone, which needs them; "
-            "other rules choose so many layers, or a share"
+            f"--select {rule} and --keep {asked.keep!r}: addresses such as A#3,A#7 are for the rule list alone, which needs "
+            "them; other rules choose so many layers, or a share"
         )
     measures = rule not in ("uniform", "list")
     for address in places if measures else ():

@@ -26,8 +26,8 @@ Measure = Callable[[LanguageModel, Tokenizer], Mapping[str, float | Mapping[int,
 
 
 def results(stages: Stages, measures: Mapping[str, Measure], facts: dict[str, Any]) -> dict[str, Any]:
-    """All of it as plain data, which is also in the folder's report.json; each of `measures` is taken once, of the teacher and of
-    the student, `facts` said as they are."""
+    """All of it as plain data, which is also in the folder's report.json; each of `measures` is taken once, of the teacher
+    and of the student, `facts` said as they are."""
     path = stages.folder / RESULTS
     data = json.loads(read_text(path)) if path.is_file() else None
     left = {name: measure for name, measure in measures.items() if data is None or name not in data["measures"]}
