@@ -32,6 +32,12 @@ CONTEXTS = (
     16_384,
 )  # at which decoding is timed, the last not on a CPU, which reads that far for minutes
 SCORED = ("recall", "halo")  # rules that ask for a score of a model
+NEEDS = {
+    "align": "an align_share above 0",
+    "distil": "align_share and finish_share that leave it some of the budget",
+    "prune": "prune=25%",
+    "finish": "finish_share=0.1",
+}  # for a stage to be there
 ROOM = 64  # tokens that timing takes
 COMMONSENSE, QUESTIONS = ("arc_easy", "hellaswag", "piqa"), 200  # what halo calls that
 
@@ -88,10 +94,22 @@ def command(
         raise ValueError("say which model to convert: plait convert TEACHER --to PATTERN; plait convert --help")
     if stage is not None and stage not in ORDER:
         raise ValueError(f"--stage: there is no stage {stage!r}; {suggest(stage, ORDER)}")
+    if only_plan and stage is not None:
+        raise ValueError(f"--stage {stage}: `plan` stops after the plan already; leave one of the two out")
     last = PLAN if only_plan else stage or ORDER[-1]
+    if tasks is not None and select != "halo" and LM not in (measure or ""):
+        raise ValueError("--tasks changes nothing here: it is for --measure lm:TASK and --select halo")
     measures = measured(screen, measure, tasks)
-    given = {"to": to, "mixer": mixer and mixer.split(","), "keep": keep, "select": select, "device": device}
+    given = {
+        "to": to,
+        "mixer": None if mixer is None else mixer.split(","),
+        "keep": keep,
+        "select": select,
+        "device": device,
+    }
     asked = conversion(rest[0], out, data, budget, given, rest[1:])
+    if not asked.has(last):
+        raise ValueError(f"--stage {last}: nothing is asked for there; give {NEEDS[last]}, or leave it out")
     stages = Stages(asked, screen, scores(asked, tasks))
     again = command_line(
         only_plan, arguments, given | {"data": data, "budget": budget, "measure": measure, "tasks": tasks}, out
@@ -120,7 +138,7 @@ Keys, as KEY=VALUE:
 def conversion(
     teacher: str, out: str, data: str | None, budget: str | None, given: Mapping[str, Any], changes: list[str]
 ) -> Conversion:
-    """What the options and changes ask for, over what the folder that is gone on with says where they say nothing."""
+    """What the options and changes ask for; where they say nothing, text and budget follow from the teacher."""
     text = {} if data is None else {"source": data}
     base = {"teacher": teacher, "out": out, "data": known_data(teacher) | text if data is None else text}
     said = {name: value for name, value in given.items() if value is not None}

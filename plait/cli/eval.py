@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from plait.train.solver import SolverRecord
 
 
+USERS = {
+    "context": ("ppl",),
+    "tokens": ("ppl",),
+    "text": ("ppl", "recall", "needle"),
+    "questions": ("recall", "needle", LM),
+    "data": (LM,),
+}
+
+
 def command(
     screen: "Console",
     run: Run,
@@ -65,6 +74,7 @@ def command(
     """Measure a trained model: on text that it was not trained on, on facts in long texts, on lm-eval's sets."""
     asked = tuple(dict.fromkeys(measures or ("ppl",)))
     plan = checked_plan(asked, lengths, pairs, depths, questions, seed, data)
+    check_used(asked, {"context": context, "tokens": tokens, "text": text, "questions": questions, "data": data})
     for name, value in (("--context", context), ("--tokens", tokens)):
         if value is not None and value < 2:
             raise ValueError(f"{name} must be at least 2, got {value}")
@@ -87,6 +97,14 @@ def command(
         else:
             result[measure] = find(screen, model, tokenizer, measure, plan, text or "stdlib")
     return Outcome(result, next=[shell("plait", "generate", run, made_by.sample_prompt if made_by else "The ", *again)])
+
+
+def check_used(measures: tuple[str, ...], given: dict[str, Any]) -> None:
+    """Raise ValueError for an option that no measure asked for uses."""
+    kinds = {LM if measure.startswith(LM) else measure for measure in measures}
+    for name, users in USERS.items():
+        if given[name] is not None and not kinds & set(users):
+            raise ValueError(f"--{name} changes nothing here: it is for {' and '.join(users).replace(LM, 'lm:TASK')}")
 
 
 def perplexity(

@@ -21,6 +21,8 @@ OURS = (
     "rates",
     "delayed",
     "resume",
+    "seed",
+    "device",
 )  # of a run: what the stage says itself
 STAGES = ("align", "distil", "finish")
 
@@ -121,6 +123,15 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
             for key in getattr(self, name):
                 if key in OURS:
                     raise ValueError(f"Conversion.{name}.{key} is what the conversion sets itself; leave it out")
+            if name in STAGES and getattr(self, name) and not self.tokens(name):
+                raise ValueError(
+                    f"Conversion.{name}: {name} has no share of the budget, so its keys change nothing; leave them out, or "
+                    "give it one by align_share and finish_share"
+                )
+        if self.head != "tied" and not self.tokens("distil") + self.tokens("finish"):
+            raise ValueError(
+                f"Conversion.head: {self.head!r} is learned while distilling, which has no share of the budget; leave it out"
+            )
         self.runs()  # raises for what no run can be
 
     def share(self, stage: str) -> float:
@@ -131,6 +142,10 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
     def tokens(self, stage: str) -> int:
         """That a stage may read."""
         return round(self.budget * self.share(stage))
+
+    def has(self, stage: str) -> bool:
+        """Whether anything is asked for of a stage."""
+        return self.prune is not None if stage == "prune" else stage not in STAGES or self.tokens(stage) > 0
 
     def runs(self, new: tuple[str, ...] = (), dim: int = WIDTH, gated: bool = False) -> dict[str, RunConfig]:
         """The training run of each stage that has a share of the budget; `new`: addresses of the new layers in the student,

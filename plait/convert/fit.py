@@ -22,7 +22,6 @@ from plait.design.layers import (
 )
 from plait.design.layers.rope import LongRoPE
 from plait.design.places import read_layer
-from plait.design.spelling import suggest
 from plait.design.struct import Struct
 
 Sizes = dict[str, Any]
@@ -106,7 +105,7 @@ def fitted(attention: Attention, mixer: Mapping[str, Any] | Layer | str, where: 
     kind = named or type(read_layer(data, where))  # raises for an unknown one, naming the nearest
     if kind not in SIZES:
         known = [name for name, other in KINDS.items() if other in SIZES]
-        raise ValueError(f"{where}: {data['kind']} takes no weights of attention; {suggest(str(data['kind']), known)}")
+        raise ValueError(f"{where}: {data['kind']} takes no weights of attention; what does: {', '.join(known)}")
     if kind is not Attention and attention.wrap is not None and attention.wrap.value_residual:
         raise ValueError(
             f"{where}: its values are mixed with another layer's (wrap.value_residual), which stays attention"

@@ -23,11 +23,20 @@ def is_parallel(mixer: Any) -> bool:
     return isinstance(mixer, Mapping) and BRANCHES in mixer
 
 
+def as_data(mixer: Any, where: str) -> dict[str, Any]:
+    """What takes a layer's place, as a file says it, as a mapping with its kind or its branches."""
+    if not isinstance(mixer, str | Mapping):
+        raise ValueError(f"{where}: expected a layer, such as {{kind: gated_deltanet}}, or branches, got {mixer!r}")
+    return dict(mixer) if is_parallel(mixer) else plain(mixer)
+
+
 def target(attention: Attention, mixer: Any, where: str) -> Target:
     """What `mixer` puts in an attention layer's place, every size filled in (`fitted`). Raises ValueError, beginning with
     `where`, for what cannot be there."""
     if not is_parallel(mixer):
         return fitted(attention, mixer, where)
+    if unknown := mixer.keys() - {BRANCHES, "merge"}:
+        raise ValueError(f"{where}: unknown key {min(unknown)!r} beside branches; known: {BRANCHES}, merge")
     branches = [fitted(attention, branch, where) for branch in mixer[BRANCHES]]
     begins = [float(isinstance(branch, Attention)) for branch in branches]
     if sum(begins) != 1 or len(begins) < 2:
@@ -71,9 +80,8 @@ def standing_for(node: Node, bound: Mapping[str, Layer], where: str) -> dict[str
 
 def alone(mixer: Any) -> Any:
     """The new mixer without attention at its side: what rules that choose layers try."""
-    if not is_parallel(mixer):
-        return mixer
-    return next(branch for branch in mixer[BRANCHES] if KINDS[plain(branch)["kind"]] is not Attention)
+    branches = mixer[BRANCHES] if is_parallel(mixer) else [mixer]
+    return next((branch for branch in branches if KINDS[plain(branch)["kind"]] is not Attention), branches[0])
 
 
 def new_places(old: Node, new: Node) -> Iterator[Place]:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 
-from plait.convert.parallel import Target, is_parallel, target, target_data
+from plait.convert.parallel import Target, as_data, is_parallel, target, target_data
 from plait.design.layers import Attention
 from plait.design.load import read_mapping
 from plait.design.model import ModelConfig
@@ -41,12 +41,15 @@ class Plan(Struct, frozen=True, kw_only=True, tag=False):
 
     teacher: str
     teacher_hash: str
-    replace: dict[str, dict[str, Any]]
+    replace: dict[str, Any]
     keep: tuple[str, ...] = ()
     rule: str = "list"
     scores: dict[str, float] = {}
     cost: Cost = Cost()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._set("replace", {address: as_data(mixer, f"plan: {address}") for address, mixer in self.replace.items()})
 
     @classmethod
     def of(cls, teacher: LanguageModel, name: str, replace: dict[str, Any], **rest: Any) -> Self:
@@ -88,10 +91,16 @@ class Plan(Struct, frozen=True, kw_only=True, tag=False):
                 f"plan: made for other weights than these of {self.teacher} ({self.teacher_hash}); make a new plan, or load "
                 "the teacher that it was made for"
             )
+        if not self.replace:
+            raise ValueError(
+                "plan: it replaces no layer, so there is nothing to convert; move an address from keep to replace"
+            )
         self.layers(teacher.design)
         places = attention_places(teacher.design)
         for address in self.keep:
             _attention(places, teacher.design, address)
+        if twice := [address for i, address in enumerate(self.keep) if address in self.keep[:i]]:
+            raise ValueError(f"plan: {twice[0]} is kept twice; name it once")
         left = [address for address in places if address not in self.keep and address not in self.replace]
         both = [address for address in self.keep if address in self.replace]
         if left or both:

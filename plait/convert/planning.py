@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from plait.convert.conversion import Conversion
-from plait.convert.parallel import BEGINNING, alone, standing_for
+from plait.convert.parallel import BEGINNING, alone, standing_for, target
 from plait.convert.plan import Cost, Plan, attention_places
 from plait.convert.scores import Request, Score
 from plait.convert.select import RULES, choose
@@ -16,7 +16,7 @@ from plait.design.spelling import suggest
 from plait.model import LanguageModel
 from plait.model.objective import Batch
 
-SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
+SHARE, WHOLE = re.compile(r"(\d+(?:\.\d+)?)\s*%"), re.compile(r"-?\d+")
 KEEP = "25%"  # what stays where nothing is said
 RULE = "uniform"
 
@@ -47,14 +47,22 @@ def make_plan(
     mixers = [*laid.values()] or [mixer_of(name, teacher.design) for name in asked.mixer]
     if not mixers:
         raise ValueError('say what takes attention\'s place: --to PATTERN, such as "((DF)3 AF)", or --mixer D')
-    keep, listed = kept(asked, list(places), len(places) - len(laid) if laid else None)
-    rule = "list" if listed else asked.select or RULE
+    keep, listed = kept(asked, teacher.design, len(places) - len(laid) if laid else None)
+    rule = asked.select or ("list" if listed else RULE)
     if rule not in RULES:
         raise ValueError(f"--select: there is no rule {rule!r}; {suggest(rule, RULES)}")
+    if (rule == "list") is not bool(listed):
+        raise ValueError(
+            f"--select {rule} and --keep {asked.keep!r}: addresses such as A#3,A#7 are for the rule list alone, which needs "
+            "them; other rules choose so many layers, or a share"
+        )
+    measures = rule not in ("uniform", "list")
+    for address in places if measures else ():
+        for mixer in mixers:
+            target(places[address], mixer, f"plan: {address}")  # raises before anything is read
     request = Request(
         mixer=alone(mixers[0]), keep=keep, seed=asked.seed, listed=listed, commonsense=scores.get("commonsense")
     )
-    measures = rule not in ("uniform", "list")
     found = RULES[rule](teacher, request, data() if measures else (), scores.get("recall"))
     stay = choose(found.scores, keep, rule)
     gone = [address for address in places if address not in stay]
@@ -63,28 +71,30 @@ def make_plan(
     return Plan.of(teacher, asked.teacher, replace, rule=rule, scores=found.scores, cost=cost, seed=asked.seed)
 
 
-def kept(asked: Conversion, places: list[str], of_pattern: int | None) -> tuple[int, tuple[str, ...]]:
+def kept(asked: Conversion, design: ModelConfig, of_pattern: int | None) -> tuple[int, tuple[str, ...]]:
     """How many attention layers stay, and which, where that is said."""
     keep = asked.keep if asked.keep is not None else of_pattern if of_pattern is not None else KEEP
-    if isinstance(keep, tuple):
-        return len(keep), keep
-    count = share(str(keep), len(places))
+    places, listed = attention_places(design), keep if isinstance(keep, tuple) else ()
+    count = len(listed) if isinstance(keep, tuple) else share(str(keep), len(places))
     if count is None:
-        assert isinstance(keep, str)
-        listed = tuple(word.strip() for word in keep.split(","))
-        return len(listed), listed
+        listed = tuple(dict.fromkeys(word.strip() for word in str(keep).split(",")))
+        count = len(listed)
+    for address in listed:
+        if address not in places:
+            design.place(address)  # raises for an address that does not exist
+            raise ValueError(f"--keep: {address} is not attention; expected some of {', '.join(places)}")
     if not 0 <= count < len(places):
         raise ValueError(
             f"--keep {keep}: {count} of {len(places)} attention layers; expected from 0 to {len(places) - 1}, so that one goes"
         )
-    return count, ()
+    return count, listed
 
 
 def share(text: str, of: int) -> int | None:
     """How many of so many "25%" or "4" are; None for what is neither."""
     if found := SHARE.fullmatch(text.strip()):
         return round(float(found[1]) / 100 * of)
-    return int(text) if text.strip().isdigit() else None
+    return int(text) if WHOLE.fullmatch(text.strip()) else None
 
 
 # Times the teacher's width, where only the kinds of a pattern's layers are asked for: letters' usual sizes fit no width that is
@@ -94,6 +104,7 @@ WIDER = 64
 
 def mixer_of(name: str, design: ModelConfig) -> dict[str, Any]:
     """What a letter, a kind or "[D|A]" stands for."""
+    name = name.strip()
     if name.startswith("["):
         slots = ModelConfig(vocab=design.vocab, dim=design.dim * WIDER, pattern=name, merge=BEGINNING).slots
         if len(slots) != 1:
@@ -110,8 +121,8 @@ def laid_out(design: ModelConfig, pattern: str) -> dict[str, dict[str, Any]]:
     """What takes the place of which attention layer where the teacher is to have `pattern`, repeated to its depth. Raises
     ValueError where the two do not fit slot by slot."""
     wide = design.dim * WIDER
-    target = ModelConfig(vocab=design.vocab, dim=wide, pattern=pattern, layers=design.layers, merge=BEGINNING)
-    bound, slots = LETTERS | dict(design.layers), target.slots
+    drawn = ModelConfig(vocab=design.vocab, dim=wide, pattern=pattern, layers=design.layers, merge=BEGINNING)
+    bound, slots = LETTERS | dict(design.layers), drawn.slots
     if len(slots) > len(design.slots):
         raise ValueError(
             f"--to {pattern!r} has {len(slots)} slots, the teacher {len(design.slots)}: {design.pattern!r}"
@@ -125,12 +136,18 @@ def laid_out(design: ModelConfig, pattern: str) -> dict[str, dict[str, Any]]:
                 f"{design.pattern!r}, with other mixers in the place of attention"
             )
         for old, own in pairs((mine,), (new,)):
-            stays = isinstance(own, Place) and isinstance(own.layer, Attention)
-            if isinstance(old, Place) and isinstance(old.layer, Attention) and not stays:
+            if isinstance(old, Place) and isinstance(old.layer, Attention) and not _stays(old, own):
                 found[old.address] = standing_for(own, bound, f"--to {pattern!r}")
     if not found:
         raise ValueError(f"--to {pattern!r} replaces nothing of the teacher's {design.pattern!r}")
     return found
+
+
+def _stays(mine: Place, new: Node) -> bool:
+    """Whether the pattern leaves an attention layer what it is: by its own letter, or by one that sees all, as A does."""
+    if not isinstance(new, Place) or not isinstance(new.layer, Attention):
+        return False
+    return new.letter == mine.letter or new.layer.window is None
 
 
 def _fit(mine: Node, new: Node) -> bool:

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from plait.convert.results import MODELS
 from plait.design.summary import size
 from plait.pages import plots, write_page
 
 REPORT = "report.html"
-MODELS = ("teacher", "student")
 STATE = "state bytes"  # of what is measured by context, the one that spans powers of two
 NAMES = {
     "transfer": "weights carried over",

@@ -18,6 +18,7 @@ from plait.train import heldout_loss
 from plait.train.metrics import read_metrics
 
 RESULTS = "report.json"
+MODELS = ("teacher", "student")
 BATCH = 8  # sequences that held-out text is read in at a time; changes no number
 
 # Numbers by what they are called; where a number is one for each length of context, those by length.
@@ -25,36 +26,49 @@ Measure = Callable[[LanguageModel, Tokenizer], Mapping[str, float | Mapping[int,
 
 
 def results(stages: Stages, measures: Mapping[str, Measure], facts: dict[str, Any]) -> dict[str, Any]:
-    """All of it as plain data, which is also in the folder's report.json; measured once. `measures` are taken of the teacher
+    """All of it as plain data, which is also in the folder's report.json; each of `measures` is taken once, of the teacher
     and of the student, `facts` said as they are."""
     path = stages.folder / RESULTS
-    if path.is_file():
-        return json.loads(read_text(path))
-    teacher, student, plan = stages.teacher, load(stages.folder, stages.device, torch.float32), stages.plan
-    left = stages.left()
-    after = {name: perplexity(stages, load(stages.folder / name, stages.device, torch.float32)) for name in left[:-1]}
-    data = {
-        "teacher": {"name": stages.asked.teacher, **described(stages, teacher, measures)},
-        "student": {"name": stages.asked.out, **described(stages, student, measures)},
-        "after": after,
-        "stages": {name: trained(stages, name) for name in TRAINED if name in left},
-        "plan": plan.to_dict() | {"places": [*attention_places(teacher.design)]},
-        "asked": stages.asked.to_dict(),
-        **facts,
-    }
-    data = json.loads(json_text(data))
+    data = json.loads(read_text(path)) if path.is_file() else None
+    left = {name: measure for name, measure in measures.items() if data is None or name not in data["measures"]}
+    if data is not None and not left:
+        return data
+    teacher, student = stages.teacher, load(stages.folder, stages.device, torch.float32)
+    data = data or {**unmeasured(stages, teacher, student), "measures": []}
+    for name, model in zip(MODELS, (teacher, student), strict=True):
+        data[name]["measured"] |= measured(stages, model, left)
+    data = json.loads(json_text(data | {"measures": [*data["measures"], *left]} | facts))
     write_text(path, json_text(data, indent=1) + "\n")
     return data
 
 
-def described(stages: Stages, model: LanguageModel, measures: Mapping[str, Measure]) -> dict[str, Any]:
-    """A model's shape, its perplexity on held-out text, and what is measured."""
-    found: dict[str, Any] = {"pattern": model.design.pattern, "parameters": parameters(model.design)}
-    measured: dict[str, Any] = {"perplexity": perplexity(stages, model)}
+def unmeasured(stages: Stages, teacher: LanguageModel, student: LanguageModel) -> dict[str, Any]:
+    """What was done, and perplexities."""
+    plan = stages.plan
+    left = stages.left()
+    after = {name: perplexity(stages, load(stages.folder / name, stages.device, torch.float32)) for name in left[:-1]}
+    return {
+        "teacher": {"name": stages.asked.teacher, **described(stages, teacher)},
+        "student": {"name": stages.asked.out, **described(stages, student)},
+        "after": after,
+        "stages": {name: trained(stages, name) for name in TRAINED if name in left},
+        "plan": plan.to_dict() | {"places": [*attention_places(teacher.design)]},
+        "asked": stages.asked.to_dict(),
+    }
+
+
+def described(stages: Stages, model: LanguageModel) -> dict[str, Any]:
+    """A model's shape, and its perplexity on held-out text."""
+    shape = {"pattern": model.design.pattern, "parameters": parameters(model.design)}
+    return shape | {"measured": {"perplexity": perplexity(stages, model)}}
+
+
+def measured(stages: Stages, model: LanguageModel, measures: Mapping[str, Measure]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, measure in measures.items():
         with stages.console.status(f"measuring {name}"):
-            measured |= measure(model, stages.tokenizer)
-    return found | {"measured": measured}
+            found |= measure(model, stages.tokenizer)
+    return found
 
 
 def perplexity(stages: Stages, model: LanguageModel) -> float:

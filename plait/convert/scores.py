@@ -18,6 +18,7 @@ from plait.model.surgery import swap
 from plait.ops.instructions import fast_dtype
 from plait.train.step import autocast
 
+ROW = 512  # tokens of a row of text that a student is calibrated by, as far as the teacher's positions go
 Score = Callable[[LanguageModel], float]  # higher is better; its attribute `tokens`, if any: what one call reads
 
 
@@ -75,7 +76,7 @@ def student(teacher: LanguageModel, request: Request, data: Sequence[Batch], sco
         return request.student
     places = attention_places(teacher.design)
     plan = Plan.of(teacher, "", dict.fromkeys(places, request.mixer), seed=request.seed)
-    text = some_text(data)
+    text = some_text(data, length=min(ROW, teacher.max_positions or ROW))
     scores.tokens += 0 if text is None else text.shape[:2].numel()
     return student_of(teacher, plan, text=text)
 

@@ -49,9 +49,9 @@ from plait.model.files import ENDS
 from plait.model.objective import Batch
 from plait.opening import folder_design, load
 from plait.run_folder import latest, step_of
-from plait.train import Interrupted, RunConfig, train
+from plait.train import Interrupted, RunConfig, load_run, train
 from plait.train.heldout import heldout_documents, packed, pieces, up_to
-from plait.train.inputs import open_shards
+from plait.train.inputs import check_heldout, open_shards
 from plait.train.lock import alone_in
 
 ASKED, PLAN, TRANSFER, UNTIED, SAID, PRUNE = "convert.yaml", "plan.yaml", "transfer", "untied", "said", "prune"
@@ -78,7 +78,8 @@ class Stages:
             self.claim()
             self.check_room()
             for stage in ORDER[: ORDER.index(last) + 1]:
-                own = {"plan": self.make_plan, "transfer": self.transfer, PRUNE: self.prune, "model": self.finish_model}
+                plan = partial(self.make_plan, alone=last == ORDER[0])
+                own = {"plan": plan, "transfer": self.transfer, PRUNE: self.prune, "model": self.finish_model}
                 own[stage]() if stage in own else self.train(stage)
 
     @property
@@ -114,6 +115,10 @@ class Stages:
             if self.asked.top and stage != "align" and not self.is_done(stage):
                 self.said(run.data.length).check()
 
+    def check_text(self) -> None:
+        """Raise ValueError for text that cannot be trained on, before the folder is this conversion's."""
+        check_heldout(next(iter(self.asked.runs().values())), self.shards)
+
     @cached_property
     def device(self) -> torch.device:
         return find_device(self.asked.device)
@@ -145,17 +150,20 @@ class Stages:
         plan.check(self.teacher)
         return plan
 
-    def make_plan(self) -> None:
+    def make_plan(self, alone: bool) -> None:
+        """alone: no other stage is to follow, and so no text need be there."""
         path = self.folder / PLAN
-        if path.is_file():
-            kept_attention(self.asked.prune, self.plan)
-            self.keep_asked()
-            return
+        there = path.is_file()
         with self.console.status("choosing the layers that stay"):
-            plan = make_plan(self.asked, self.teacher, self.measured_on, self.scores)
+            plan = self.plan if there else make_plan(self.asked, self.teacher, self.measured_on, self.scores)
         kept_attention(self.asked.prune, plan)  # raises for what cannot be
-        plan.write(path)
+        if not alone and not (self.folder / TRANSFER).is_dir():
+            self.check_text()
+        if not there:
+            plan.write(path)
         self.keep_asked()
+        if there:
+            return
         cost = f"; it took {plan.cost.tokens:,} tokens and {plan.cost.seconds:.1f} s" if plan.cost.tokens else ""
         self.say(f"plan by {plan.rule}: {plan.words}{cost}")
 
@@ -198,7 +206,8 @@ class Stages:
         if not self.asked.calibrate:
             return None
         starts, ends = self.shards.documents("train")
-        length = int(min(CALIBRATION_LENGTH, (ends - starts).max()))
+        most = min(CALIBRATION_LENGTH, self.teacher.max_positions or CALIBRATION_LENGTH)
+        length = int(min(most, (ends - starts).max()))
         begins = [at for start, end in zip(starts, ends, strict=True) for at in range(start, end - length + 1, length)]
         count = min(len(begins), max(1, self.asked.calibrate // length))
         ids = self.shards.tokens()
@@ -221,7 +230,8 @@ class Stages:
         start = self.begins(stage)
         student = folder_design(start)
         run = self.asked.runs(self.new_layers(student), self.teacher.design.dim, bool(gates(student)))[stage]
-        return self.suited(run, stage).replace(design=None, start=str(start))
+        moved = latest(self.folder / stage) is not None and load_run(self.folder / stage).start != str(start)
+        return self.suited(run, stage).replace(design=None, start=str(start), resume=True if moved else "auto")
 
     def suited(self, run: RunConfig, stage: str) -> RunConfig:
         """In bfloat16 on a GPU where nothing else is said."""

@@ -71,12 +71,24 @@ def test_more_is_measured_where_it_is_asked_for(plait, words, tmp_path, monkeypa
         (["--to", "DF AF", "--measure", "recal"], "unknown measure 'recal'"),
         (["--mixer", "D", "--select", "halo"], "give the folder of lm-eval's files by --tasks"),
         (["--mixer", "mamba2", "layers=3"], "layers"),
+        (["--to", "DF AF", "--stage", "finish"], "--stage finish: nothing is asked for there; give finish_share=0.1"),
+        (["--to", "DF AF", "--stage", "prune"], "--stage prune: nothing is asked for there; give prune=25%"),
+        (
+            ["--to", "DF AF", "--tasks", "."],
+            "--tasks changes nothing here: it is for --measure lm:TASK and --select halo",
+        ),
+        (["--mixer", ""], "--mixer: there is no letter or kind ''"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line_and_leaves_nothing(plait, words, tmp_path, arguments, message):
     ran = plait("convert", *words, *arguments, "--json")
     assert ran.code == 1 and message in ran.json["error"], ran.json
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_alone_has_no_other_stage(plait, words):
+    ran = plait("convert", "plan", *words, "--mixer", "M", "--stage", "align", "--json")
+    assert ran.code == 1 and "--stage align: `plan` stops after the plan already" in ran.json["error"]
 
 
 def test_a_mixer_that_takes_no_such_heads_says_which_it_can(plait, words, tmp_path):

@@ -7,6 +7,7 @@ from msgspec.structs import asdict
 import plait
 from plait.convert import Cost, Plan, student_of
 from plait.convert.plan import teacher_hash
+from plait.convert.report import plan_words
 
 KINDS = ["latent_attention", "mamba2", "gated_deltanet", "mlstm", "gru", {"window": 8, "qk_norm": False}]
 
@@ -54,6 +55,34 @@ def test_a_person_may_leave_sizes_out(tmp_path):
     plan.check(teacher)
     layer = student_of(teacher, plan).design.place("D#0").layer
     assert (layer.heads, layer.head_dim, layer.value_heads) == (4, 16, 4)
+
+
+@pytest.mark.parametrize(
+    ("replace", "keep", "message"),
+    [
+        ("{}", "[A#0, A#1, A#2]", "it replaces no layer"),
+        ("{A#1: {kind: gru}}", "[A#0, A#2, A#2]", "A#2 is kept twice"),
+        ("{A#1: null}", "[A#0, A#2]", "plan: A#1: expected a layer, such as .* got None"),
+        ("{A#1: {branches: [gru, attention], gate: 1}}", "[A#0, A#2]", "A#1: unknown key 'gate' beside branches"),
+    ],
+)
+def test_what_no_plan_can_say(tmp_path, replace, keep, message):
+    teacher = teacher_of()
+    text = f"teacher: x\nteacher_hash: {teacher_hash(teacher)}\nreplace: {replace}\nkeep: {keep}\n"
+    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        Plan.read(tmp_path / "plan.yaml").check(teacher)
+
+
+def test_a_kind_alone_and_changes_of_attention_are_layers_of_a_plan(tmp_path):
+    teacher = teacher_of()
+    text = (
+        f"teacher: x\nteacher_hash: {teacher_hash(teacher)}\nreplace: {{A#0: gru, A#1: {{window: 8}}}}\nkeep: [A#2]\n"
+    )
+    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    plan = Plan.read(tmp_path / "plan.yaml")
+    assert plan.replace == {"A#0": {"kind": "gru"}, "A#1": {"kind": "attention", "window": 8}}
+    assert plan_words(plan.to_dict() | {"places": ["A#0", "A#1", "A#2"]}).endswith("the others became attention, gru.")
 
 
 def test_a_plan_for_another_teacher_is_refused():

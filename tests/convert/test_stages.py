@@ -90,6 +90,57 @@ def test_a_plan_may_be_edited_until_it_is_used(make_asked, quiet, tmp_path):
         Stages(make_asked(), quiet).upto("align")
 
 
+def test_text_is_looked_at_before_the_folder_is_taken(make_asked, quiet, tmp_path):
+    """So that the same command with other text need not go elsewhere."""
+    (tmp_path / "short.txt").write_text("short", encoding="utf-8")
+    for name, message in (("none.txt", "no such file"), ("short.txt", "nothing held out can be predicted")):
+        with pytest.raises(ValueError, match=message):
+            Stages(make_asked(data={"source": str(tmp_path / name), "length": 32}), quiet).upto("model")
+        assert {path.name for path in (tmp_path / "out").rglob("*")} <= {"lock"}
+    Stages(make_asked(), quiet).upto("transfer")
+
+
+def test_a_folder_may_be_moved_while_a_stage_is_stopped(make_asked, quiet, tmp_path, monkeypatch):
+    Stages(make_asked(out=str(tmp_path / "whole")), quiet).upto("model")
+    calls, forward = [], Distillation.forward
+
+    def stopping(self, *given, **more):
+        calls.append(0)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *given, **more)
+
+    monkeypatch.setattr(Distillation, "forward", stopping)
+    with pytest.raises(Interrupted):
+        Stages(make_asked(), quiet).upto("model")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    Stages(make_asked(out=str(tmp_path / "moved")), quiet).upto("model")
+    assert len(calls) == 8 + 2  # steps, and batches of what is held out
+    assert same(plait.load(tmp_path / "whole"), plait.load(tmp_path / "moved"))
+
+
+def test_a_pattern_puts_windows_in_the_place_of_attention(make_asked, quiet, tmp_path):
+    """And leaves the teacher's own where its letter stands."""
+    Stages(make_asked(to="WF AF"), quiet).upto("transfer")
+    first, second = (place for place in plait.load(tmp_path / "out/transfer").design.slots[::2])
+    assert (first.layer.window, second.layer.window) == (512, None)
+    layer = plait.Attention(heads=4, head_dim=16, window=8)
+    design = plait.ModelConfig(vocab=257, dim=64, pattern="WF AF", layers={"W": layer})
+    plait.save(plait.build(design, seed=3), tmp_path / "windowed", ByteTokenizer())
+    Stages(make_asked(teacher=str(tmp_path / "windowed"), out=str(tmp_path / "o2"), to="WF DF"), quiet).upto("plan")
+    assert Plan.read(tmp_path / "o2/plan.yaml").keep == ("W#0",)
+
+
+def test_a_teacher_of_few_positions_is_calibrated_within_them(make_asked, quiet, tmp_path):
+    """A text is longer than these; rows are not."""
+    front, layers = plait.Tokens(positions=40), {"A": plait.Attention(rope=None)}
+    design = plait.ModelConfig(vocab=257, dim=64, pattern="(AF)2", front=front, layers=layers)
+    plait.save(plait.build(design, seed=3), tmp_path / "few", ByteTokenizer())
+    how = {"teacher": str(tmp_path / "few"), "to": None, "mixer": ["D"], "keep": 1, "select": "kl"}
+    Stages(make_asked(**how), quiet).upto("model")
+    assert plait.load(tmp_path / "out").max_positions == 40
+
+
 def test_a_plan_for_another_teacher_is_refused(make_asked, quiet, tmp_path, teacher_folder):
     Stages(make_asked(), quiet).upto("plan")
     other = plait.build(plait.load(teacher_folder).design, seed=4)
@@ -112,6 +163,13 @@ def test_a_plan_for_another_teacher_is_refused(make_asked, quiet, tmp_path, teac
         ({"to": None, "mixer": ["W"], "keep": "A#7"}, "'A' goes from A#0 to A#1"),
         ({"to": None, "mixer": ["D"], "keep": "100%"}, "2 of 2 attention layers"),
         ({"to": None, "mixer": ["D"], "select": "best"}, "no rule 'best'"),
+        ({"to": None, "mixer": ["D"], "keep": -1}, "--keep -1: -1 of 2 attention layers"),
+        ({"to": None, "mixer": ["D"], "keep": "A#0,A#1"}, "2 of 2 attention layers"),
+        ({"to": None, "mixer": ["D"], "keep": "F#0"}, "--keep: F#0 is not attention; expected some of A#0, A#1"),
+        ({"to": None, "mixer": ["D"], "keep": "A#0", "select": "kl"}, "addresses such as .* for the rule list alone"),
+        ({"to": None, "mixer": ["D"], "keep": 1, "select": "list"}, "addresses such as .* for the rule list alone"),
+        ({"to": None, "mixer": ["[W|A]"], "select": "kl"}, "got attention . attention; expected such as"),
+        ({"to": None, "mixer": ["C"]}, "gated_conv takes no weights of attention; what does: .*kimi_delta_attention"),
     ],
 )
 def test_what_cannot_be_leaves_nothing(make_asked, quiet, tmp_path, changes, message):
@@ -129,6 +187,10 @@ def test_what_cannot_be_leaves_nothing(make_asked, quiet, tmp_path, changes, mes
         ({"distil": {"steps": 4}}, "what the conversion sets itself"),
         ({"distil": {"lerning_rate": 4}}, "unknown key"),
         ({"head": "untied"}, "'untied' does not exist"),
+        ({"align": {"seed": 4}}, "align.seed is what the conversion sets itself"),
+        ({"training": {"device": "cpu"}}, "training.device is what the conversion sets itself"),
+        ({"finish": {"length": 64}}, "finish has no share of the budget, so its keys change nothing"),
+        ({"align_share": 1.0, "head": "retied"}, "'retied' is learned while distilling, which has no share"),
     ],
 )
 def test_numbers_that_cannot_be(make_asked, changes, message):
@@ -208,6 +270,25 @@ def test_results_are_measured_once(make_asked, quiet, tmp_path):
     assert data["after"].keys() == {"transfer", "align"} and data["stages"]["align"]["tokens"] == 4 * 128
     assert data["stages"]["align"]["layers"]["D#0"] == pytest.approx(data["stages"]["align"]["losses"][-1][1], rel=1e-5)
     assert data["teacher"]["measured"]["state bytes"] == {"256": 10, "1024": 20}
+
+
+def test_another_measure_is_taken_beside_those_that_were(make_asked, quiet, tmp_path):
+    Stages(make_asked(), quiet).upto("model")
+    taken = []
+
+    def measure_of(name):
+        def measure(model, tokenizer):
+            taken.append(name)
+            return {name: float(len(taken))}
+
+        return {name: measure}
+
+    stages = Stages(make_asked(), quiet)
+    first = results(stages, measure_of("one"), {"command": "first"})
+    both = results(stages, measure_of("one") | measure_of("two"), {"command": "second"})
+    assert taken == ["one", "one", "two", "two"] and both["command"] == "second"
+    assert both["student"]["measured"] == first["student"]["measured"] | {"two": 4.0}
+    assert both == json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
 
 
 def test_steps_follow_the_budget():
