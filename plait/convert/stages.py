@@ -49,7 +49,7 @@ from plait.model.files import ENDS
 from plait.model.objective import Batch
 from plait.opening import folder_design, load
 from plait.run_folder import latest, step_of
-from plait.train import Interrupted, RunConfig, load_run, train
+from plait.train import Interrupted, RunConfig, train
 from plait.train.heldout import heldout_documents, packed, pieces, up_to
 from plait.train.inputs import check_heldout, open_shards
 from plait.train.lock import alone_in
@@ -230,8 +230,7 @@ class Stages:
         start = self.begins(stage)
         student = folder_design(start)
         run = self.asked.runs(self.new_layers(student), self.teacher.design.dim, bool(gates(student)))[stage]
-        moved = latest(self.folder / stage) is not None and load_run(self.folder / stage).start != str(start)
-        return self.suited(run, stage).replace(design=None, start=str(start), resume=True if moved else "auto")
+        return self.suited(run, stage).replace(design=None, start=str(start))
 
     def suited(self, run: RunConfig, stage: str) -> RunConfig:
         """In bfloat16 on a GPU where nothing else is said."""

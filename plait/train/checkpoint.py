@@ -164,11 +164,13 @@ class Checkpoint:
 
 
 def _comparable(run: RunConfig, name: str) -> Any:
-    """A value of the run without what does not matter: how a design is spelled, where text, tokenizer and shards lie.
-    What those hold is in the shards' key."""
+    """A value of the run without what does not matter: how a design is spelled, where text, tokenizer and shards lie (what
+    those hold is in the shards' key), and where a folder is that holds the run's own and the one that it starts from."""
     value = getattr(run, name)
     if name == "design":
         return ModelConfig.from_dict(value).hash
+    if name == "start" and value is not None and Path(value).parent == Path(run.folder).parent:
+        return Path(value).name
     return value.replace(source="stdlib", tokenizer="bytes", cache="cache") if name == "data" else value
 
 
