@@ -169,8 +169,9 @@ def _comparable(run: RunConfig, name: str) -> Any:
     value = getattr(run, name)
     if name == "design":
         return ModelConfig.from_dict(value).hash
-    if name == "start" and value is not None and Path(value).parent == Path(run.folder).parent:
-        return Path(value).name
+    if name == "start":
+        beside = run.start is not None and Path(run.start).parent == Path(run.folder).parent
+        return Path(value).name if beside else value
     return value.replace(source="stdlib", tokenizer="bytes", cache="cache") if name == "data" else value
 
 
