@@ -9,9 +9,9 @@ from typing import Any
 
 from plait.convert.fit import fitted, plain
 from plait.design.layers import KINDS, Attention, Layer
-from plait.design.merges import Sum
+from plait.design.merges import MERGE_KINDS, Sum
 from plait.design.places import Node, ParallelPlace, Place
-from plait.design.struct import Struct
+from plait.design.struct import Struct, convert_kind
 from plait.design.surgery import standing
 
 BRANCHES = "branches"
@@ -23,11 +23,17 @@ def is_parallel(mixer: Any) -> bool:
     return isinstance(mixer, Mapping) and BRANCHES in mixer
 
 
+def is_gated(mixer: Mapping[str, Any]) -> bool:
+    """Whether branches are attention and one new mixer, weighed by a gate that is learned and by nothing else."""
+    merge = convert_kind(mixer.get("merge") or BEGINNING, MERGE_KINDS, "merge")
+    return len(mixer[BRANCHES]) == 2 and isinstance(merge, Sum) and not merge.fixed and not merge.branch_norm
+
+
 def as_data(mixer: Any, where: str) -> dict[str, Any]:
     """What takes a layer's place, as a file says it, as a mapping with its kind or its branches."""
     if not isinstance(mixer, str | Mapping):
         raise ValueError(f"{where}: expected a layer, such as {{kind: gated_deltanet}}, or branches, got {mixer!r}")
-    return dict(mixer) if is_parallel(mixer) else plain(mixer)
+    return {**mixer} if isinstance(mixer, Mapping) and BRANCHES in mixer else plain(mixer)
 
 
 def target(attention: Attention, mixer: Any, where: str) -> Target:
