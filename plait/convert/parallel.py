@@ -31,9 +31,7 @@ def is_gated(mixer: Mapping[str, Any]) -> bool:
 
 def as_data(mixer: Any, where: str) -> dict[str, Any]:
     """What takes a layer's place, as a file says it, as a mapping with its kind or its branches."""
-    if not isinstance(mixer, str | Mapping):
-        raise ValueError(f"{where}: expected a layer, such as {{kind: gated_deltanet}}, or branches, got {mixer!r}")
-    return {**mixer} if isinstance(mixer, Mapping) and BRANCHES in mixer else plain(mixer)
+    return {**mixer} if isinstance(mixer, Mapping) and BRANCHES in mixer else plain(mixer, where)
 
 
 def target(attention: Attention, mixer: Any, where: str) -> Target:
@@ -43,6 +41,8 @@ def target(attention: Attention, mixer: Any, where: str) -> Target:
         return fitted(attention, mixer, where)
     if unknown := mixer.keys() - {BRANCHES, "merge"}:
         raise ValueError(f"{where}: unknown key {min(unknown)!r} beside branches; known: {BRANCHES}, merge")
+    if not isinstance(mixer[BRANCHES], list | tuple):
+        raise ValueError(f"{where}: expected a list of branches, got {mixer[BRANCHES]!r}")
     branches = [fitted(attention, branch, where) for branch in mixer[BRANCHES]]
     begins = [float(isinstance(branch, Attention)) for branch in branches]
     if sum(begins) != 1 or len(begins) < 2:
