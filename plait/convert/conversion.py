@@ -128,6 +128,11 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
                     f"Conversion.{name}: {name} has no share of the budget, so its keys change nothing; leave them out, or "
                     "give it one by align_share and finish_share"
                 )
+        if self.prune is not None and not self.tokens("distil"):
+            raise ValueError(
+                "Conversion.prune: gates move away from attention while distilling, which has no share of the budget; leave it "
+                "out"
+            )
         if self.head != "tied" and not self.tokens("distil") + self.tokens("finish"):
             raise ValueError(
                 f"Conversion.head: {self.head!r} is learned while distilling, which has no share of the budget; leave it out"

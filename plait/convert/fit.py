@@ -100,7 +100,7 @@ def fitted(attention: Attention, mixer: Mapping[str, Any] | Layer | str, where: 
     Raises ValueError, beginning with `where`, for a kind that takes no weights of attention, and for sizes that cannot: it
     says which can.
     """
-    data = plain(mixer)
+    data = plain(mixer, where)
     named = KINDS.get(data["kind"]) if isinstance(data["kind"], str) else None
     kind = named or type(read_layer(data, where))  # raises for an unknown one, naming the nearest
     if kind not in SIZES:
@@ -123,8 +123,11 @@ def fitted(attention: Attention, mixer: Mapping[str, Any] | Layer | str, where: 
     return read_layer({**default, **needed, **data}, where)
 
 
-def plain(mixer: Mapping[str, Any] | Layer | str) -> dict[str, Any]:
-    """A layer config, a kind's name or a mapping as a mapping with its kind; a mapping without one changes attention."""
+def plain(mixer: Any, where: str = "plan") -> dict[str, Any]:
+    """A layer config, a kind's name or a mapping as a mapping with its kind; a mapping without one changes attention. Raises
+    ValueError, beginning with `where`, for what is none of them."""
+    if not isinstance(mixer, str | Mapping | Struct):
+        raise ValueError(f"{where}: expected a layer, such as {{kind: gated_deltanet}}, or branches, got {mixer!r}")
     if isinstance(mixer, Struct):
         return mixer.to_dict()
     return {"kind": mixer} if isinstance(mixer, str) else {"kind": "attention", **mixer}

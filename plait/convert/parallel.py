@@ -9,9 +9,9 @@ from typing import Any
 
 from plait.convert.fit import fitted, plain
 from plait.design.layers import KINDS, Attention, Layer
-from plait.design.merges import Sum
+from plait.design.merges import MERGE_KINDS, Sum
 from plait.design.places import Node, ParallelPlace, Place
-from plait.design.struct import Struct
+from plait.design.struct import Struct, convert_kind
 from plait.design.surgery import standing
 
 BRANCHES = "branches"
@@ -23,11 +23,21 @@ def is_parallel(mixer: Any) -> bool:
     return isinstance(mixer, Mapping) and BRANCHES in mixer
 
 
+def is_gated(mixer: Mapping[str, Any]) -> bool:
+    """Whether branches are attention and one new mixer, weighed by a gate that is learned and by nothing else."""
+    merge = convert_kind(mixer.get("merge") or BEGINNING, MERGE_KINDS, "merge")
+    return len(mixer[BRANCHES]) == 2 and isinstance(merge, Sum) and not merge.fixed and not merge.branch_norm
+
+
 def as_data(mixer: Any, where: str) -> dict[str, Any]:
     """What takes a layer's place, as a file says it, as a mapping with its kind or its branches."""
+<<<<<<< HEAD
     if not isinstance(mixer, str | Mapping):
         raise ValueError(f"{where}: expected a layer, such as {{kind: gated_deltanet}}, or branches, got {mixer!r}")
     return dict(mixer) if isinstance(mixer, Mapping) and BRANCHES in mixer else plain(mixer)
+=======
+    return {**mixer} if isinstance(mixer, Mapping) and BRANCHES in mixer else plain(mixer, where)
+>>>>>>> 1ad3f07
 
 
 def target(attention: Attention, mixer: Any, where: str) -> Target:
@@ -37,6 +47,8 @@ def target(attention: Attention, mixer: Any, where: str) -> Target:
         return fitted(attention, mixer, where)
     if unknown := mixer.keys() - {BRANCHES, "merge"}:
         raise ValueError(f"{where}: unknown key {min(unknown)!r} beside branches; known: {BRANCHES}, merge")
+    if not isinstance(mixer[BRANCHES], list | tuple):
+        raise ValueError(f"{where}: expected a list of branches, got {mixer[BRANCHES]!r}")
     branches = [fitted(attention, branch, where) for branch in mixer[BRANCHES]]
     begins = [float(isinstance(branch, Attention)) for branch in branches]
     if sum(begins) != 1 or len(begins) < 2:

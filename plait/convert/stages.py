@@ -28,7 +28,7 @@ from plait.convert.align import Alignment, powers, slots_of
 from plait.convert.conversion import Conversion
 from plait.convert.distil import FromDisk, retied, untied
 from plait.convert.gates import Priced, gates, pruned, to_prune
-from plait.convert.parallel import is_parallel, new_places
+from plait.convert.parallel import is_gated, is_parallel, new_places
 from plait.convert.plan import Plan, teacher_hash
 from plait.convert.planning import make_plan, share
 from plait.convert.remembered import Remembered
@@ -340,10 +340,15 @@ def kept_attention(prune: str | int | None, plan: Plan) -> int | None:
     """How many attention layers pruning leaves; None: as many as their gates do. Raises ValueError where that cannot be."""
     if prune is None:
         return None
-    beside = sum(is_parallel(mixer) for mixer in plan.replace.values())
+    parallel = {address: mixer for address, mixer in plan.replace.items() if is_parallel(mixer)}
+    beside = len(parallel)
     if not beside:
         raise ValueError(
             "prune: attention goes from parallel slots, and there are none; give --to or --mixer such as '[D|A]'"
+        )
+    if wrong := [address for address, mixer in parallel.items() if not is_gated(mixer)]:
+        raise ValueError(
+            f"prune: {wrong[0]} has no gate between attention and one new mixer; expected such as '[D|A]', its merge left out"
         )
     if prune == "left":
         return None

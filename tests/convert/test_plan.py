@@ -64,6 +64,8 @@ def test_a_person_may_leave_sizes_out(tmp_path):
         ("{A#1: {kind: gru}}", "[A#0, A#2, A#2]", "A#2 is kept twice"),
         ("{A#1: null}", "[A#0, A#2]", "plan: A#1: expected a layer, such as .* got None"),
         ("{A#1: {branches: [gru, attention], gate: 1}}", "[A#0, A#2]", "A#1: unknown key 'gate' beside branches"),
+        ("{A#1: {branches: 2}}", "[A#0, A#2]", "A#1: expected a list of branches, got 2"),
+        ("{A#1: {branches: [2, attention]}}", "[A#0, A#2]", "A#1: expected a layer, such as .* got 2"),
     ],
 )
 def test_what_no_plan_can_say(tmp_path, replace, keep, message):

@@ -169,6 +169,7 @@ def test_a_plan_for_another_teacher_is_refused(make_asked, quiet, tmp_path, teac
         ({"to": None, "mixer": ["D"], "keep": "A#0", "select": "kl"}, "addresses such as .* for the rule list alone"),
         ({"to": None, "mixer": ["D"], "keep": 1, "select": "list"}, "addresses such as .* for the rule list alone"),
         ({"to": None, "mixer": ["[W|A]"], "select": "kl"}, "got attention . attention; expected such as"),
+        ({"to": None, "mixer": ["[D|A|M]"], "keep": 0, "prune": 1}, "prune: A#0 has no gate between attention and one"),
         ({"to": None, "mixer": ["C"]}, "gated_conv takes no weights of attention; what does: .*kimi_delta_attention"),
     ],
 )
@@ -190,6 +191,7 @@ def test_what_cannot_be_leaves_nothing(make_asked, quiet, tmp_path, changes, mes
         ({"align": {"seed": 4}}, "align.seed is what the conversion sets itself"),
         ({"training": {"device": "cpu"}}, "training.device is what the conversion sets itself"),
         ({"finish": {"length": 64}}, "finish has no share of the budget, so its keys change nothing"),
+        ({"align_share": 1.0, "prune": "left"}, "gates move away from attention while distilling, which has no share"),
         ({"align_share": 1.0, "head": "retied"}, "'retied' is learned while distilling, which has no share"),
     ],
 )
