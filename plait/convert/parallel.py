@@ -31,13 +31,7 @@ def is_gated(mixer: Mapping[str, Any]) -> bool:
 
 def as_data(mixer: Any, where: str) -> dict[str, Any]:
     """What takes a layer's place, as a file says it, as a mapping with its kind or its branches."""
-<<<<<<< HEAD
-    if not isinstance(mixer, str | Mapping):
-        raise ValueError(f"{where}: expected a layer, such as {{kind: gated_deltanet}}, or branches, got {mixer!r}")
-    return dict(mixer) if isinstance(mixer, Mapping) and BRANCHES in mixer else plain(mixer)
-=======
     return {**mixer} if isinstance(mixer, Mapping) and BRANCHES in mixer else plain(mixer, where)
->>>>>>> 1ad3f07
 
 
 def target(attention: Attention, mixer: Any, where: str) -> Target:
