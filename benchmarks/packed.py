@@ -34,6 +34,11 @@ HEADS, KEYS, DIM = 16, 4, 64
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # some roundings of the largest value
 DESIGNS = ("(AF)24", "((DF)3 AF)6", "((MF)3 AF)6", "((GF)3 AF)6")  # about 350M
 
+CHECKED = (  # numbers of a key and of a value, window, prefix
+    *((64, 64, None, 0), (64, 64, 100, 0), (64, 64, 100, 4), (12, 12, None, 0)),
+    *((20, 20, 7, 0), (20, 20, 7, 30), (128, 128, 2, 0), (24, 40, None, 0), (24, 40, 7, 3)),
+)
+
 
 def documents(tokens: int, mean: int, seed: int = 0) -> list[int]:
     """Lengths that add up to `tokens`."""
@@ -62,14 +67,15 @@ def check(device: str) -> dict[str, float]:
     lengths = [1, 66, 2, 64, 5, 300, 1, 129]
     packing = Packing.of_lengths(lengths, torch.device(device))
     for dtype, bound in BOUNDS.items():
-        for k, v, window in ((64, 64, None), (64, 64, 100), (12, 12, None), (20, 20, 7), (128, 128, 2), (24, 40, None)):
+        for k, v, window, prefix in CHECKED:
+            torch.manual_seed(0)
             leaves = inputs(sum(lengths), k, v, dtype, device)
             wide = [x.detach().double().requires_grad_() for x in leaves]
             with forced("reference"):
-                want = with_gradients(partial(attention, window=window, packing=packing), wide)
-            got = with_gradients(partial(attention, window=window, packing=packing), leaves)
+                want = with_gradients(partial(attention, window=window, prefix=prefix, packing=packing), wide)
+            got = with_gradients(partial(attention, window=window, prefix=prefix, packing=packing), leaves)
             error = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True))
-            name = f"{str(dtype)[6:]}, k {k}, v {v}, window {window}"
+            name = f"{str(dtype)[6:]}, k {k}, v {v}, window {window}" + (f", prefix {prefix}" if prefix else "")
             worst[name] = error
             print(f"{name}: {error:.1e}{'' if error < bound else '  WRONG'}", flush=True)
     return worst
@@ -92,11 +98,12 @@ def attention_times(device: str, tokens: int, dtype: torch.dtype) -> dict[str, d
     """Milliseconds, by mean length: packed, one document after the other in autograd, and as many equal rows of that length."""
     found: dict[str, dict[str, float]] = {}
     leaves = inputs(tokens, DIM, DIM, dtype, device)
+    streaming = {"window": 256, "prefix": 4, "sinks": torch.zeros(HEADS, device=device)}
     for mean in (64, 300, 2048):
         packing = Packing.of_lengths(documents(tokens, mean), torch.device(device))
 
-        def packed(packing: Packing = packing, window: int | None = None) -> None:
-            with_gradients(partial(attention, window=window, packing=packing), leaves)
+        def packed(packing: Packing = packing, **how: Any) -> None:
+            with_gradients(partial(attention, packing=packing, **how), leaves)
 
         def rows(mean: int = mean) -> None:
             q, k, v = (x.view(tokens // mean, mean, *x.shape[2:]).transpose(1, 2) for x in leaves)
@@ -105,8 +112,12 @@ def attention_times(device: str, tokens: int, dtype: torch.dtype) -> dict[str, d
 
         row = {"documents": packing.count, "packed": median(packed, device)}
         row["window 256"] = median(lambda packed=packed: packed(window=256), device)
+        row["window 256, prefix 4, sinks"] = median(lambda packed=packed: packed(**streaming), device)
         with forced("chunked"):
             row["one by one"] = median(packed, device, 3)
+            row["window 256, prefix 4, sinks, one by one"] = median(
+                lambda packed=packed: packed(**streaming), device, 3
+            )
         if tokens % mean == 0:
             row["equal rows"] = median(rows, device)
         found[str(mean)] = row
