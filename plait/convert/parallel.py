@@ -5,7 +5,7 @@ before training. What comes of the gates is in `plait.convert.gates`.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from plait.convert.fit import fitted, plain
 from plait.design.layers import KINDS, Attention, Layer
@@ -19,7 +19,7 @@ BEGINNING = Sum(fixed=False, branch_norm=False)  # the merge of what is converte
 Target = Layer | dict[str, Any]  # what takes an attention layer's place: a layer, or branches and their merge
 
 
-def is_parallel(mixer: Any) -> bool:
+def is_parallel(mixer: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(mixer, Mapping) and BRANCHES in mixer
 
 
@@ -31,7 +31,7 @@ def is_gated(mixer: Mapping[str, Any]) -> bool:
 
 def as_data(mixer: Any, where: str) -> dict[str, Any]:
     """What takes a layer's place, as a file says it, as a mapping with its kind or its branches."""
-    return {**mixer} if isinstance(mixer, Mapping) and BRANCHES in mixer else plain(mixer, where)
+    return {**mixer} if is_parallel(mixer) else plain(mixer, where)
 
 
 def target(attention: Attention, mixer: Any, where: str) -> Target:
