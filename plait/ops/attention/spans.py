@@ -17,8 +17,8 @@ from plait.ops.packing import KEPT, Packing, sent
 
 
 class Stretches:
-    """Stretches of a packed row, one a document, end to end: what kernels ask of a `Packing`, without the chunks that it plans and
-    the place that it takes among those kept."""
+    """Stretches of a packed row, one a document, end to end: what kernels ask of a `Packing`, without the chunks that it plans
+    and the place that it takes among those kept."""
 
     def __init__(self, starts: Sequence[int], lengths: Sequence[int], device: torch.device):
         self.starts, self.lengths, self.device = starts, lengths, device
