@@ -4,9 +4,10 @@ h_t = C_t q_t / max(|n_t q_t|, 1), with f = sigmoid(f~) and i = exp(i~)."""
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from plait.ops import chunks_gpu
 from plait.ops.frame import Rows, recur
 from plait.ops.kernels import Kernel, Kernels, always, full_precision, one_token, wide
-from plait.ops.mlstm import chunked, reference
+from plait.ops.mlstm import chunked, chunks, reference
 from plait.ops.mlstm.summary import Summary
 from plait.ops.packing import Packing
 
@@ -14,6 +15,7 @@ KERNELS = Kernels(
     "mlstm",
     (
         Kernel("step", chunked.step, one_token, wide=True),
+        Kernel("chunks", chunks.run, chunks.fits),
         Kernel("chunked", chunked.run, always, wide=True),
         Kernel("reference", reference.run, always, wide=True),
     ),
@@ -39,7 +41,8 @@ def mlstm(
     i and f come before their exponential and sigmoid. scale: on q, 1 if left out. n is the batch, or the documents packed. With
     `rows`, `state` is a pool's (`plait.ops.frame`). With `at`, numbers of tokens, the states after these come third.
     """
-    return recur(KERNELS, v, (q, k, v, i, f), state, rows, packing, scale=scale, at=at)
+    sizes = chunks_gpu.sizes_of(k, v)
+    return recur(KERNELS, v, (q, k, v, i, f), state, rows, packing, scale=scale, at=at, sizes=sizes)
 
 
 def summary(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plait.ops import ssd
-from plait.ops.mlstm.gates import divided, stabilised, with_m
+from plait.ops.mlstm.gates import divided, last_of, stabilised, with_m
 from plait.ops.packing import Packing
 
 
@@ -26,11 +26,10 @@ def run(
     written = torch.cat([v * factor[..., None], factor[..., None]], -1)
     start = None if state is None else state[:, :, :-1]
     o, S, *states = ssd.chunked.run(q, k, written, g, state=start, packing=packing, at=at)
-    h = divided(o, m)
+    h = divided(o[..., :-1], o[..., -1], m)
     if S is None:
         return h, None
-    last = m[:, -1] if packing is None else m[0, packing.cuts[1:].long() - 1]
-    return h, with_m(S, last), *(with_m(x, m[:, at]) for x in states)
+    return h, with_m(S, last_of(m, packing)), *(with_m(x, m[:, at]) for x in states)
 
 
 def step(
@@ -52,7 +51,7 @@ def step(
     factor = (i - m).exp()[..., None]
     written = torch.cat([v * factor, factor, torch.zeros_like(factor)], -1)
     o, S = ssd.step.run(q, k, written, logf + m0 - m, state=state, packing=packing, own=own)
-    h = divided(o[..., :-1], m)
+    h = divided(o[..., :-2], o[..., -2], m)
     if S is None:
         return h, None
     if own:

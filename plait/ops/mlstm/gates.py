@@ -105,10 +105,17 @@ def _(dm, at):
     return dm.new_empty(dm.shape), dm.new_empty(dm.shape)
 
 
-def divided(o: Float[Tensor, "b t h v+1"], m: Float[Tensor, "b t h"]) -> Float[Tensor, "b t h v"]:
+def divided(
+    Cq: Float[Tensor, "b t h v"], nq: Float[Tensor, "b t h"], m: Float[Tensor, "b t h"]
+) -> Float[Tensor, "b t h v"]:
     """C q over max(|n q|, exp(-m)), of which the last is the bound 1 of what is not stabilised."""
-    bound = (-m).clamp(max=LARGEST[o.dtype]).exp().to(o.dtype)
-    return o[..., :-1] / (torch.maximum(o[..., -1].abs(), bound) + EPS)[..., None]
+    bound = (-m).clamp(max=LARGEST[nq.dtype]).exp().to(nq.dtype)
+    return Cq / (torch.maximum(nq.abs(), bound) + EPS)[..., None]
+
+
+def last_of(m: Float[Tensor, "b t h"], packing: Packing | None) -> Float[Tensor, "n h"]:
+    """After the last token of each row, or document."""
+    return m[:, -1] if packing is None else m[0, packing.cuts[1:].long() - 1]
 
 
 def with_m(S: Float[Tensor, "*n h v+1 k"], m: Float[Tensor, "*n h"]) -> Float[Tensor, "*n h v+2 k"]:
