@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plait
-from plait.design import RNN, Attention
+from plait.design import RNN, Attention, Tokens
 from plait.evaluate.laws import small
 from plait.layers import context_for
 from plait.layers.merges import MERGES
@@ -357,6 +357,20 @@ def test_documents_of_any_number_and_lengths_are_two_graphs():
         model(torch.arange(80)[None] % 11, cu_seqlens=torch.tensor(cuts))
     torch.compiler.reset()
     assert compiler.frame_count == 2 * 2 + 1  # F knows nothing of documents
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own doing
+def test_rows_as_long_as_their_documents_are_many_are_two_graphs_too():
+    """Meta tokens stand before every document. No layer's graph is that of one length, then."""
+    model = plait.build(small("[A|M|R|Hg] [D|Gl|Mg|Ml|Ma]", front=Tokens(meta=3)))
+    compiler = CompileCounter()
+    torch.compiler.reset()
+    for slot in model.slots:
+        slot.compile(backend=compiler, fullgraph=True)
+    for cuts in ([0, 80], *([0, *range(n, 80, n), 80] for n in (2, 5, 9, 30, 41))):
+        model(torch.arange(80)[None] % 11, cu_seqlens=torch.tensor(cuts))
+    torch.compiler.reset()
+    assert compiler.frame_count == 2 * 2
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own doing

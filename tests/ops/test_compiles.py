@@ -30,6 +30,7 @@ from plait.ops.conv import tokens_triton
 from plait.ops.conv import triton as conv
 from plait.ops.delta import triton as delta
 from plait.ops.launch import kernel
+from plait.ops.scan import triton as scan
 from plait.ops.shooting import GRU, LSTM, SLSTM
 from plait.ops.shooting.triton import step
 from plait.ops.ssd import triton as ssd
@@ -64,7 +65,7 @@ compiled: list[str] = []
 def only_the_front_end(monkeypatch):
     for module in (
         paged, conv, tokens_triton, delta, ssd, step, rms_norm_triton, elementwise_triton, channels_triton,
-        cross_entropy_triton, kl_triton, matvec_triton,
+        cross_entropy_triton, kl_triton, matvec_triton, scan,
     ):  # fmt: skip
         monkeypatch.setattr(module, "launch", front_end)
     compiled.clear()
@@ -161,6 +162,13 @@ def test_convolution_over_many_tokens(width, bias, packed, silu):
     shift, offsets = narrow(70) if bias else None, numbers(80) if packed else None
     tokens_triton.run_forth(x, weight, shift, offsets, x.clone(), silu)
     tokens_triton.run_back(x, weight, shift, offsets, x.clone(), x.clone(), silu)
+    assert compiled == ["forth", "back"]
+
+
+@pytest.mark.parametrize("width", [1024, 5])
+def test_the_elementwise_recurrence(width):
+    x = torch.zeros(2, 80, width)
+    scan.backward(x, x, scan.forward(x, x, x[:, 0]), x[:, 0])
     assert compiled == ["forth", "back"]
 
 

@@ -6,13 +6,14 @@ from torch import Tensor
 from plait.ops.frame import Rows, recur
 from plait.ops.kernels import Kernel, Kernels, always, full_precision, one_token, wide
 from plait.ops.packing import Packing
-from plait.ops.scan import chunked, reference, step
+from plait.ops.scan import chunked, reference, step, tiles
 from plait.ops.summary import Elementwise
 
 KERNELS = Kernels(
     "scan",
     (
         Kernel("step", step.run, one_token, wide=True),
+        Kernel("tiles", tiles.run, tiles.fits, wide=True),
         Kernel("chunked", chunked.run, always, wide=True),
         Kernel("reference", reference.run, always, wide=True),
     ),

@@ -17,28 +17,36 @@ from torch import Tensor
 
 from plait.ops.decay import FLOOR
 from plait.ops.graph import gradient, one_step
+from plait.ops.operator import operator
 from plait.ops.packing import Packing
 
 CHUNK = 16  # a power of two; measured against 8, 32 and 64 for 64 to 1,024 channels: within a tenth of the best of them
 
 
 def run(
-    a: Tensor, b: Tensor, *, state: Tensor | None, packing: Packing | None, own: bool = False, at: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    *,
+    state: Tensor | None,
+    packing: Packing | None,
+    own: bool = False,
+    at: Tensor | None = None,
+    tiles: bool = False,
 ) -> tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]:
-    """Shapes as in `scan`."""
+    """Shapes as in `scan`. tiles: by the kernels of `plait.ops.scan.triton`."""
     if packing is not None:
-        return _packed(a, b, state, packing)
-    states = _scan(a, b, b.new_zeros(b[:, 0].shape) if state is None else state)
+        return _packed(a, b, state, packing, tiles)
+    states = _scan(a, b, b.new_zeros(b[:, 0].shape) if state is None else state, tiles)
     last = None if state is None else states[:, -1].clone()  # which shall not keep all others in memory
     return (states, last) if at is None else (states, last, states[:, at])
 
 
-def _packed(a: Tensor, b: Tensor, state: Tensor | None, packing: Packing) -> tuple[Tensor, Tensor | None]:
+def _packed(a: Tensor, b: Tensor, state: Tensor | None, packing: Packing, tiles: bool) -> tuple[Tensor, Tensor | None]:
     """A document's first token forgets what was before it, or finds its own state there."""
     first = starts(packing, b.ndim)
     if state is not None:
         b = b + torch.where(first, a * state[packing.documents], 0.0)
-    states = _scan(torch.where(first, 0.0, a), b, b.new_zeros(b[:, 0].shape))
+    states = _scan(torch.where(first, 0.0, a), b, b.new_zeros(b[:, 0].shape), tiles)
     return states, None if state is None else states[0, packing.cuts[1:] - 1]
 
 
@@ -49,22 +57,57 @@ def starts(packing: Packing, ndim: int) -> Tensor:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-        states = scanned(a, b, s)
+    def forward(ctx, a: Tensor, b: Tensor, s: Tensor, tiles: bool) -> Tensor:
+        states = _forward(a, b, s, tiles)
         ctx.save_for_backward(a, states, s)
+        ctx.tiles = tiles
         return states
 
     @staticmethod
     @gradient
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         a, states, s = ctx.saved_tensors
-        g = dy[:, -1:]
-        if dy.shape[1] > 1:
-            g = torch.cat([scanned(a[:, 1:], dy[:, :-1], g[:, 0], back=True), g], 1)
-        return torch.cat([s[:, None], states[:, :-1]], 1).mul_(g), g, a[:, 0] * g[:, 0]
+        da, db = _backward(dy, a, states, s, ctx.tiles)
+        return da, db, a[:, 0] * db[:, 0], None
 
 
 _scan = one_step(_Scan)
+
+
+# Operators: drawn into a graph, the levels of a scan are some hundred steps that take a minute to compile, run no faster for
+# it, and are those of one length alone.
+
+
+@operator("scan")
+def _forward(a: Tensor, b: Tensor, s: Tensor, tiles: bool) -> Tensor:
+    if not tiles:
+        return scanned(a, b, s)
+    from plait.ops.scan import triton
+
+    return triton.forward(a, b, s)
+
+
+@torch.library.register_fake("plait::scan")
+def _(a, b, s, tiles):
+    return b.new_empty(b.shape)
+
+
+@operator("scan_backward")
+def _backward(dy: Tensor, a: Tensor, states: Tensor, s: Tensor, tiles: bool) -> tuple[Tensor, Tensor]:
+    """Gradients at a and b."""
+    if tiles:
+        from plait.ops.scan import triton
+
+        return triton.backward(dy, a, states, s)
+    g = dy[:, -1:].clone()
+    if dy.shape[1] > 1:
+        g = torch.cat([scanned(a[:, 1:], dy[:, :-1], g[:, 0], back=True), g], 1)
+    return torch.cat([s[:, None], states[:, :-1]], 1).mul_(g), g
+
+
+@torch.library.register_fake("plait::scan_backward")
+def _(dy, a, states, s, tiles):
+    return a.new_empty(a.shape), dy.new_empty(dy.shape)
 
 
 def scanned(
