@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from plait.ops.graph import gradient, one_step
-from plait.ops.kernels import Call
+from plait.ops.kernels import Call, needs_nvidia
 from plait.ops.operator import evenly, operator
 from plait.ops.packing import CHUNK, Packing, sent
-from plait.ops.token import ARCHITECTURE
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST = 256
@@ -38,10 +37,8 @@ def sizes_of(k: Tensor, v: Tensor) -> Sizes | None:
 
 def fits(call: Call) -> str | None:
     """None, or why the kernels do not fit."""
-    if call.device != "cuda":
-        return "needs an NVIDIA GPU"
-    if call.architecture is not None and call.architecture < ARCHITECTURE:
-        return "needs compute capability {}.{}, this is {}.{}".format(*ARCHITECTURE, *call.architecture)
+    if reason := needs_nvidia(call):
+        return reason
     if call.dtype not in DTYPES:
         return f"computes in 16 bits, the inputs are {call.dtype}"
     if call.tokens == "one":

@@ -53,6 +53,23 @@ class Call(NamedTuple):
     architecture: tuple[int, int] | None = None  # CUDA's compute capability
 
 
+AMPERE = (8, 0)  # the first of NVIDIA's that computes in bfloat16
+
+
+def needs_nvidia(call: Call, oldest: tuple[int, int] = AMPERE) -> str | None:
+    """None, or what is missing: a GPU of NVIDIA's with this compute capability."""
+    if call.device != "cuda":
+        return "needs an NVIDIA GPU"
+    if call.architecture is not None and call.architecture < oldest:
+        return "needs compute capability {}.{}, this is {}.{}".format(*oldest, *call.architecture)
+    return None
+
+
+def needs_tokens(call: Call) -> str | None:
+    """The same, of a kernel for several tokens."""
+    return needs_nvidia(call) or ("only for several tokens" if call.tokens == "one" else None)
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """One form of an op. `supports` gives None, or the reason why this form does not fit the call; `within` says which of a

@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plait.ops.kernels import Call
+from plait.ops.kernels import Call, needs_nvidia
 
-ARCHITECTURE = (8, 0)  # the first of NVIDIA's that computes in bfloat16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # keys of a head
 
@@ -46,10 +45,8 @@ def held(state: Tensor | None) -> Held | None:
 
 def on_gpu(call: Call) -> str | None:
     """None, or why no kernel fits."""
-    if call.device != "cuda":
-        return "needs an NVIDIA GPU"
-    if call.architecture is not None and call.architecture < ARCHITECTURE:
-        return "needs compute capability {}.{}, this is {}.{}".format(*ARCHITECTURE, *call.architecture)
+    if reason := needs_nvidia(call):
+        return reason
     if call.tokens != "one":
         return "only for a single token"
     if not call.pooled:

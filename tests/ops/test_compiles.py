@@ -31,6 +31,7 @@ from plait.ops.conv import triton as conv
 from plait.ops.delta import triton as delta
 from plait.ops.launch import kernel
 from plait.ops.scan import triton as scan
+from plait.ops.selective import triton as selective
 from plait.ops.shooting import GRU, LSTM, SLSTM
 from plait.ops.shooting.triton import step
 from plait.ops.ssd import triton as ssd
@@ -65,7 +66,7 @@ compiled: list[str] = []
 def only_the_front_end(monkeypatch):
     for module in (
         paged, conv, tokens_triton, delta, ssd, step, rms_norm_triton, elementwise_triton, channels_triton,
-        cross_entropy_triton, kl_triton, matvec_triton, scan,
+        cross_entropy_triton, kl_triton, matvec_triton, scan, selective,
     ):  # fmt: skip
         monkeypatch.setattr(module, "launch", front_end)
     compiled.clear()
@@ -169,6 +170,16 @@ def test_convolution_over_many_tokens(width, bias, packed, silu):
 def test_the_elementwise_recurrence(width):
     x = torch.zeros(2, 80, width)
     scan.backward(x, x, scan.forward(x, x, x[:, 0]), x[:, 0])
+    assert compiled == ["forth", "back"]
+
+
+@pytest.mark.parametrize("offsets", [None, numbers(80)], ids=["rows", "packed"])
+@pytest.mark.parametrize(("width", "states"), [(1024, 16), (5, 64)])
+def test_the_selective_scan(width, states, offsets):
+    x, B, A = torch.zeros(1, 80, width), torch.zeros(1, 80, states), torch.zeros(width, states)
+    h = A[None] if offsets is None else None
+    y, last, before = selective.forward(x, x, B, B, A, h, offsets)
+    selective.backward(y, None if h is None else last, x, x, B, B, A, offsets, before)
     assert compiled == ["forth", "back"]
 
 

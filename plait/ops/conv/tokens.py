@@ -4,22 +4,18 @@ import torch
 from torch import Tensor
 
 from plait.ops.graph import gradient, one_step
-from plait.ops.kernels import Call
+from plait.ops.kernels import Call, needs_tokens
 from plait.ops.operator import evenly, operator
 from plait.ops.packing import Packing
-from plait.ops.token import ARCHITECTURE, DTYPES
+from plait.ops.token import DTYPES
 
 WIDEST = 8  # taps
 
 
 def fits(call: Call) -> str | None:
     """None, or why the kernels do not fit."""
-    if call.device != "cuda":
-        return "needs an NVIDIA GPU"
-    if call.architecture is not None and call.architecture < ARCHITECTURE:
-        return "needs compute capability {}.{}, this is {}.{}".format(*ARCHITECTURE, *call.architecture)
-    if call.tokens == "one":
-        return "only for several tokens"
+    if reason := needs_tokens(call):
+        return reason
     if call.dtype not in DTYPES:
         return f"no kernel for {call.dtype}"
     if isinstance(call.sizes, int) and call.sizes > WIDEST or call.at:

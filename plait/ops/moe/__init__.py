@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from plait.ops.kernels import Call, Kernel, Kernels, always, cast, choose, full_precision
+from plait.ops.kernels import Call, Kernel, Kernels, always, cast, choose, full_precision, needs_nvidia
 from plait.ops.moe import few, grouped, loop, reference
 from plait.ops.moe.routing import route as route
 
@@ -21,10 +21,8 @@ def aligned(*sizes: int) -> int:
 
 
 def _torch_groups(call: Call) -> str | None:
-    if call.device != "cuda":
-        return "needs an NVIDIA GPU"
-    if call.architecture is not None and call.architecture < HOPPER:
-        return "needs compute capability {}.{}, this is {}.{}".format(*HOPPER, *call.architecture)
+    if reason := needs_nvidia(call, HOPPER):
+        return reason
     if call.dtype != torch.bfloat16:
         return f"only for bfloat16, not {call.dtype}"
     if call.sizes not in (None, ALIGNED):

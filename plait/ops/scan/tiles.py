@@ -4,19 +4,14 @@ from functools import partial
 
 import torch
 
-from plait.ops.kernels import Call
+from plait.ops.kernels import Call, needs_tokens
 from plait.ops.scan import chunked
-from plait.ops.token import ARCHITECTURE
 
 
 def fits(call: Call) -> str | None:
     """None, or why the kernels do not fit."""
-    if call.device != "cuda":
-        return "needs an NVIDIA GPU"
-    if call.architecture is not None and call.architecture < ARCHITECTURE:
-        return "needs compute capability {}.{}, this is {}.{}".format(*ARCHITECTURE, *call.architecture)
-    if call.tokens == "one":
-        return "only for several tokens"
+    if reason := needs_tokens(call):
+        return reason
     return "computes in float32, the inputs are float64" if call.dtype == torch.float64 else None
 
 

@@ -7,13 +7,14 @@ from torch import Tensor
 from plait.ops.frame import Rows, recur
 from plait.ops.kernels import Kernel, Kernels, always, full_precision, one_token, wide
 from plait.ops.packing import Packing
-from plait.ops.selective import chunked, reference, step
+from plait.ops.selective import chunked, reference, step, tokens
 from plait.ops.summary import Elementwise
 
 KERNELS = Kernels(
     "selective",
     (
         Kernel("step", step.run, one_token, wide=True),
+        Kernel("tokens", tokens.run, tokens.fits, wide=True),
         Kernel("chunked", chunked.run, always, wide=True),
         Kernel("reference", reference.run, always, wide=True),
     ),
@@ -38,7 +39,8 @@ def selective_scan(
     the batch, or the documents packed. With `rows`, `state` is a pool's (`plait.ops.frame`). With `at`, numbers of tokens,
     the states after these come third.
     """
-    return recur(KERNELS, x, (x, dt, A, B, C), state, rows, packing, at=at)
+    sizes = A.shape[1] if x.is_cuda else None
+    return recur(KERNELS, x, (x, dt, A, B, C), state, rows, packing, at=at, sizes=sizes)
 
 
 def summary(

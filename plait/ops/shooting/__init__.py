@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plait.design.spelling import suggest
 from plait.ops.frame import Rows, recur
-from plait.ops.kernels import Call, Kernel, Kernels, always, cast, one_token, wide
+from plait.ops.kernels import Call, Kernel, Kernels, always, cast, needs_nvidia, one_token, wide
 from plait.ops.numbers import whole_number
 from plait.ops.packing import Packing
 from plait.ops.shooting import library, pooled, reference
@@ -21,7 +21,6 @@ from plait.ops.shooting.cells import SLSTM as SLSTM
 from plait.ops.shooting.cells import Bound as Bound
 from plait.ops.shooting.cells import Cell as Cell
 
-ARCHITECTURE = (8, 0)  # the first of NVIDIA's that computes in bfloat16
 SOLVERS = ("shooting", "sequential")
 
 # How far a joint may gape, in units of the state or of 1: a few roundings of what is computed in, or half a rounding of what
@@ -203,10 +202,8 @@ def _solver(kernel: str):
 
 
 def _on_gpu(call: Call) -> str | None:
-    if call.device != "cuda":
-        return "needs an NVIDIA GPU"
-    if call.architecture is not None and call.architecture < ARCHITECTURE:
-        return "needs compute capability {}.{}, this is {}.{}".format(*ARCHITECTURE, *call.architecture)
+    if reason := needs_nvidia(call):
+        return reason
     if call.tokens == "one":
         return "one token fills no chunk"
     return None if call.sizes is None or call.sizes.solver == "shooting" else f"the solver is {call.sizes.solver}"
