@@ -113,7 +113,7 @@ class Stages:
             check_room(folder_design(self.asked.teacher), left, free, str(self.device))
         for stage, run in self.asked.runs().items():
             if self.asked.top and stage != "align" and not self.is_done(stage):
-                self.said(run.data.length).check()
+                self.said(run).check()
 
     def check_text(self) -> None:
         """Raise ValueError for text that cannot be trained on, before the folder is this conversion's."""
@@ -285,14 +285,16 @@ class Stages:
         priced = stage == "distil" and self.asked.price and gates(model.design)
         return Priced(made(model), self.asked.price) if priced else made(model)
 
-    def said(self, length: int) -> Remembered:
-        """What the teacher says of the training text, as far as it has been written down."""
-        top = min(self.asked.top, self.teacher.design.vocab)
-        return Remembered(self.folder / SAID / str(length), self.shards, length, top, teacher_hash(self.teacher))
+    def said(self, run: RunConfig) -> Remembered:
+        """What the teacher says of the text that a run reads, as far as it has been written down."""
+        top, length = min(self.asked.top, self.teacher.design.vocab), run.data.length
+        loader = Loader(self.shards, batch=run.batch, length=length, seed=run.seed)
+        steps = run.steps + 1  # a run that is no longer finite looks for the layer where that began in the batch after
+        return Remembered(self.folder / SAID / str(length), loader, steps, top, teacher_hash(self.teacher))
 
     def written(self, run: RunConfig) -> Remembered:
         """All of it, file by file."""
-        said = self.said(run.data.length)
+        said = self.said(run)
         for done, number in enumerate(missing := said.missing()):
             with self.console.status(f"writing down what the teacher says: {done} of {len(missing)}"):
                 said.write(number, self.teacher, run.precision)
