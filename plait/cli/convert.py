@@ -140,7 +140,7 @@ def conversion(
 ) -> Conversion:
     """What the options and changes ask for; where they say nothing, text and budget follow from the teacher."""
     text = {} if data is None else {"source": data}
-    base = {"teacher": teacher, "out": out, "data": known_data(teacher) | text if data is None else text}
+    base = {"teacher": teacher, "out": out, "data": known_data(teacher) | text}
     said = {name: value for name, value in given.items() if value is not None}
     tokens = {"budget": count(budget) if budget is not None else weights(teacher) // 2}
     asked = read_changes(
