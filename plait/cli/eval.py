@@ -24,7 +24,11 @@ USERS = {
     "context": ("ppl",),
     "tokens": ("ppl",),
     "text": ("ppl", "recall", "needle"),
+    "lengths": ("recall", "needle"),
+    "pairs": ("recall",),
+    "depths": ("needle",),
     "questions": ("recall", "needle", LM),
+    "seed": ("recall", "needle"),
     "data": (LM,),
 }
 
@@ -65,7 +69,9 @@ def command(
             help="recall, needle: questions of a kind [default: 20]; lm: the first of the file [default: all]."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="recall, needle: equal seeds ask equal questions.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="recall, needle: equal seeds ask equal questions. [default: 0]")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="lm: the folder of the sets' files.")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -73,8 +79,9 @@ def command(
 ) -> Outcome:
     """Measure a trained model: on text that it was not trained on, on facts in long texts, on lm-eval's sets."""
     asked = tuple(dict.fromkeys(measures or ("ppl",)))
-    plan = checked_plan(asked, lengths, pairs, depths, questions, seed, data)
-    check_used(asked, {"context": context, "tokens": tokens, "text": text, "questions": questions, "data": data})
+    plan = checked_plan(asked, lengths, pairs, depths, questions, seed or 0, data)
+    found = {"lengths": lengths, "pairs": pairs, "depths": depths, "questions": questions, "seed": seed, "data": data}
+    check_used(asked, {"context": context, "tokens": tokens, "text": text} | found)
     for name, value in (("--context", context), ("--tokens", tokens)):
         if value is not None and value < 2:
             raise ValueError(f"{name} must be at least 2, got {value}")
