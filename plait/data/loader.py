@@ -126,9 +126,8 @@ class Loader:
         documents = np.repeat(np.arange(len(self._starts)), np.diff(self._first_piece))
         starts = self._starts[documents] + (np.arange(self.pieces) - self._first_piece[documents]) * self.length
         lengths = np.minimum(self._ends[documents] - starts, self.length)
-        return (
-            (starts, lengths) if self.order == "sequential" else tuple(x[self._order(epoch)] for x in (starts, lengths))
-        )
+        order = np.arange(self.pieces) if self.order == "sequential" else self._order(epoch)
+        return starts[order], lengths[order]
 
     def __iter__(self) -> Iterator[Batch]:
         return self
