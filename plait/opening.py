@@ -45,6 +45,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     return read(folder, device, dtype)
 
 
+def model_path(spec: str | Path) -> Path:
+    """The GGUF file or the folder that holds what `load` would give, and its tokenizer."""
+    return gguf_path(spec) or model_folder(spec)
+
+
 def folder_design(folder: str | Path) -> ModelConfig:
     """The design of what `load` would give, without reading weights."""
     if (file := gguf_path(folder)) is not None:

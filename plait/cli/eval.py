@@ -8,7 +8,7 @@ import typer
 from plait.cli.command import Outcome, say, shell
 from plait.cli.eval_found import LM, answer, checked_plan, find
 from plait.cli.options import Device, Dtype, Run
-from plait.cli.trained import Imports, load_imports, run_of, trained
+from plait.cli.trained import Imports, load_imports, opened, run_of, trained
 from plait.train import RunConfig
 
 if TYPE_CHECKING:
@@ -85,15 +85,12 @@ def command(
     for name, value in (("--context", context), ("--tokens", tokens)):
         if value is not None and value < 2:
             raise ValueError(f"{name} must be at least 2, got {value}")
-    from plait.data import load_tokenizer
-    from plait.model.device import find_device, find_dtype
-    from plait.opening import load
 
     again, folder = load_imports(imports), trained(run)
     made_by = run_of(folder)
     if "ppl" in asked and text is None and made_by is None:
         raise ValueError(f"{folder} is not part of a training run, so it has no held-out text: give --text")
-    model, tokenizer = load(folder, find_device(device), find_dtype(dtype)), load_tokenizer(folder)
+    model, tokenizer = opened(folder, device, dtype)
     result: dict[str, Any] = {"model": str(folder)}
     for measure in asked:
         if measure == "ppl":

@@ -36,18 +36,17 @@ from plait.convert.room import check_room
 from plait.convert.scores import Score
 from plait.convert.transfer import student_of
 from plait.data import Loader, Shards, Tokenizer, load_tokenizer
-from plait.data.gguf_file import gguf_path
 from plait.design.load import read_mapping
 from plait.design.model import ModelConfig
 from plait.design.places import pairs
 from plait.design.struct import convert as from_data
 from plait.design.yaml_core import write_yaml
 from plait.files import write_text
-from plait.model import Distillation, LanguageModel, Objective, model_folder, save
+from plait.model import Distillation, LanguageModel, Objective, save
 from plait.model.device import find_device
 from plait.model.files import ENDS
 from plait.model.objective import Batch
-from plait.opening import folder_design, load
+from plait.opening import folder_design, load, model_path
 from plait.run_folder import latest, step_of
 from plait.train import Interrupted, RunConfig, train
 from plait.train.heldout import heldout_documents, packed, pieces, up_to
@@ -130,7 +129,7 @@ class Stages:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(gguf_path(self.asked.teacher) or model_folder(self.asked.teacher))
+        return load_tokenizer(model_path(self.asked.teacher))
 
     @cached_property
     def shards(self) -> Shards:
