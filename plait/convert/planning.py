@@ -60,8 +60,9 @@ def make_plan(
     for address in places if measures else ():
         for mixer in mixers:
             target(places[address], mixer, f"plan: {address}")  # raises before anything is read
-    by = {"score": scores.get("recall"), "commonsense": scores.get("commonsense")}
-    request = Request(mixer=alone(mixers[0]), keep=keep, seed=asked.seed, listed=listed, **by)
+    score, other = scores.get("recall"), scores.get("commonsense")
+    mixer = alone(mixers[0])
+    request = Request(mixer, keep, seed=asked.seed, listed=listed, score=score, commonsense=other)
     found = RULES[rule](teacher, request, data() if measures else ())
     stay = choose(found.scores, keep, rule)
     gone = [address for address in places if address not in stay]
