@@ -75,7 +75,7 @@ def windows(teacher: LanguageModel, length: int) -> dict[str, Any]:
         {"window": max(1, length // 4), "prefix": PREFIX, "sinks": True},
     )
     keep = round(len(places) / 4)
-    even = choose(RULES["uniform"](teacher, Request(mixer=mixer, keep=keep), (), None).scores, keep, "uniform")
+    even = choose(RULES["uniform"](teacher, Request(mixer=mixer, keep=keep), ()).scores, keep, "uniform")
     return {address: mixer for address in places if address not in even}
 
 

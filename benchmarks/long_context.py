@@ -28,8 +28,8 @@ import plait
 from plait.design.count import parameters, state_bytes
 from plait.engine.decode import evaluating
 from plait.engine.prefill import advance, at_once
-from plait.evaluate.clock import now
-from plait.evaluate.decoding import intervals, name_of, stepping
+from plait.evaluate.clock import intervals, now
+from plait.evaluate.decoding import name_of, stepping
 from plait.evaluate.machine import machine
 from plait.evaluate.room import no_memory, release
 from plait.evaluate.training import peak_memory
@@ -99,7 +99,7 @@ def measure(model: plait.LanguageModel, context: int, limit: float) -> dict[str,
     reading = peak_memory(model.device)
     step, at = stepping(model, state, context + WARM_UP + STEPS)
     del state
-    times = intervals(lambda: step(at), model.device, WARM_UP + STEPS)[WARM_UP:]
+    times = intervals(lambda: step(at), model.device, WARM_UP + STEPS, waiting=True)[WARM_UP:]
     return {
         "prefill_s": spent,
         "prefill_tokens_per_s": context / spent,

@@ -11,7 +11,7 @@ from plait.design.model import ModelConfig
 from plait.files import user_path
 from plait.model.adapter_files import base_name, read_additions, read_lora
 from plait.model.build import to_dtype
-from plait.model.device import check_dtype
+from plait.model.device import check_dtype, find_device
 from plait.model.files import BASE_HASH, carried_files, model_folder, read_config, read_model, stored, stored_design
 from plait.model.language_model import LanguageModel
 from plait.model.lora import Base, adapt, merge, weights_hash
@@ -27,6 +27,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     quantised, are float32 then. Additions (LoRA) are merged, in float32, into the weights that they were trained on. Raises
     ValueError naming what is wrong, and the newest whole checkpoint where this one is damaged.
     """
+    device = find_device(device)
     if dtype is not None:
         check_dtype(dtype)
     if (file := gguf_path(folder)) is not None:
@@ -42,6 +43,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     from plait.hub.checkpoint import read  # transformers takes a second to import
 
     return read(folder, device, dtype)
+
+
+def model_path(spec: str | Path) -> Path:
+    """The GGUF file or the folder that holds what `load` would give, and its tokenizer."""
+    return gguf_path(spec) or model_folder(spec)
 
 
 def folder_design(folder: str | Path) -> ModelConfig:

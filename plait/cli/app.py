@@ -35,7 +35,7 @@ def plait_command(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run one command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     if isinstance(sys.stdin, TextIOWrapper):

@@ -13,7 +13,7 @@ import typer
 
 from plait.cli.command import Outcome, one_line, say
 from plait.cli.options import Device, Dtype, MinP, RepetitionPenalty, Run, Seed, Stop, Temperature, TopK, TopP
-from plait.cli.trained import Imports, load_imports, perplexity_next, trained
+from plait.cli.trained import Imports, load_imports, opened, perplexity_next, trained
 from plait.design.spelling import suggest
 from plait.files import letters, user_path, write_text
 
@@ -47,15 +47,12 @@ def command(
 
     /reset begins anew, /save FILE writes the messages as JSON, /help says this. Ctrl-C stops an answer, Ctrl-D leaves.
     """
-    from plait.data import load_tokenizer
     from plait.engine import Chat, Sampling
-    from plait.model.device import find_device, find_dtype
-    from plait.opening import load
 
     again, folder = load_imports(imports), trained(run)
     narrowed = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
     sampling = Sampling(temperature=temperature, seed=seed, **narrowed)
-    model, tokenizer = load(folder, find_device(device), find_dtype(dtype)), load_tokenizer(folder)
+    model, tokenizer = opened(folder, device, dtype)
     said = None if system is None else letters(system)
     chat = Chat(model, tokenizer, system=said, max_tokens=max_tokens, sampling=sampling, stop=stop or ())
     talk = _Talk(chat, screen, sys.stdin.isatty())

@@ -3,9 +3,12 @@
 import inspect
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any
@@ -14,7 +17,7 @@ import typer
 
 from plait.files import json_text
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM, as shells count
 WIDTH = 160  # of tables that go to a file or a pipe, where no terminal sets it
 SHARED = {
     "json": Annotated[
@@ -36,6 +39,10 @@ class Outcome:
     line: bool = False
 
 
+class Terminated(BaseException):
+    """SIGTERM. No KeyboardInterrupt, after which a conversation goes on."""
+
+
 def as_command(work: Callable[..., Outcome]) -> Callable[..., int]:
     """`work(screen, ...)` as a function for typer that takes --json and --debug too and gives an exit code.
 
@@ -45,15 +52,16 @@ def as_command(work: Callable[..., Outcome]) -> Callable[..., int]:
     @wraps(work)
     def run(*, json: bool, debug: bool, **given: Any) -> int:
         try:
-            outcome = work(console(stderr=json), **given)
-            _finish(outcome, json or outcome.line)
-            sys.stdout.flush()
+            with _terminable():
+                outcome = work(console(stderr=json), **given)
+                _finish(outcome, json or outcome.line)
+                sys.stdout.flush()
         except (typer.Exit, typer.BadParameter):
             raise
         except BrokenPipeError:  # `plait show ... | head`: the reader has seen enough
             _drop_stdout()
             return 1
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, Terminated) as error:
             if debug:
                 traceback.print_exc()
             return fail(one_line(error), exit_code(error), json)
@@ -67,6 +75,24 @@ def as_command(work: Callable[..., Outcome]) -> Callable[..., int]:
     run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]  (what typer reads)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated, so that what is half-written is removed; another one does not disturb that."""
+    if threading.current_thread() is not threading.main_thread():  # where Python cannot catch signals
+        yield
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def console(stderr: bool = False) -> Any:
@@ -123,9 +149,11 @@ def _finish(outcome: Outcome, as_json: bool) -> None:
 
 
 def exit_code(error: BaseException) -> int:
-    """1, or what a stopped training run says, or 130 for Ctrl-C."""
+    """1, or what a stopped training run says, or 130 for Ctrl-C and 143 for SIGTERM."""
     from plait.train import TrainingStopped
 
+    if isinstance(error, Terminated):
+        return TERMINATED
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return error.exit_code if isinstance(error, TrainingStopped) else 1
@@ -144,8 +172,8 @@ EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 def one_line(error: BaseException) -> str:
     """An error's message in one line that stands alone."""
     text = " ".join(str(error).split())
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+    if isinstance(error, KeyboardInterrupt | Terminated):
+        return "interrupted" if isinstance(error, KeyboardInterrupt) else "terminated"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = error.filename if error.filename is not None else "standard output" if _in_a_print(error) else None
         return f"{where}: {error.strerror}" if where is not None else error.strerror

@@ -10,10 +10,10 @@ import typer
 from plait.cli.changes import read_changes
 from plait.cli.command import Outcome, say, shell
 from plait.cli.eval_found import LM, checked_plan
+from plait.cli.trained import run_of
 from plait.convert.conversion import Conversion
 from plait.design.load import override
-from plait.files import user_path
-from plait.train import DataConfig, RunConfig, load_run
+from plait.train import DataConfig, RunConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -140,7 +140,7 @@ def conversion(
 ) -> Conversion:
     """What the options and changes ask for; where they say nothing, text and budget follow from the teacher."""
     text = {} if data is None else {"source": data}
-    base = {"teacher": teacher, "out": out, "data": known_data(teacher) | text if data is None else text}
+    base = {"teacher": teacher, "out": out, "data": known_data(teacher) | text}
     said = {name: value for name, value in given.items() if value is not None}
     tokens = {"budget": count(budget) if budget is not None else weights(teacher) // 2}
     asked = read_changes(
@@ -153,12 +153,12 @@ def conversion(
 
 def known_data(teacher: str) -> dict[str, Any]:
     """What a teacher that plait trained has read: the same text is held out then."""
-    path = user_path(teacher)
-    for folder in (path, path.parent.parent):
-        if (folder / "run.yaml").is_file() and (folder / "checkpoints").is_dir():
-            run = load_run(folder).data
-            return {"source": run.source, "length": run.length, "heldout": run.heldout, "cache": run.cache}
-    return {}
+    from plait.opening import model_path
+
+    made_by = run_of(model_path(teacher))
+    if made_by is None:
+        return {}
+    return {name: getattr(made_by.data, name) for name in ("source", "length", "heldout", "cache")}
 
 
 def weights(teacher: str) -> int:
@@ -282,12 +282,11 @@ def scores(asked: Conversion, tasks: str | None) -> "dict[str, Callable[[Languag
     if asked.select not in SCORED:
         return {}
     from plait.data import load_tokenizer
-    from plait.data.gguf_file import gguf_path
     from plait.evaluate import recall
     from plait.evaluate.tasks import run_task
-    from plait.model import model_folder
+    from plait.opening import model_path
 
-    tokenizer = load_tokenizer(gguf_path(asked.teacher) or model_folder(asked.teacher))
+    tokenizer = load_tokenizer(model_path(asked.teacher))
 
     def retrieval(model: "LanguageModel") -> float:
         kinds = recall.recall_kinds(recall.fitting(model, recall.LENGTHS), recall.PAIRS)

@@ -8,7 +8,7 @@ import typer
 from plait.cli.command import Outcome, say, shell
 from plait.cli.eval_found import LM, answer, checked_plan, find
 from plait.cli.options import Device, Dtype, Run
-from plait.cli.trained import Imports, load_imports, run_of, trained
+from plait.cli.trained import Imports, load_imports, opened, run_of, trained
 from plait.train import RunConfig
 
 if TYPE_CHECKING:
@@ -24,7 +24,11 @@ USERS = {
     "context": ("ppl",),
     "tokens": ("ppl",),
     "text": ("ppl", "recall", "needle"),
+    "lengths": ("recall", "needle"),
+    "pairs": ("recall",),
+    "depths": ("needle",),
     "questions": ("recall", "needle", LM),
+    "seed": ("recall", "needle"),
     "data": (LM,),
 }
 
@@ -65,7 +69,9 @@ def command(
             help="recall, needle: questions of a kind [default: 20]; lm: the first of the file [default: all]."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="recall, needle: equal seeds ask equal questions.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="recall, needle: equal seeds ask equal questions. [default: 0]")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="lm: the folder of the sets' files.")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -73,20 +79,18 @@ def command(
 ) -> Outcome:
     """Measure a trained model: on text that it was not trained on, on facts in long texts, on lm-eval's sets."""
     asked = tuple(dict.fromkeys(measures or ("ppl",)))
-    plan = checked_plan(asked, lengths, pairs, depths, questions, seed, data)
-    check_used(asked, {"context": context, "tokens": tokens, "text": text, "questions": questions, "data": data})
+    plan = checked_plan(asked, lengths, pairs, depths, questions, seed or 0, data)
+    found = {"lengths": lengths, "pairs": pairs, "depths": depths, "questions": questions, "seed": seed, "data": data}
+    check_used(asked, {"context": context, "tokens": tokens, "text": text} | found)
     for name, value in (("--context", context), ("--tokens", tokens)):
         if value is not None and value < 2:
             raise ValueError(f"{name} must be at least 2, got {value}")
-    from plait.data import load_tokenizer
-    from plait.model.device import find_device, find_dtype
-    from plait.opening import load
 
     again, folder = load_imports(imports), trained(run)
     made_by = run_of(folder)
     if "ppl" in asked and text is None and made_by is None:
         raise ValueError(f"{folder} is not part of a training run, so it has no held-out text: give --text")
-    model, tokenizer = load(folder, find_device(device), find_dtype(dtype)), load_tokenizer(folder)
+    model, tokenizer = opened(folder, device, dtype)
     result: dict[str, Any] = {"model": str(folder)}
     for measure in asked:
         if measure == "ppl":

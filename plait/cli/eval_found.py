@@ -46,8 +46,7 @@ def checked_plan(
     seed: int,
     data: str | None,
 ) -> Plan:
-    """Raises ValueError for an unknown measure, an option out of range or one that no measure asked for uses; finds every file
-    before a model is loaded."""
+    """Raises ValueError for an unknown measure or an option out of range; finds every file before a model is loaded."""
     for measure in measures:
         if measure not in MEASURES and not measure.startswith(LM):
             raise ValueError(f"unknown measure {measure!r}; {suggest(measure, (*MEASURES, 'lm:TASK'))}")
@@ -62,13 +61,6 @@ def checked_plan(
     )
     if questions is not None and questions < 1:
         raise ValueError(f"--questions must be at least 1, got {questions}")
-    for option, value, users in (
-        ("--lengths", lengths, ("recall", "needle")),
-        ("--pairs", pairs, ("recall",)),
-        ("--depths", depths, ("needle",)),
-    ):
-        if value is not None and not set(users) & set(measures):
-            raise ValueError(f"{option} changes nothing here: it is for {' and '.join(users)}")
     if tasks:
         from plait.evaluate.tasks import find_file
 

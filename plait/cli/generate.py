@@ -8,7 +8,7 @@ import typer
 
 from plait.cli.command import Outcome, shell
 from plait.cli.options import Device, Dtype, MinP, RepetitionPenalty, Run, Seed, Stop, Temperature, TopK, TopP
-from plait.cli.trained import Imports, load_imports, perplexity_next, trained
+from plait.cli.trained import Imports, load_imports, opened, perplexity_next, trained
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,15 +34,12 @@ def command(
     imports: Imports = None,
 ) -> Outcome:
     """Continue a prompt with a trained model, printed as it comes."""
-    from plait.data import load_tokenizer
     from plait.engine import stream
     from plait.files import letters
-    from plait.model.device import find_device, find_dtype
-    from plait.opening import load
 
     text = sys.stdin.read() if prompt == "-" else letters(prompt)
     again, folder = load_imports(imports), trained(run)
-    model, tokenizer = load(folder, find_device(device), find_dtype(dtype)), load_tokenizer(folder)
+    model, tokenizer = opened(folder, device, dtype)
     started = time.perf_counter()
     pieces = []
     for piece in stream(

@@ -1,14 +1,13 @@
 """`plait selfcheck`: the laws that the tests hold, on this machine's device."""
 
 import math
-import signal
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.command import Outcome, progress_bar, say
+from plait.cli.command import Outcome, Terminated, progress_bar, say
 from plait.cli.parity import check_families
 from plait.cli.trained import Imports, load_imports
 
@@ -74,14 +73,11 @@ def command(
                 say(screen, f"{done} of {total} checks done")
 
         dtypes = tuple(dtype or (("float64", "float32", "bfloat16") if everything else ("float32", "float64")))
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the processes would be left alone
         try:
             selfcheck(where, dtypes, pattern, law, progress, random=RANDOM if everything else 0, jobs=jobs)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             if not results:
                 raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
     screen.print(table(results), layer_table(results))
     broken = [result for result in results if not result.passed]
     say(screen, f"{name}, torch {torch.__version__}: {len(results) - len(broken)} of {len(results)} checks passed")

@@ -80,15 +80,11 @@ def command(
 
 def foreign_design(path: Path) -> dict[str, Any] | None:
     """Of a GGUF file or another library's folder."""
-    if path.is_file() and gguf_path(path):
-        from plait.hub.gguf import design_of_gguf
+    if not (gguf_path(path) if path.is_file() else path.is_dir() and is_foreign(path)):
+        return None
+    from plait.opening import folder_design
 
-        return design_of_gguf(path).to_dict()
-    if path.is_dir() and is_foreign(path):
-        from plait.hub.checkpoint import folder_design
-
-        return folder_design(path).to_dict()
-    return None
+    return folder_design(path).to_dict()
 
 
 def run_of(spec: str) -> RunConfig | None:

@@ -1,7 +1,7 @@
 """Which trained model a user means, and the modules that its layers come from."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,10 @@ from plait.design.load import SAVED, read_mapping
 from plait.files import user_path
 from plait.run_folder import RUN
 from plait.train import RunConfig, load_run
+
+if TYPE_CHECKING:
+    from plait.data import Tokenizer
+    from plait.model import LanguageModel
 
 Imports = Annotated[
     list[str] | None,
@@ -43,6 +47,15 @@ def trained(spec: str) -> Path:
     except (ValueError, OSError):
         return model_folder(path)  # which says that there is none
     raise ValueError(f"{spec}: a design without weights; train it first: {shell('plait', 'train', f'design={spec}')}")
+
+
+def opened(folder: Path, device: str, dtype: str | None) -> "tuple[LanguageModel, Tokenizer]":
+    """The model there and its tokenizer, as a command's options ask for them."""
+    from plait.data import load_tokenizer
+    from plait.model.device import find_dtype
+    from plait.opening import load
+
+    return load(folder, device, find_dtype(dtype)), load_tokenizer(folder)
 
 
 def run_of(folder: Path) -> RunConfig | None:

@@ -67,8 +67,8 @@ class Conversion(Struct, frozen=True, kw_only=True, tag=False):
         attention is left in the model, a share "25%" or a number of layers; or "left": all whose gates have left it.
     cross_entropy: weight of the text's own loss beside the teacher's.
     temperature: of both distributions while distilling.
-    top: likeliest next ids of the teacher that are written down once at every token of the text, before distilling, and learned
-        from instead of running it at every step; all others count as one. 0: it runs at every step.
+    top: likeliest next ids of the teacher that are written down once at every token that is read, before distilling, and
+        learned from instead of running it at every step; all others count as one. 0: it runs at every step.
     head: "tied": as the teacher's; "own": an untied one, which begins as the embeddings; "retied": an untied one while
         distilling, which is dropped at the end. Of a teacher whose head is not tied, all are the same.
     training: keys of a run for all stages; align, distil, finish: and for one of them; `length` there is its data.length.

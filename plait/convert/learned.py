@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.convert.measured import places_of
-from plait.convert.scores import Request, Score, Scores, divergences, precision, student, timed, with_one
+from plait.convert.scores import Request, Scores, divergences, precision, student, timed, with_one
 from plait.design import declared
 from plait.layers.context import Context
 from plait.model.language_model import LanguageModel
@@ -21,7 +21,7 @@ GATE_RATE = 0.1
 MIXER_RATE, BODY_RATE = 1e-4, 7e-6  # of KL-guided GA-S2 (arXiv 2512.20569), stage 2
 
 
-def gates(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None) -> Scores:
+def gates(teacher: LanguageModel, request: Request, data: Sequence[Batch]) -> Scores:
     """FlashMorph (arXiv 2606.30562): every layer gives g attention + (1 - g) mixer, all weights are frozen, and the g, which
     sum to as many as stay, are learned by KL to the teacher. The score is g."""
     scores = Scores()
@@ -37,7 +37,7 @@ def gates(teacher: LanguageModel, request: Request, data: Sequence[Batch], score
     return out
 
 
-def ga_s2(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None) -> Scores:
+def ga_s2(teacher: LanguageModel, request: Request, data: Sequence[Batch]) -> Scores:
     """KL-guided GA-S2 (arXiv 2512.20569): by how much KL after a short distillation is below the worst layer's, where this
     layer alone stays attention. The last fifth of the data measures; the others train."""
     held = max(1, len(data) // 5)

@@ -21,7 +21,7 @@ BASE = ""
 MOST = 50.0  # HALO's largest score, of a layer that costs no commonsense at all
 
 
-def kl(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None) -> Scores:
+def kl(teacher: LanguageModel, request: Request, data: Sequence[Batch]) -> Scores:
     """AMD's SMART (Zebra-Llama): by how much KL(teacher || all-recurrent student) falls when this layer alone is restored."""
     with timed(Scores()) as out:
         base = student(teacher, request, data, out)
@@ -31,7 +31,7 @@ def kl(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: S
     return out
 
 
-def window(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None) -> Scores:
+def window(teacher: LanguageModel, request: Request, data: Sequence[Batch]) -> Scores:
     """KL of the teacher with this layer alone narrowed to a window (hybrid-model-factory)."""
     with timed(Scores()) as out:
         models = {a: windowed(teacher, a, request.window) for a in places_of(teacher)}
@@ -39,9 +39,9 @@ def window(teacher: LanguageModel, request: Request, data: Sequence[Batch], scor
     return out
 
 
-def recall(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None) -> Scores:
+def recall(teacher: LanguageModel, request: Request, data: Sequence[Batch]) -> Scores:
     """What of `score` is lost where this layer alone is replaced; Jet-Nemotron's rule where that is retrieval."""
-    score = asked(score, "recall")
+    score = asked(request.score, "recall")
     with timed(Scores()) as out:
         whole = _counted(score, teacher, out)
         out.scores = {
@@ -50,9 +50,9 @@ def recall(teacher: LanguageModel, request: Request, data: Sequence[Batch], scor
     return out
 
 
-def halo(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None) -> Scores:
+def halo(teacher: LanguageModel, request: Request, data: Sequence[Batch]) -> Scores:
     """HALO (arXiv 2601.22156): retrieval lost where this layer alone is replaced, for each point of commonsense lost."""
-    score, other = asked(score, "halo"), asked(request.commonsense, "halo")
+    score, other = asked(request.score, "halo"), asked(request.commonsense, "halo")
     with timed(Scores()) as out:
         models = _replaced(teacher, request, data, out)
         retrieval = {a: _counted(score, model, out) for a, model in models.items()}

@@ -60,10 +60,10 @@ def make_plan(
     for address in places if measures else ():
         for mixer in mixers:
             target(places[address], mixer, f"plan: {address}")  # raises before anything is read
-    request = Request(
-        mixer=alone(mixers[0]), keep=keep, seed=asked.seed, listed=listed, commonsense=scores.get("commonsense")
-    )
-    found = RULES[rule](teacher, request, data() if measures else (), scores.get("recall"))
+    score, other = scores.get("recall"), scores.get("commonsense")
+    mixer = alone(mixers[0])
+    request = Request(mixer, keep, seed=asked.seed, listed=listed, score=score, commonsense=other)
+    found = RULES[rule](teacher, request, data() if measures else ())
     stay = choose(found.scores, keep, rule)
     gone = [address for address in places if address not in stay]
     replace = {address: mixers[i % len(mixers)] for i, address in enumerate(gone)}

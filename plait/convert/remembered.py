@@ -1,10 +1,11 @@
 """What the teacher says of a text, computed once and kept on disk: at each token its likeliest next ids and their ln p.
 
-    meta.json             of which teacher and text, in pieces of which length, how many ids
-    000000.safetensors    of `PIECES` pieces, end to end, in the text's order: ids (tokens, k), logp (tokens, k) float16,
-                          left (tokens) float32: what all other ids have together
+    meta.json             of which teacher and text, in pieces of which length, in the order of which seed, how many ids
+    000000.safetensors    of `PIECES` pieces, end to end: ids (tokens, k), logp (tokens, k) float16, left (tokens) float32: what
+                          all other ids have together
 
-Training reads the same pieces epoch after epoch, in another order each time, so that the teacher need not read any twice. A
+Training reads the same pieces epoch after epoch, in another order each time, so that the teacher need not read any twice. They
+lie in the order of the first epoch, and no more of them than are read; where more are to be read later, the rest is added. A
 piece that the end of a batch has cut goes on in the next batch without its beginning, which the teacher had seen: nothing is
 learned of such a rest.
 """
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from plait.data import Batch, Shards
+from plait.data import Batch, Loader
 from plait.design.load import read_mapping
 from plait.design.summary import size
 from plait.files import json_text, write_text
@@ -38,19 +39,28 @@ META = "meta.json"
 
 
 class Remembered:
-    """The teacher's `top` likeliest ids at every token of the text's training part, in `folder`."""
+    """The teacher's `top` likeliest ids at every token of the pieces that the first `steps` batches of `loader` read, in
+    `folder`."""
 
-    def __init__(self, folder: Path, shards: Shards, length: int, top: int, teacher_hash: str):
-        self.folder, self.shards, self.length, self.top = folder, shards, length, top
-        self.meta = {"teacher": teacher_hash, "text": shards.key, "length": length, "top": top}
-        self.starts, self.lengths = pieces_of(shards, length)
+    def __init__(self, folder: Path, loader: Loader, steps: int, top: int, teacher_hash: str):
+        self.folder, self.shards, self.top = folder, loader.shards, top
+        own = {"text": loader.shards.key, "length": loader.length, "seed": loader.seed}
+        self.meta = {"teacher": teacher_hash, "top": top} | own
+        self.starts, self.lengths = loader.pieces_of(epoch=0)
+        self.sorted = np.argsort(self.starts)
         self.before = np.concatenate(([0], np.cumsum(self.lengths)))  # tokens before each piece
-        self.ids_dtype = torch.uint16 if shards.vocab <= 2**16 else torch.int32
+        read = steps * loader.batch * loader.length
+        self.count = min(len(self.starts), int(np.searchsorted(self.before, read)))  # of pieces
+        self.ids_dtype = torch.uint16 if loader.shards.vocab <= 2**16 else torch.int32
         self._open: dict[int, Any] = {}
 
     @property
+    def tokens(self) -> int:
+        return int(self.before[self.count])
+
+    @property
     def bytes(self) -> int:
-        return int(self.before[-1]) * (self.top * self._each + LEFT)
+        return self.tokens * (self.top * self._each + LEFT)
 
     @property
     def _each(self) -> int:
@@ -66,16 +76,16 @@ class Remembered:
         home = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
         free = shutil.disk_usage(home).free
         if self.bytes - there > free:
-            fits = max(0, (free + there) // int(self.before[-1]) - LEFT) // self._each
+            fits = max(0, (free + there) // self.tokens - LEFT) // self._each
             what = f"top={fits} would fit" if fits else "leave top out, and the teacher runs at every step"
             raise ValueError(
-                f"top: {self.top} ids of {int(self.before[-1]):,} tokens are {size(self.bytes)}, and {home} has {size(free)} "
+                f"top: {self.top} ids of {self.tokens:,} tokens are {size(self.bytes)}, and {home} has {size(free)} "
                 f"free; {what}"
             )
 
     def missing(self) -> list[int]:
-        """The files that are not there yet."""
-        return [i for i in range(-(-len(self.starts) // PIECES)) if not self._path(i).is_file()]
+        """The files that are not there yet, or hold fewer pieces than are read."""
+        return [i for i in range(-(-self.count // PIECES)) if not self._holds(i)]
 
     def write(self, number: int, teacher: LanguageModel, precision: str) -> None:
         """Compute a file: whole, or not at all."""
@@ -86,6 +96,7 @@ class Remembered:
         temporary = self.folder / f".{number:06}.tmp"
         save_file(dict(zip(NAMES, map(torch.cat, found), strict=True)), temporary)
         temporary.replace(self._path(number))
+        self._open.pop(number, None)
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """ids (n, k), their ln p (n, k), and what is left (n), of a batch of training text; of the rest of a piece too."""
@@ -96,8 +107,7 @@ class Remembered:
     def known(self, batch: Batch) -> Tensor:
         """(n,) Whether a token has before it, in the batch, all that the teacher had."""
         spans = list(self._spans(batch))
-        places = np.searchsorted(self.starts, [start for start, _, _ in spans])
-        begins = self.starts[places.clip(max=len(self.starts) - 1)] == [start for start, _, _ in spans]
+        begins = [bool(self.starts[self._piece_at(start)] == start) for start, _, _ in spans]
         return torch.from_numpy(np.repeat(begins, [end - at for _, at, end in spans]))
 
     def _spans(self, batch: Batch) -> Iterator[tuple[int, int, int]]:
@@ -106,21 +116,37 @@ class Remembered:
         assert batch.places is not None
         return zip(batch.places.tolist(), cuts[:-1], cuts[1:], strict=True)
 
+    def _piece_at(self, place: int) -> int:
+        """Which piece, in reading order, a place in the text is in."""
+        return int(self.sorted[np.searchsorted(self.starts, place, side="right", sorter=self.sorted) - 1])
+
     def _piece(self, start: int, count: int) -> tuple[Tensor, ...]:
-        piece = int(np.searchsorted(self.starts, start, side="right")) - 1
+        piece = self._piece_at(start)
         number = piece // PIECES
+        first = int(self.before[piece] - self.before[number * PIECES]) + start - int(self.starts[piece])
+        return tuple(self._file(number).get_slice(name)[first : first + count] for name in NAMES)
+
+    def _file(self, number: int) -> Any:
         if number not in self._open:
             self._open[number] = safe_open(self._path(number), framework="pt")
-        file = self._open[number]
-        first = int(self.before[piece] - self.before[number * PIECES]) + start - int(self.starts[piece])
-        return tuple(file.get_slice(name)[first : first + count] for name in NAMES)
+        return self._open[number]
+
+    def _range(self, number: int) -> tuple[int, int]:
+        """The pieces of a file: the first, and the one after the last."""
+        return number * PIECES, min((number + 1) * PIECES, self.count)
+
+    def _holds(self, number: int) -> bool:
+        if not self._path(number).is_file():
+            return False
+        first, end = self._range(number)
+        return self._file(number).get_slice("left").get_shape()[0] >= self.before[end] - self.before[first]
 
     @torch.no_grad()
     def _likeliest(self, number: int, teacher: LanguageModel, precision: str) -> Iterator[tuple[Tensor, ...]]:
-        tokens = self.shards.tokens()
+        tokens = self.shards.tokens(scattered=True)
 
         def pairs() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-            for piece in range(number * PIECES, min((number + 1) * PIECES, len(self.starts))):
+            for piece in range(*self._range(number)):
                 ids = tokens[self.starts[piece] :][: self.lengths[piece]].astype(np.int64)
                 yield ids, np.full_like(ids, NO_TARGET)
 
@@ -135,15 +161,3 @@ class Remembered:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06}.safetensors"
-
-
-def pieces_of(shards: Shards, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the pieces of the training documents begin, in order, and how many tokens they have: as `plait.data.Loader` cuts
-    them."""
-    starts, ends = shards.documents("train")
-    if shards.meta.answers:
-        return starts, np.minimum(ends - starts, length)
-    counts = (ends - starts + length - 1) // length
-    first = np.repeat(np.cumsum(counts) - counts, counts)  # the number of the document's first piece
-    begins = np.repeat(starts, counts) + (np.arange(counts.sum()) - first) * length
-    return begins, np.minimum(np.repeat(ends, counts) - begins, length)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class Request:
 
     mixer: takes an attention layer's place. keep: how many stay. student: the teacher with all its attention replaced and
     aligned; None: as the transfer leaves it, calibrated. listed: of the rule `list`. window: of the rule `window`.
-    commonsense: what the rule `halo` divides by. steps, rate: of the rules that learn, an AdamW step a batch.
+    score: what the rules `recall` and `halo` measure. commonsense: what `halo` divides by. steps, rate: of the rules that
+    learn, an AdamW step a batch.
     """
 
     mixer: Any
@@ -37,6 +38,7 @@ class Request:
     student: LanguageModel | None = None
     listed: tuple[str, ...] = ()
     window: int = 128
+    score: Score | None = None
     commonsense: Score | None = None
     steps: int = 100
     rate: float | None = None
@@ -51,10 +53,7 @@ class Scores:
     seconds: float = 0.0
 
 
-class Rule(Protocol):
-    def __call__(
-        self, teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None
-    ) -> Scores: ...
+Rule = Callable[[LanguageModel, Request, Sequence[Batch]], Scores]
 
 
 @contextmanager

@@ -5,21 +5,21 @@ from collections.abc import Mapping, Sequence
 from plait.convert.learned import ga_s2, gates
 from plait.convert.measured import halo, kl, recall, window
 from plait.convert.plan import attention_places
-from plait.convert.scores import Request, Rule, Score, Scores
+from plait.convert.scores import Request, Rule, Scores
 from plait.model.language_model import LanguageModel
 from plait.model.objective import Batch
 
 SPREAD = ("kl",)  # rules whose layers are spread over the depth; others keep the largest scores (HALO, KL-guided GA-S2)
 
 
-def uniform(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None) -> Scores:
+def uniform(teacher: LanguageModel, request: Request, data: Sequence[Batch]) -> Scores:
     """1 for layers in the middle of as many equal stretches as stay, 0 for others."""
     places = list(attention_places(teacher.design))
     kept = {places[(2 * i + 1) * len(places) // (2 * request.keep)] for i in range(request.keep)}
     return Scores({address: float(address in kept) for address in places})
 
 
-def listed(teacher: LanguageModel, request: Request, data: Sequence[Batch], score: Score | None) -> Scores:
+def listed(teacher: LanguageModel, request: Request, data: Sequence[Batch]) -> Scores:
     """1 for `request.listed`. Raises ValueError for an address that holds no attention, and where these are not as many as
     stay."""
     places = attention_places(teacher.design)

@@ -36,18 +36,17 @@ from plait.convert.room import check_room
 from plait.convert.scores import Score
 from plait.convert.transfer import student_of
 from plait.data import Loader, Shards, Tokenizer, load_tokenizer
-from plait.data.gguf_file import gguf_path
 from plait.design.load import read_mapping
 from plait.design.model import ModelConfig
 from plait.design.places import pairs
 from plait.design.struct import convert as from_data
 from plait.design.yaml_core import write_yaml
 from plait.files import write_text
-from plait.model import Distillation, LanguageModel, Objective, model_folder, save
+from plait.model import Distillation, LanguageModel, Objective, save
 from plait.model.device import find_device
 from plait.model.files import ENDS
 from plait.model.objective import Batch
-from plait.opening import folder_design, load
+from plait.opening import folder_design, load, model_path
 from plait.run_folder import latest, step_of
 from plait.train import Interrupted, RunConfig, train
 from plait.train.heldout import heldout_documents, packed, pieces, up_to
@@ -113,7 +112,7 @@ class Stages:
             check_room(folder_design(self.asked.teacher), left, free, str(self.device))
         for stage, run in self.asked.runs().items():
             if self.asked.top and stage != "align" and not self.is_done(stage):
-                self.said(run.data.length).check()
+                self.said(run).check()
 
     def check_text(self) -> None:
         """Raise ValueError for text that cannot be trained on, before the folder is this conversion's."""
@@ -130,7 +129,7 @@ class Stages:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(gguf_path(self.asked.teacher) or model_folder(self.asked.teacher))
+        return load_tokenizer(model_path(self.asked.teacher))
 
     @cached_property
     def shards(self) -> Shards:
@@ -285,14 +284,16 @@ class Stages:
         priced = stage == "distil" and self.asked.price and gates(model.design)
         return Priced(made(model), self.asked.price) if priced else made(model)
 
-    def said(self, length: int) -> Remembered:
-        """What the teacher says of the training text, as far as it has been written down."""
-        top = min(self.asked.top, self.teacher.design.vocab)
-        return Remembered(self.folder / SAID / str(length), self.shards, length, top, teacher_hash(self.teacher))
+    def said(self, run: RunConfig) -> Remembered:
+        """What the teacher says of the text that a run reads, as far as it has been written down."""
+        top, length = min(self.asked.top, self.teacher.design.vocab), run.data.length
+        loader = Loader(self.shards, batch=run.batch, length=length, seed=run.seed)
+        steps = run.steps + 1  # a run that is no longer finite looks for the layer where that began in the batch after
+        return Remembered(self.folder / SAID / str(length), loader, steps, top, teacher_hash(self.teacher))
 
     def written(self, run: RunConfig) -> Remembered:
         """All of it, file by file."""
-        said = self.said(run.data.length)
+        said = self.said(run)
         for done, number in enumerate(missing := said.missing()):
             with self.console.status(f"writing down what the teacher says: {done} of {len(missing)}"):
                 said.write(number, self.teacher, run.precision)

@@ -162,7 +162,7 @@ def open_source(spec: str | Path, memory: Path | None = None) -> Source:
 
 
 def texts(source: Source) -> Iterator[str]:
-    """The text of every document in pieces, for training a tokenizer; what is not text is passed over."""
+    """The text of every document in pieces; what is not text is passed over."""
     for document in source.documents():
         try:
             yield from document.pieces

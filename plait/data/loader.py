@@ -121,6 +121,14 @@ class Loader:
     def epoch(self) -> int:
         return self._epoch
 
+    def pieces_of(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(starts, lengths) in tokens of an epoch's pieces, in the order in which they are read."""
+        documents = np.repeat(np.arange(len(self._starts)), np.diff(self._first_piece))
+        starts = self._starts[documents] + (np.arange(self.pieces) - self._first_piece[documents]) * self.length
+        lengths = np.minimum(self._ends[documents] - starts, self.length)
+        order = np.arange(self.pieces) if self.order == "sequential" else self._order(epoch)
+        return starts[order], lengths[order]
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 

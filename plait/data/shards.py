@@ -10,10 +10,11 @@ One folder per (source, tokenizer, held-out share, seed), named by the hash of t
 | `token_bytes.bin` | int32 (vocab): bytes of text per id |
 | `scored.bin` | of records with answers, uint8 (tokens): 1 for what is learned; their documents have no end-of-text id added |
 | `meta.json` | the rest; no clock and no machine in it, so equal inputs give equal bytes |
+| `known.json` | when the files above were last found to be what was written; only ever a saving |
 """
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.data.errors import DataError, NotFound, nearest
+from plait.data.known import content_hashes
 from plait.files import user_path
 
 FORMAT = 1
+KNOWN = "known.json"
 SPLITS = ("train", "heldout")
 Split = Literal["train", "heldout"]
 
@@ -32,7 +35,8 @@ Split = Literal["train", "heldout"]
 @dataclass(frozen=True, slots=True)
 class Meta:
     """What meta.json says. `passed_over` counts files that were not UTF-8 text and documents that were empty; `answers`:
-    documents are records with answers, of which alone is learned, and `cut` of them lost a part to the length."""
+    documents are records with answers, of which alone is learned, and `cut` of them lost a part to the length; `digests`: of
+    the other files' contents, none where an earlier version wrote them."""
 
     format: int
     key: str
@@ -51,45 +55,46 @@ class Meta:
     passed_over: dict[str, int]
     answers: bool = False
     cut: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the other files."""
+        entries = self.documents + self.tail_held_out
+        return {
+            "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
+            "offsets.bin": (entries + 1) * 8,
+            "split.bin": entries,
+            "token_bytes.bin": self.vocab * 4,
+            **({"scored.bin": self.tokens} if self.answers else {}),
+        }
 
 
 class Shards:
-    """Token shards on disk, opened. Of the tokens nothing is read before it is asked for."""
+    """Token shards on disk, opened. Their files are read through once, and again where they have been written or copied
+    since; beyond that, of the tokens nothing is read before it is asked for."""
 
     def __init__(self, folder: str | Path):
         self.folder = user_path(folder)
         self.meta = _read_meta(self.folder)
-        for name, expected in self._sizes().items():
+        for name, expected in self.meta.sizes().items():
             path = self.folder / name
             size = path.stat().st_size if path.exists() else 0
             if size != expected:
                 raise DataError(f"{path}: {size} bytes where {expected} were written; prepare the corpus again")
-        self._check_places()
+        self._check_contents()
 
-    def _check_places(self) -> None:
-        """Raise DataError where documents do not lie one after the other, or are held out otherwise than was counted."""
-        offsets, sides = self._offsets(), self._sides()
-        if offsets[0] != 0 or offsets[-1] != self.meta.tokens or (offsets[1:] < offsets[:-1]).any():
-            raise DataError(f"{self.folder / 'offsets.bin'}: damaged; prepare the corpus again")
-        if (sides > 1).any() or int(sides.sum()) != self.meta.heldout_documents:
-            raise DataError(f"{self.folder / 'split.bin'}: damaged; prepare the corpus again")
+    def _check_contents(self) -> None:
+        """Raise DataError where a file does not hold what was written."""
+        paths = [self.folder / name for name in self.meta.digests]
+        for path, found in zip(paths, content_hashes(paths, self.folder / KNOWN), strict=True):
+            if found != self.meta.digests[path.name]:
+                raise DataError(f"{path}: damaged; prepare the corpus again")
 
     def _offsets(self) -> NDArray[np.int64]:
         return np.fromfile(self.folder / "offsets.bin", dtype=np.int64)
 
     def _sides(self) -> NDArray[np.uint8]:
         return np.fromfile(self.folder / "split.bin", dtype=np.uint8)
-
-    def _sizes(self) -> dict[str, int]:
-        meta, width = self.meta, np.dtype(self.meta.dtype).itemsize
-        entries = meta.documents + meta.tail_held_out
-        return {
-            "tokens.bin": meta.tokens * width,
-            "offsets.bin": (entries + 1) * 8,
-            "split.bin": entries,
-            "token_bytes.bin": meta.vocab * 4,
-            **({"scored.bin": meta.tokens} if meta.answers else {}),
-        }
 
     @property
     def key(self) -> str:

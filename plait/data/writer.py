@@ -5,7 +5,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from plait.data.cache import cached
 from plait.data.corpus import Source, open_source
 from plait.data.errors import DataError, NotFound, NotText, whole_number
+from plait.data.known import content_hashes
 from plait.data.shards import FORMAT, Meta, Shards
 from plait.data.text import whole_characters
 from plait.data.tokenizer import Tokenizer
@@ -117,6 +118,8 @@ def finish(folder: Path, meta: Meta, offsets: "array[int]", split: "Splitter", t
     _write_bytes(folder / "offsets.bin", offsets.tobytes())
     _write_bytes(folder / "split.bin", bytes(split.sides))
     _write_bytes(folder / "token_bytes.bin", tokenizer.byte_lengths.astype(np.int32).tobytes())
+    digests = content_hashes(folder / name for name in meta.sizes())
+    meta = replace(meta, digests=dict(zip(meta.sizes(), digests, strict=True)))
     _write_bytes(folder / "meta.json", (json.dumps(asdict(meta), indent=2) + "\n").encode())
     sync_folder(folder)
 

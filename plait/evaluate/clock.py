@@ -25,6 +25,19 @@ def seconds(run: Callable[[], Any], device: torch.device, rounds: int) -> list[f
     return times
 
 
+def intervals(step: Callable[[], Any], device: torch.device, rounds: int, *, waiting: bool) -> list[float]:
+    """Seconds from the end of a step to the end of the next. waiting: until the step before is done, as decoding reads its
+    tokens when the next has been launched; else nothing waits between them, as in training."""
+    marks = Marks(device)
+    marks.mark()
+    for _ in range(rounds):
+        step()
+        marks.mark()
+        if waiting:
+            marks.catch_up()
+    return marks.between()
+
+
 class Marks:
     """Moments of a device's work. A GPU is not waited for: it notes the time when it gets there, as training lets it run on."""
 

@@ -1,9 +1,8 @@
 """Decoding on a pool, timed: a step from tokens to tokens, one captured graph on a GPU, beside what it must read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from plait.engine.decode import PAGE, check, evaluating
 from plait.engine.prefill import prefill
 from plait.engine.sampling import Sampling
 from plait.engine.step import Step
-from plait.evaluate.clock import Marks, now
+from plait.evaluate.clock import intervals, now
 from plait.evaluate.limits import Limits
 from plait.evaluate.room import largest, no_memory, release
 from plait.model import LanguageModel
@@ -91,23 +90,11 @@ def timed(model: LanguageModel, batch: int, context: int, can: Limits, steps: in
     started = now(model.device)
     step(at)
     first = now(model.device) - started
-    times = intervals(lambda: step(at), model.device, WARM_UP - 1 + steps)[WARM_UP - 1 :]
+    times = intervals(lambda: step(at), model.device, WARM_UP - 1 + steps, waiting=True)[WARM_UP - 1 :]
     dtype = name_of(model.dtype)
     weights, state = weights_read(model.design, batch, dtype), batch * state_bytes(model.design, context, dtype)
     captured = bool(step.captured)
     return DecodeSpeed(batch, context, 1e3 * median(times), 1e3 * max(times), first, captured, weights, state, can)
-
-
-def intervals(step: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
-    """Seconds from the end of a step to the end of the next, each launched before the last one's tokens are read, as
-    `plait.engine.decode` does."""
-    marks = Marks(device)
-    marks.mark()
-    for _ in range(rounds):
-        step()
-        marks.mark()
-        marks.catch_up()
-    return marks.between()
 
 
 def remembering(model: LanguageModel, batch: int, context: int, more: int = 1) -> ModelState:

@@ -13,7 +13,8 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-from plait.data import NotText, Tokenizer, open_source
+from plait.data import Tokenizer, open_source
+from plait.data.corpus import texts
 
 SYLLABLES = [a + b for a in "bdfghjklmnprstvz" for b in "aeiou"]
 VALUES = range(1000, 10_000)
@@ -37,16 +38,9 @@ class Filler:
     def __init__(self, tokenizer: Tokenizer, source: str, tokens: int):
         """At most about `tokens` of a source, as `data.source` names it. Raises ValueError where it has no text."""
         self.source, parts, count = source, list[list[int]](), 0
-        for document in open_source(source).documents():
-            try:
-                for piece in document.pieces:
-                    parts.append(tokenizer.encode(piece))
-                    count += len(parts[-1])
-                    if count >= tokens:
-                        break
-            except NotText:
-                if document.required:
-                    raise
+        for piece in texts(open_source(source)):
+            parts.append(tokenizer.encode(piece))
+            count += len(parts[-1])
             if count >= tokens:
                 break
         self.ids: list[int] = list(chain.from_iterable(parts))[:tokens]

@@ -15,13 +15,11 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from plait.data import load_tokenizer
-from plait.data.gguf_file import gguf_path
 from plait.engine import generate
 from plait.engine.decode import check_vocab
 from plait.evaluate.likelihood import loglikelihoods
-from plait.model import model_folder
 from plait.model.device import find_device, find_dtype
-from plait.opening import load
+from plait.opening import load, model_path
 
 UNSAID = "cuda:0"  # the device that lm-eval's command gives where its user names none
 MOST = 256  # new tokens where a task does not say, as lm-eval's own models
@@ -46,7 +44,7 @@ class PlaitLM(TemplateLM):
     ):
         super().__init__()
         del max_batch_size  # lm-eval gives it to every model
-        folder = gguf_path(pretrained) or model_folder(pretrained)
+        folder = model_path(pretrained)
         self._device = find_device("auto" if device in (None, UNSAID) else device)
         self.model = load(folder, device=self._device, dtype=find_dtype(dtype))
         self.ids = load_tokenizer(folder)

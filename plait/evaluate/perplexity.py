@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from plait.data import Tokenizer
@@ -78,55 +78,21 @@ def perplexity_of_document(
         size = max(context, STEP)
         how = {"size": size, "length": context, "tokens": tokens}
         return Perplexity.of(score(NextToken(model), [document], lengths, **how, precision=precision))
-    total, reader = Perplexity(0.0, 0, 0), _Reader(model, None)
+    total, reader = Perplexity(0.0, 0, 0), _Reader(model)
     with torch.no_grad():
-        for ids in _steps(tokenizer, text_pieces, None if tokens is None else tokens + 1, STEP, end=True):
+        for ids in _steps(tokenizer, text_pieces, None if tokens is None else tokens + 1):
             nats, scored = reader.read(ids)
             total += Perplexity(nats, scored, int(lengths[ids[len(ids) - scored :]].sum()))
     return total + Perplexity(0.0, 0, 0, reader.layers)
 
 
-@torch.no_grad()
-def perplexity_of_text(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    text_pieces: Iterable[str],
-    *,
-    context: int | None = None,
-    tokens: int | None = None,
-) -> Perplexity:
-    """Over one text of any length, streamed through the model's state: memory does not grow with the text.
-
-    `text_pieces` are read one after the other and tokenized each on its own, so cut them where words end (lines do).
-    With `context`, the state starts afresh whenever it has seen that many tokens and first reads the last half of them
-    again, so that every token is predicted from context / 2 to `context` tokens. It defaults to what the model's RoPE
-    allows; without one the state is carried through, and only full attention's keys grow. The first token is not
-    scored. Stops after `tokens` tokens. Raises ValueError where the text has fewer than two.
-    """
-    if tokenizer.vocab > model.design.vocab:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab} ids, but the model's vocabulary is {model.design.vocab}")
-    context = context or model.max_positions
-    if context is not None and context < 2:
-        raise ValueError(f"context must be at least 2 tokens, got {context}")
-    lengths = tokenizer.byte_lengths
-    total, reader = Perplexity(0.0, 0, 0), _Reader(model, context)
-    for ids in _steps(tokenizer, text_pieces, tokens, min(STEP, (context or 2 * STEP) // 2)):
-        nats, scored = reader.read(ids)
-        if scored:
-            total += Perplexity(nats, scored, int(lengths[ids[len(ids) - scored :]].sum()))
-    return checked(model, total + Perplexity(0.0, 0, 0, reader.layers))
-
-
-def _steps(
-    tokenizer: Tokenizer, pieces: Iterable[str], tokens: int | None, size: int, end: bool = False
-) -> Iterator[np.ndarray]:
-    """Ids in runs of `size`, at most `tokens` in all; holds one piece of the text at a time. `end`: and the end of text."""
+def _steps(tokenizer: Tokenizer, pieces: Iterable[str], tokens: int | None) -> Iterator[np.ndarray]:
+    """Ids in runs of STEP, the end of text last, at most `tokens` in all; holds one piece of the text at a time."""
     held, left = np.empty(0, dtype=np.int64), math.inf if tokens is None else tokens
-    ends = [[tokenizer.eos]] if end else []
-    for ids in chain(map(tokenizer.encode, pieces), ends):
+    for ids in chain(map(tokenizer.encode, pieces), [[tokenizer.eos]]):
         held = np.concatenate([held, np.asarray(ids, dtype=np.int64)])
-        while len(held) >= size and left > 0:
-            run = held[: int(min(size, left))]
+        while len(held) >= STEP and left > 0:
+            run = held[: int(min(STEP, left))]
             yield run
             held, left = held[len(run) :], left - len(run)
         if left <= 0:
@@ -138,42 +104,24 @@ def _steps(
 class _Reader:
     """Carries a model's state, and what it expects next, through a text."""
 
-    def __init__(self, model: LanguageModel, context: int | None):
-        self.model, self.context = model, context
-        self.state: ModelState = model.init_state()
-        self.recent = torch.empty(1, 0, dtype=torch.long, device=model.device)  # what a fresh state reads again
+    def __init__(self, model: LanguageModel):
+        self.model = model
+        self.state: ModelState | None = model.init_state()
         self.expected: Float[Tensor, "1 d"] | None = None  # the features that predict the next token
         self.layers: dict[str, SolverRecord] = {}
 
     def read(self, ids: np.ndarray) -> tuple[float, int]:
         """Nats of these tokens, and how many were scored: all but the text's first."""
-        tokens = torch.from_numpy(ids)[None].to(self.model.device)
-        if self.context is not None:
-            if self.state.lengths[0] + len(ids) > self.context:
-                self.state = self.model.init_state()
-                for part in self.recent.split(STEP, 1):
-                    hidden = self._advance(part)
-                    self.expected = hidden[:, -1]
-            self.recent = torch.cat([self.recent, tokens], 1)[:, -(self.context // 2) :]
-        hidden = self._advance(tokens)[0]  # (t, d)
-        targets = tokens[0]
+        tokens, sent = torch.from_numpy(ids)[None].to(self.model.device), Channels()
+        found, self.state = self.model.features(tokens, self.state, channels=sent)
+        self.layers = together(self.layers, read(sent))
+        hidden, targets = found[0], tokens[0]
         if self.expected is None:
             features, targets = hidden[:-1], targets[1:]
         else:
             features = torch.cat([self.expected, hidden[:-1]])
         self.expected = hidden[-1:]
-        return self._nats(features, targets), len(targets)
-
-    def _advance(self, tokens: Int[Tensor, "1 t"]) -> Float[Tensor, "1 t d"]:
-        sent = Channels()
-        hidden, state = self.model.features(tokens, self.state, channels=sent)
-        self.layers = together(self.layers, read(sent))
-        assert state is not None  # one was given
-        self.state = state
-        return hidden
-
-    def _nats(self, features: Float[Tensor, "t d"], targets: Int[Tensor, " t"]) -> float:
-        return self.model.head.loss(features[None], CrossEntropy(targets[None])).total.item()
+        return self.model.head.loss(features[None], CrossEntropy(targets[None])).total.item(), len(targets)
 
 
 def checked(model: LanguageModel, total: Perplexity) -> Perplexity:

@@ -79,7 +79,7 @@ def _results(checks: Sequence[Check], jobs: int) -> Iterator[LawResult]:
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_alone) as pool:
         try:
             yield from pool.map(_run, *zip(*checks, strict=True))
-        except KeyboardInterrupt:  # what runs may take minutes
+        except BaseException:  # what runs may take minutes
             pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
                 process.terminate()

@@ -26,11 +26,6 @@ class Speed:
     state_bytes: int
 
 
-def decode_ms(model: LanguageModel, context: int, *, tokens: int = 32, batch: int = 1, chunk: int = CHUNK) -> float:
-    """Median milliseconds of a call with one token per row, greedy, after `context` tokens."""
-    return speeds(model, [context], tokens=tokens, batch=batch, chunk=chunk)[0].decode_ms
-
-
 @torch.inference_mode()
 def speeds(
     model: LanguageModel, contexts: Sequence[int], *, tokens: int = 32, batch: int = 1, chunk: int = CHUNK

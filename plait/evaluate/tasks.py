@@ -221,7 +221,6 @@ def run_task(
     folder: str | Path,
     *,
     limit: int | None = None,
-    rows: int | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Result:
     """A task's metrics over its file in `folder`, or over the first `limit` records. `progress` is told how many records of how
@@ -232,7 +231,7 @@ def run_task(
     if not examples:
         raise DataError(f"{path}: no records")
     flat = ((*encode_pair(tokenizer, *pair), where) for where, example in examples for pair in example.pairs)
-    scored = loglikelihoods(model, flat, rows)
+    scored = loglikelihoods(model, flat)
     values: list[dict[str, float]] = []
     for _, example in examples:
         values.append(score_example(example, list(islice(scored, len(example.pairs)))))

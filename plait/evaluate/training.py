@@ -6,7 +6,7 @@ text is random ids: time does not depend on what they say.
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
@@ -23,7 +23,7 @@ from plait.design.ends import Logits, Tokens
 from plait.design.spec import BYTES
 from plait.design.spelling import suggest
 from plait.design.summary import si, size
-from plait.evaluate.clock import Marks, now
+from plait.evaluate.clock import intervals, now
 from plait.evaluate.kernels import Kernel, kernels
 from plait.evaluate.limits import Limits, limits
 from plait.evaluate.room import largest, no_memory, release
@@ -216,23 +216,13 @@ def timed(run: RunConfig, design: ModelConfig, text: "RandomText", can: Limits) 
             step()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        times = marked(step, counted, device)
+        times = intervals(step, device, counted, waiting=False)
         peak = peak_memory(device)
         seen = kernels(step, device, PROFILED)
     lengths = [length for number in range(WARM_UP, WARM_UP + counted) for length in text.lengths(number)]
     flops = 3 * forward_flops(design, lengths) // counted
     tokens = run.batch * run.data.length
     return TrainSpeed(tokens, median(times), first, flops, can, peak, moved(design, run.precision), seen)
-
-
-def marked(step: Callable[[], Any], steps: int, device: torch.device) -> list[float]:
-    """Seconds of each step. Nothing waits between them."""
-    marks = Marks(device)
-    marks.mark()
-    for _ in range(steps):
-        step()
-        marks.mark()
-    return marks.between()
 
 
 def moved(design: ModelConfig, precision: str) -> int:

@@ -45,15 +45,17 @@ class Norm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """A LayerNorm within each head, without a bias: what a recurrence gives, whose scale its normaliser has left open."""
+    """A LayerNorm within each head, weight and bias per channel: of what a recurrence gives, whose scale is left open."""
 
-    def __init__(self, heads: int, head_dim: int, eps: float):
+    def __init__(self, heads: int, head_dim: int, eps: float, *, bias: bool = False):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(heads * head_dim, dtype=torch.float32))
+        self.eps, width = eps, heads * head_dim
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(width, dtype=torch.float32)) if bias else None
 
     def forward(self, x: Float[Tensor, "b t h d"]) -> Float[Tensor, "b t h d"]:
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight.to(x.dtype).view(x.shape[-2:])
+        y, weight = F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight.to(x.dtype).view(x.shape[-2:])
+        return y * weight if self.bias is None else torch.addcmul(self.bias.to(x.dtype).view(x.shape[-2:]), y, weight)
 
 
 class GatedNorm(nn.Module):

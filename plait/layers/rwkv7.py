@@ -12,6 +12,7 @@ from plait.design.layers.rwkv7 import SHIFTED
 from plait.design.model import ModelConfig
 from plait.layers.context import Context
 from plait.layers.declared import LayerModule, MixerModule
+from plait.layers.norm import HeadNorm
 from plait.ops.channels_gpu import REMOVAL
 from plait.ops.conv import causal_conv
 from plait.ops.gla import dplr
@@ -43,14 +44,15 @@ class RWKV7Layer(MixerModule):
     k_k: nn.Parameter
     k_a: nn.Parameter
     r_k: nn.Parameter
-    norm: "HeadNorm"
+    norm: HeadNorm
 
     @classmethod
     def ops(cls, config: RWKV7, call: Call) -> list[tuple[str, str | None]]:
         return [("conv", None), ("gla", REMOVAL)]
 
     def assemble(self, design: ModelConfig) -> None:
-        self.norm = HeadNorm(self.config.heads, self.config.inner(), self.config.norm_eps)
+        c = self.config
+        self.norm = HeadNorm(c.heads, c.head_dim, c.norm_eps, bias=True)
 
     def inner(
         self, x: Float[Tensor, "b t d"], context: Context, state: Recurrent | None
@@ -93,20 +95,6 @@ class RWKV7FeedForwardLayer(LayerModule):
         change, conv = shifted(x, context, state and state.conv)
         hidden = torch.relu(self.up_proj(x + change * cast(self.x_k, x.dtype))).square()
         return self.down_proj(hidden), None if conv is None else Shifted(conv)
-
-
-class HeadNorm(nn.Module):
-    """A LayerNorm of each head alone, weight and bias per channel."""
-
-    def __init__(self, heads: int, width: int, eps: float):
-        super().__init__()
-        self.heads, self.eps = heads, eps
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Float[Tensor, "b t h v"]) -> Float[Tensor, "b t h v"]:
-        y = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        weight, bias = (p.to(x.dtype).view(self.heads, -1) for p in (self.weight, self.bias))
-        return torch.addcmul(bias, y, weight)
 
 
 def shifted(

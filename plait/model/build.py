@@ -7,7 +7,7 @@ from plait.design.load import load_design
 from plait.design.model import ModelConfig
 from plait.design.weights import FLOAT32
 from plait.layers.start import start
-from plait.model.device import check_dtype, check_room
+from plait.model.device import check_dtype, check_room, find_device
 from plait.model.language_model import LanguageModel
 
 
@@ -22,9 +22,10 @@ def build(
     random state and default dtype are. On the device "meta" it has no values; `init_weights` then fills it in."""
     design = load_design(design)
     check_dtype(dtype)
-    if torch.device(device).type == "meta":
+    if str(device) == "meta":
         return empty_model(design, device=device, dtype=dtype)
-    check_room(design, torch.device(device), dtype)
+    device = find_device(device)
+    check_room(design, device, dtype)
     return init_weights(empty_model(design, device=device, dtype=dtype), seed)
 
 

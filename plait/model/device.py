@@ -11,21 +11,23 @@ from plait.design.spelling import suggest
 from plait.design.summary import si, size
 
 
-def find_device(name: str) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
-    if name == "auto":
+    if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        kind = torch.device(name).type
-    except RuntimeError:  # torch's words list all that it has ever run on
-        raise ValueError(f"device {name!r}: there is no such device; expected auto, cpu, cuda or cuda:INDEX") from None
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):  # torch's words list all that it has ever run on
+        raise ValueError(
+            f"device {str(device)!r}: there is no such device; expected auto, cpu, cuda or cuda:INDEX"
+        ) from None
     if kind == "meta":
         raise ValueError("device 'meta' holds no numbers; expected auto, cpu, cuda or cuda:INDEX")
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r}: {reason}; expected auto, cpu, cuda or cuda:INDEX") from None
+        raise ValueError(f"device {str(device)!r}: {reason}; expected auto, cpu, cuda or cuda:INDEX") from None
 
 
 def find_dtype(name: str | None) -> torch.dtype | None:

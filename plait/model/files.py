@@ -65,6 +65,8 @@ def save(
     `shard_bytes` go into several files with an index.
     """
     model, folder = bare(model), user_path(folder)
+    if tokenizer is not None and not isinstance(getattr(tokenizer, "vocab", None), int):
+        raise TypeError(f"expected a tokenizer that plait.load_tokenizer gave, got {type(tokenizer).__name__}")
     if tokenizer is not None and tokenizer.vocab > (model.design.vocab or 0):
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab} ids, but the model was built for {model.design.vocab or 0}"
@@ -145,9 +147,8 @@ def stored(model: LanguageModel) -> dict[str, torch.Tensor]:
 def read_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
     """A model that `save` wrote to this folder, whose files have been found whole. Raises ValueError naming what is wrong."""
     config = read_config(folder)
-    design = stored_design(folder)
     files = weight_files(folder)
-    model = empty_model(design, device=device, dtype=getattr(torch, config["dtype"]))
+    model = empty_model(_design(config, folder), device=device, dtype=getattr(torch, config["dtype"]))
     with torch.no_grad():
         _fill(model, files, torch.device(device))
     model.tokenizer_files = carried_files(folder)
@@ -173,8 +174,12 @@ def model_folder(folder: str | Path) -> Path:
 
 def stored_design(folder: Path) -> ModelConfig:
     """The design in config.json."""
+    return _design(read_config(folder), folder)
+
+
+def _design(config: dict[str, Any], folder: Path) -> ModelConfig:
     try:
-        return ModelConfig.from_dict(read_config(folder)["design"])
+        return ModelConfig.from_dict(config["design"])
     except ValueError as error:
         raise ValueError(f"{error}" if str(error).startswith(str(folder)) else f"{folder / CONFIG}: {error}") from None
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plait.data import Loader, Shards, Tokenizer, answers_in, cached_bpe, load_tokenizer, prepare, prepare_answers
-from plait.data.gguf_file import gguf_path
 from plait.design import ModelConfig, Tokens
-from plait.model import Objective, model_folder
-from plait.opening import folder_design
+from plait.model import Objective
+from plait.opening import folder_design, model_path
 from plait.train.config import DataConfig, RunConfig, resolve_design
 from plait.train.heldout import HeldOut, heldout_loss, mean_loss
 from plait.train.ranks import Ranks
@@ -127,7 +126,7 @@ def names_tokenizer(run: RunConfig) -> bool:
 def own_tokenizer(run: RunConfig) -> Tokenizer:
     """The run's tokenizer; that of the model it starts from where it names none."""
     if run.start is not None and not names_tokenizer(run) and isinstance(run.data.tokenizer, str):
-        place = gguf_path(run.start) or model_folder(run.start)
+        place = model_path(run.start)
         if place.is_file() or (place / "tokenizer_config.json").is_file():
             return load_tokenizer(place)
     return open_tokenizer(run.data)

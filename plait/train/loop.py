@@ -52,7 +52,6 @@ def train(
     run: RunConfig,
     *,
     objective: Callable[[LanguageModel], Objective] = NextToken,
-    start: str | Path | None = None,
     batches: Batches | None = None,
     heldout: Callable[[], Iterable[Any]] | None = None,
     sample: Sample | None = None,
@@ -62,7 +61,6 @@ def train(
     """Train, or go on training, what `run` describes, in `run.folder`; see `RunConfig.resume`.
 
     `objective(model)` gives what steps optimise, a `plait.model.Objective`: next tokens, or one's own.
-    `start` is `run.start`: a folder whose weights the run begins with.
     `batches` stand in for the text of `run.data`, and `heldout()` gives those to measure on.
     `sample(model, tokenizer, prompt)` gives the text that is shown and logged every `sample_every` steps.
     `console` is where progress goes: standard error unless given; `Console(quiet=True)` for none.
@@ -72,7 +70,6 @@ def train(
     """
     if not isinstance(run, RunConfig):
         raise TypeError(f"expected a RunConfig, which plait.train.load_run reads from a file, got {type(run).__name__}")
-    run = run if start is None else run.replace(start=str(start))
     folder, ranks = Path(run.folder), ranks or One()
     writes = ranks.rank == 0
     console = (console or Console(stderr=True)) if writes else Console(quiet=True)

@@ -8,6 +8,7 @@ import pytest
 
 import plait as library
 from plait.data import load_tokenizer
+from plait.engine.chat import Chat
 from tests.engine.conftest import CHATML, letters
 
 
@@ -106,3 +107,13 @@ def test_fine_tuning_from_the_command_line(plait, talk, base, tmp_path, monkeypa
     assert ran.code == 1 and f"error: {source}, line 7: message 0: unknown role 'usr'" in ran.err
     ran = plait("train", "run.yaml", f"start={base}", "lora.rang=3")
     assert ran.code == 1 and "unknown key 'rang'; did you mean 'rank'" in ran.err
+
+
+def test_a_conversation_does_not_outlive_sigterm(talk, monkeypatch):
+    def answer(self, text):
+        signal.raise_signal(signal.SIGTERM)
+        yield ""
+
+    monkeypatch.setattr(Chat, "say", answer)
+    ran = talk("one\ntwo\n")
+    assert ran.code == 143 and ran.err.splitlines()[-1] == "error: terminated"

@@ -102,13 +102,15 @@ def test_a_mixer_that_takes_no_such_heads_says_which_it_can(plait, words, tmp_pa
     )
 
 
-def test_a_run_brings_its_own_text(plait, run_folder, tmp_path):
+def test_a_run_brings_its_own_text(run_folder, transformer, tmp_path):
     """The demo's transformer is held out on what it was not trained on."""
-    from plait.cli.convert import known_data
+    from plait.cli.convert import conversion, known_data
 
     data = known_data(str(run_folder))
     assert data["source"].endswith("text.txt") and data["length"] == 32
-    assert known_data(str(tmp_path)) == {}
+    assert known_data(str(transformer)) == {}
+    other = conversion(str(run_folder), str(tmp_path), str(tmp_path), "64k", {}, ["data.heldout=0.5"]).data
+    assert other.to_dict() == data | {"source": str(tmp_path), "heldout": 0.5}, "what is not given stays the run's"
 
 
 def test_the_key_table_is_in_the_help(plait):

@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+
+from plait.files import write_atomic
 
 WRONG = {
     ("sho",): (2, "Did you mean 'show'"),
@@ -179,3 +182,24 @@ def test_interrupted_is_130(plait, monkeypatch):
     monkeypatch.setattr(show, "load_design", interrupted)
     ran = plait("show", "tiny")
     assert (ran.code, ran.err) == (130, "error: interrupted\n")
+
+
+def test_terminated_is_143_and_leaves_nothing_half_written(plait, monkeypatch, tmp_path):
+    from plait.cli import show
+
+    def write(path):
+        path.write_text("{", encoding="utf-8")
+        signal.raise_signal(signal.SIGTERM)
+
+    def terminated(*args, **kwargs):
+        try:
+            write_atomic(tmp_path / "config.json", write)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # as some send it twice
+
+    monkeypatch.setattr(show, "load_design", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    ran = plait("show", "tiny", "--json")
+    assert (ran.code, ran.err) == (143, "error: terminated\n")
+    assert ran.json == {"error": "terminated", "exit": 143}
+    assert not any(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is before

@@ -70,6 +70,7 @@ def test_equal_seeds_give_equal_lines(plait, run_folder, text):
         (["needle", "--tokens", "64"], "--tokens changes nothing here: it is for ppl"),
         (["needle", "--data", "."], "--data changes nothing here: it is for lm:TASK"),
         (["ppl", "--questions", "4"], "--questions changes nothing here: it is for recall and needle and lm:TASK"),
+        (["ppl", "--seed", "0"], "--seed changes nothing here: it is for recall and needle"),
         (["recall", "--depths", "5"], "--depths changes nothing here: it is for needle"),
         (["ppl", "--lengths", "512"], "--lengths changes nothing here: it is for recall and needle"),
         (["recall", "--questions", "0"], "--questions must be at least 1, got 0"),

@@ -5,6 +5,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import plait
 from plait.convert import Stages
@@ -64,13 +65,25 @@ def test_of_all_ids_it_is_kl():
     torch.testing.assert_close(*(torch.autograd.grad(total, y)[0] for total in totals))
 
 
-def test_it_is_what_the_teacher_says(shards, teacher, tmp_path):
-    """In every epoch's order, of all tokens but the rests of pieces that a batch's end has cut."""
-    said = Remembered(tmp_path / "said", shards, 32, 5, "hash")
+def filled(folder, loader, steps, teacher, top=5):
+    said = Remembered(folder, loader, steps, top, "hash")
     for number in said.missing():
         said.write(number, teacher, "float32")
-    assert not said.missing() and sum(file.stat().st_size for file in said.folder.iterdir()) > said.bytes
+    assert not said.missing()
+    return said
+
+
+def rows(said):
+    """Tokens on disk."""
+    return sum(len(load_file(path)["left"]) for path in said.folder.glob("*.safetensors"))
+
+
+def test_it_is_what_the_teacher_says(shards, teacher, tmp_path):
+    """In every epoch's order, of all tokens but the rests of pieces that a batch's end has cut."""
     loader, cut, seen = Loader(shards, batch=3, length=32), 0, 0
+    said = filled(tmp_path / "said", loader, 1_000, teacher)
+    assert rows(said) == said.tokens == loader.tokens
+    assert sum(file.stat().st_size for file in said.folder.iterdir()) > said.bytes
     while loader.epoch < 2:
         batch = next(loader)
         ids, logp, left = said.read(batch)
@@ -85,12 +98,37 @@ def test_it_is_what_the_teacher_says(shards, teacher, tmp_path):
     assert 0 < cut < seen / 4
 
 
+def test_no_more_is_written_than_is_read(shards, teacher, tmp_path, monkeypatch):
+    """Nor is what is there written again where more is read later, but for a file that was not full."""
+    monkeypatch.setattr("plait.convert.remembered.PIECES", 8)
+
+    def loader():
+        return Loader(shards, batch=3, length=32, seed=7)
+
+    few = filled(tmp_path / "said", loader(), 4, teacher)
+    assert 4 * 3 * 32 <= rows(few) < 4 * 3 * 32 + 32
+    whole = {path.name: path.stat().st_mtime_ns for path in sorted(few.folder.glob("*.safetensors"))[:-1]}
+    batches = loader()
+    for _ in range(4):
+        few.read(next(batches))
+    more = filled(tmp_path / "said", loader(), 9, teacher)
+    assert 9 * 3 * 32 <= rows(more) < 9 * 3 * 32 + 32
+    assert whole and all((more.folder / name).stat().st_mtime_ns == time for name, time in whole.items())
+    alone, batches = filled(tmp_path / "alone", loader(), 9, teacher), loader()
+    for batch in [next(batches) for _ in range(9)]:
+        for ours, theirs in zip(more.read(batch), alone.read(batch), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert few.missing() == []  # and what is there serves a run that reads less
+    with pytest.raises(ValueError, match="said is of seed 7, not 0: remove it"):
+        Remembered(tmp_path / "said", Loader(shards, batch=3, length=32), 4, 5, "hash").check()
+
+
 def test_files_are_made_anew_where_they_are_gone(shards, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("plait.convert.remembered.PIECES", 16)
-    said = Remembered(tmp_path / "said", shards, 32, 5, "hash")
+    loader = Loader(shards, batch=3, length=32)
+    said = Remembered(tmp_path / "said", loader, 1_000, 5, "hash")
     assert len(said.missing()) > 2
-    for number in said.missing():
-        said.write(number, teacher, "float32")
+    filled(said.folder, loader, 1_000, teacher)
     path = said.folder / "000001.safetensors"
     before = path.read_bytes()
     path.unlink()
@@ -98,7 +136,7 @@ def test_files_are_made_anew_where_they_are_gone(shards, teacher, tmp_path, monk
     said.write(1, teacher, "float32")
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match="said is of top 5, not 6: remove it"):
-        Remembered(tmp_path / "said", shards, 32, 6, "hash").check()
+        Remembered(tmp_path / "said", loader, 1_000, 6, "hash").check()
 
 
 def test_a_student_learns_from_the_disk(make_asked, quiet, tmp_path):
@@ -111,13 +149,14 @@ def test_a_student_learns_from_the_disk(make_asked, quiet, tmp_path):
     assert disk[0] == pytest.approx(teacher[0], rel=2e-4) and disk[-1] < disk[0]
     heldout = [next(r["heldout_loss"] for r in found[name] if "heldout_loss" in r) for name in ("teacher", "disk")]
     assert heldout[1] == pytest.approx(heldout[0], rel=0.05)  # both of the teacher's own, after nearly equal steps
-    assert (tmp_path / "disk/said/32/000000.safetensors").is_file() and not (tmp_path / "teacher/said").exists()
+    written = load_file(tmp_path / "disk/said/32/000000.safetensors")
+    assert 9 * 4 * 32 <= len(written["left"]) < 9 * 4 * 32 + 32 and not (tmp_path / "teacher/said").exists()
 
 
 def test_a_disk_without_room(make_asked, quiet, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 200_000))
-    with pytest.raises(ValueError, match=r"top: 16 ids of [\d,]+ tokens are .* has 195.3 KiB free; top=4 would fit"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 50_000))
+    with pytest.raises(ValueError, match=r"top: 16 ids of [\d,]+ tokens are .* has 48.83 KiB free; top=9 would fit"):
         Stages(make_asked(top=16), quiet).upto("model")
     assert not (tmp_path / "out/plan.yaml").exists()
     with pytest.raises(ValueError, match="has the temperature 1, not 2.0"):

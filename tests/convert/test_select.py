@@ -98,7 +98,7 @@ def test_kl_is_what_restoring_a_layer_takes_away():
     calibrated = {"text": torch.cat([batch.inputs for batch in data])}
     everything = student_of(teacher, Plan.of(teacher, "", dict.fromkeys(places, "gated_deltanet")), **calibrated)
     base = divergence(teacher, everything, data)
-    scores = RULES["kl"](teacher, request(), data, None)
+    scores = RULES["kl"](teacher, request(), data)
     assert (
         list(scores.scores) == places
         and scores.tokens == 7 * sum(b.inputs.numel() for b in data)
@@ -117,15 +117,15 @@ def test_kl_reads_the_student_that_it_is_given():
     places = [f"A#{i}" for i in range(4)]
     same = student_of(teacher, Plan.of(teacher, "", dict.fromkeys(places, {"window": 16})))
     same.place("A#2").o_proj.weight.data.zero_()
-    scores = RULES["kl"](teacher, request(student=same), data, None).scores
+    scores = RULES["kl"](teacher, request(student=same), data).scores
     assert scores["A#2"] == pytest.approx(divergence(teacher, same, data), abs=1e-12) and scores["A#2"] > 1e-3
     assert all(abs(scores[place]) <= 1e-12 for place in places if place != "A#2")
 
 
 def test_a_window_that_sees_all_costs_nothing():
     teacher, data = teacher_of(), some_data()
-    assert set(RULES["window"](teacher, request(window=16), data, None).scores.values()) == {0.0}
-    assert all(score > 0 for score in RULES["window"](teacher, request(window=3), data, None).scores.values())
+    assert set(RULES["window"](teacher, request(window=16), data).scores.values()) == {0.0}
+    assert all(score > 0 for score in RULES["window"](teacher, request(window=3), data).scores.values())
 
 
 def replaced(model):
@@ -138,14 +138,14 @@ def test_recall_and_halo_read_the_scores_that_they_are_given():
     retrieval, commonsense = [0.5, 0.9, 0.7, 0.9, 0.95], [0.4, 0.5, 0.45, 0.5, 0.5]
     score, other = (lambda model, table=table: table[replaced(model)] for table in (retrieval, commonsense))
     score.tokens = 100
-    asked = RULES["recall"](teacher_of(), request(), [], score)
+    asked = RULES["recall"](teacher_of(), request(score=score), [])
     assert list(asked.scores.values()) == pytest.approx([0.45, 0.05, 0.25, 0.05]) and asked.tokens == 500
-    found = RULES["halo"](teacher_of(), request(commonsense=other), [], score)
+    found = RULES["halo"](teacher_of(), request(score=score, commonsense=other), [])
     assert list(found.scores.values()) == pytest.approx([0.4 / 0.1, 0.0, 0.2 / 0.05, 0.0])
-    flat = RULES["halo"](teacher_of(), request(commonsense=lambda model: 0.5), [], score)
+    flat = RULES["halo"](teacher_of(), request(score=score, commonsense=lambda model: 0.5), [])
     assert flat.scores["A#0"] == MOST and flat.scores["A#1"] == 0
     with pytest.raises(ValueError, match="'recall' asks for a score"):
-        RULES["recall"](teacher_of(), request(), [], None)
+        RULES["recall"](teacher_of(), request(), [])
 
 
 @pytest.mark.parametrize("rule", ["gates", "ga-s2"])
@@ -155,7 +155,7 @@ def test_learned_rules_find_the_layer_that_a_student_has_lost(rule):
     same = student_of(teacher, Plan.of(teacher, "", dict.fromkeys(places, {"window": 16})))
     same.place("A#2").o_proj.weight.data.zero_()
     before = [p.detach().clone() for p in (*teacher.parameters(), *same.parameters())]
-    scores = RULES[rule](teacher, request(student=same, steps=10, rate=0.3 if rule == "gates" else 1e-6), data, None)
+    scores = RULES[rule](teacher, request(student=same, steps=10, rate=0.3 if rule == "gates" else 1e-6), data)
     assert choose(scores.scores, 1, rule) == ["A#2"] and scores.tokens > 0
     assert all(torch.equal(a, b) for a, b in zip(before, (*teacher.parameters(), *same.parameters()), strict=True))
     assert all(p.requires_grad for p in (*teacher.parameters(), *same.parameters()))
@@ -171,11 +171,11 @@ def test_shares_sum_to_the_budget_and_so_do_their_gradients():
 
 def test_lists():
     teacher = teacher_of()
-    uniform = RULES["uniform"](teacher, request(), [], None)
+    uniform = RULES["uniform"](teacher, request(), [])
     assert choose(uniform.scores, 2, "uniform") == ["A#1", "A#3"] and uniform.tokens == 0
-    listed = RULES["list"](teacher, request(listed=("A#0", "A#3")), [], None)
+    listed = RULES["list"](teacher, request(listed=("A#0", "A#3")), [])
     assert choose(listed.scores, 2, "list") == ["A#0", "A#3"]
     with pytest.raises(ValueError, match="no place 'A#9'"):
-        RULES["list"](teacher, request(listed=("A#0", "A#9")), [], None)
+        RULES["list"](teacher, request(listed=("A#0", "A#9")), [])
     with pytest.raises(ValueError, match="1 layers are listed, but 2 are to stay"):
-        RULES["list"](teacher, request(listed=("A#0",)), [], None)
+        RULES["list"](teacher, request(listed=("A#0",)), [])

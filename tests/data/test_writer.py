@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.data import ByteTokenizer, DataError, NotFound, NotText, Shards, cached_bpe, prepare, writer
+from plait.data import ByteTokenizer, DataError, NotFound, NotText, Shards, cached_bpe, known, prepare, writer
 
 BYTES = ByteTokenizer()
 text = st.text(st.sampled_from("ab \né"), min_size=1, max_size=30).filter(lambda text: text.strip())
@@ -33,7 +33,7 @@ def numbered(list_source, count, start=0):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "known.json"}
 
 
 def left_in(folder):
@@ -149,7 +149,7 @@ def test_incomplete_shards_are_made_again_the_same_to_the_byte(list_source, bpe,
                 Shards(folder)
             prepare(source, bpe, tmp_path)
             assert contents(folder) == whole
-    for name in ("offsets.bin", "split.bin"):  # as long as they were
+    for name in whole.keys() - {"meta.json"}:  # as long as they were
         damaged = bytearray(whole[name])
         damaged[len(damaged) // 2] ^= 0xFF
         (folder / name).write_bytes(damaged)
@@ -164,6 +164,27 @@ def test_incomplete_shards_are_made_again_the_same_to_the_byte(list_source, bpe,
     prepare(source, bpe, tmp_path)
     assert contents(folder) == whole
     assert left_in(tmp_path) == [folder.name]
+
+
+def test_shards_are_read_through_again_only_where_they_were_written_since(list_source, tmp_path, monkeypatch):
+    monkeypatch.setattr(known, "SETTLED", 0)
+    read, hashed = known._hash, []
+    monkeypatch.setattr(known, "_hash", lambda path: hashed.append(path.name) or read(path))
+    folder = prepare(numbered(list_source, 50), BYTES, tmp_path).folder
+    hashed.clear()
+    Shards(folder)
+    assert not hashed
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    Shards(copied)
+    assert sorted(hashed) == ["offsets.bin", "split.bin", "token_bytes.bin", "tokens.bin"]
+    hashed.clear()
+    Shards(copied)
+    assert not hashed
+    damaged = bytearray((copied / "tokens.bin").read_bytes())
+    damaged[7] ^= 1
+    (copied / "tokens.bin").write_bytes(damaged)
+    with pytest.raises(DataError, match="tokens.bin: damaged; prepare the corpus again"):
+        Shards(copied)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import math
 import tracemalloc
-from itertools import chain, repeat
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 import plait
 from plait.data import load_tokenizer
-from plait.evaluate.perplexity import STEP, Perplexity, checked, perplexity_of_document, perplexity_of_text
+from plait.evaluate.perplexity import STEP, Perplexity, checked, perplexity_of_document
 from plait.model import NextToken
 from plait.train.heldout import score
 
@@ -44,6 +44,10 @@ def by_hand(model, ids, first=0):
 def in_pieces(model, ids, length):
     """By hand: pieces from an empty state, each with the next one's first token as its last target."""
     return sum(by_hand(model, ids[start : start + length + 1]) for start in range(0, len(ids) - 1, length))
+
+
+def whole(model, tokenizer, pieces, **how):
+    return perplexity_of_document(model, tokenizer, pieces, context=None, **how)
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])
@@ -86,7 +90,7 @@ def test_a_broken_model_is_one_line_that_names_the_weight(tokenizer, value):
     with pytest.raises(
         ValueError, match=r"the model is broken: its loss on this text is nan; the weights of \S+ \(.*are not finite"
     ) as said:
-        perplexity_of_text(model, tokenizer, [TEXT])
+        checked(model, whole(model, tokenizer, [TEXT]))
     assert "\n" not in str(said.value)
 
 
@@ -108,48 +112,17 @@ def test_units():
 
 @pytest.mark.parametrize("size", [1, 7, 600, 10_000])
 def test_streaming_is_the_whole(model, tokenizer, size):
-    pieces = [TEXT[i : i + size] for i in range(0, len(TEXT), size)]
-    got = perplexity_of_text(model, tokenizer, pieces)
+    got = whole(model, tokenizer, [TEXT[i : i + size] for i in range(0, len(TEXT), size)])
     assert len(TEXT) > 3 * STEP
-    assert got.nats == pytest.approx(by_hand(model, tokenizer.encode(TEXT)), rel=1e-9)
-    assert (got.tokens, got.bytes) == (len(TEXT) - 1, len(TEXT) - 1)
+    assert got.nats == pytest.approx(by_hand(model, [*tokenizer.encode(TEXT), 256]), rel=1e-9)
+    assert (got.tokens, got.bytes) == (len(TEXT), len(TEXT) - 1)
 
 
-@pytest.mark.parametrize("tokens", [2, 600, STEP, 10_000])
+@pytest.mark.parametrize("tokens", [1, 600, STEP, 10_000])
 def test_a_part(model, tokenizer, tokens):
-    got = perplexity_of_text(model, tokenizer, [TEXT], tokens=tokens)
-    assert got.nats == pytest.approx(by_hand(model, tokenizer.encode(TEXT)[:tokens]), rel=1e-9)
-    assert got.tokens == min(tokens, len(TEXT)) - 1
-
-
-@pytest.mark.parametrize("context", [2, 5, 64, 1000])
-def test_bounded_context(model, tokenizer, context):
-    """Every token is predicted from no more than `context` before it, and from half of that once there are as many."""
-    ids = tokenizer.encode(TEXT[:300])
-    step = min(STEP, context // 2)
-    want, seen = 0.0, 0  # tokens in the state
-    for start in range(0, len(ids), step):
-        run = ids[start : start + step]
-        again = min(start, context // 2)
-        if seen + len(run) > context:
-            seen = again
-        if start == 0:
-            want += by_hand(model, run) if len(run) > 1 else 0.0
-        else:
-            want += by_hand(model, ids[start - seen : start + len(run)], first=seen - 1)
-        seen += len(run)
-        assert seen <= context
-    got = perplexity_of_text(model, tokenizer, [TEXT[:300]], context=context)
-    assert got.nats == pytest.approx(want, rel=1e-9)
-    assert got.tokens == 299
-
-
-def test_context_is_what_rope_allows(tokenizer):
-    limited = DESIGN.replace(
-        layers={"A": plait.Attention(rope=plait.RoPE(max_positions=32)), "F": plait.SwiGLU(hidden=32)}, pattern="AF"
-    )
-    model = plait.build(limited)
-    assert perplexity_of_text(model, tokenizer, [TEXT]).tokens == len(TEXT) - 1
+    got = whole(model, tokenizer, [TEXT], tokens=tokens)
+    assert got.nats == pytest.approx(by_hand(model, [*tokenizer.encode(TEXT), 256][: tokens + 1]), rel=1e-9)
+    assert got.tokens == min(tokens, len(TEXT))
 
 
 def test_memory_does_not_grow(tokenizer):
@@ -157,27 +130,26 @@ def test_memory_does_not_grow(tokenizer):
     design = plait.ModelConfig(vocab=257, dim=64, pattern="D", layers={"D": plait.GatedDeltaNet(heads=1, head_dim=16)})
     model = plait.build(design)
     tracemalloc.start()
-    result = perplexity_of_text(model, tokenizer, repeat(TEXT[:STEP], 768))
+    result = whole(model, tokenizer, repeat(TEXT[:STEP], 768))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert result.tokens == 768 * STEP - 1
+    assert result.tokens == 768 * STEP
     assert peak < 2**20  # torch's own records of calls, until they are collected
 
 
-@pytest.mark.parametrize("pieces", [[], [""], ["a"], ["", "a", ""]])
-def test_nothing_to_score(model, tokenizer, pieces):
+@pytest.mark.parametrize("context", [7, None])
+@pytest.mark.parametrize("pieces", [[], ["", ""]])
+def test_nothing_to_score(model, tokenizer, pieces, context):
+    nothing = perplexity_of_document(model, tokenizer, pieces, context=context)
     with pytest.raises(ValueError, match="fewer than two tokens"):
-        perplexity_of_text(model, tokenizer, pieces)
+        checked(model, nothing)
 
 
-def test_refusals(model, tokenizer):
-    with pytest.raises(ValueError, match="context must be at least 2"):
-        perplexity_of_text(model, tokenizer, [TEXT], context=1)
+@pytest.mark.parametrize("context", [8, None])
+def test_refusals(tokenizer, context):
     small = plait.build(DESIGN.replace(vocab=100))
     with pytest.raises(ValueError, match="the tokenizer has 257 ids, but the model's vocabulary is 100"):
-        perplexity_of_text(small, tokenizer, [TEXT])
-    with pytest.raises(ValueError, match="the tokenizer has 257 ids, but the model's vocabulary is 100"):
-        perplexity_of_document(small, tokenizer, [TEXT], context=8)
+        perplexity_of_document(small, tokenizer, [TEXT], context=context)
 
 
 def test_reads_no_more_than_asked(model, tokenizer):
@@ -185,4 +157,4 @@ def test_reads_no_more_than_asked(model, tokenizer):
         yield TEXT
         raise AssertionError("read past the tokens that were asked for")
 
-    assert perplexity_of_text(model, tokenizer, chain(pieces()), tokens=50).tokens == 49
+    assert whole(model, tokenizer, pieces(), tokens=50).tokens == 50

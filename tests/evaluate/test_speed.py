@@ -5,7 +5,7 @@ import torch
 
 import plait
 from plait.design.count import state_bytes
-from plait.evaluate.speed import decode_ms, speeds
+from plait.evaluate.speed import speeds
 
 DESIGN = plait.ModelConfig(
     vocab=50, dim=64, pattern="[M|A]D", layers={"M": plait.Mamba2(state_dim=8), "D": plait.GatedDeltaNet(heads=2)}
@@ -44,7 +44,7 @@ def test_the_calls_are_the_ones_described(model, monkeypatch):
 def test_recurrent_decoding_is_flat():
     """Sixteen times the context costs a recurrent stack nothing; medians, so that a busy machine does not decide."""
     model = plait.build(DESIGN.replace(pattern="(D)4"))
-    short, long = (decode_ms(model, context, tokens=48) for context in (128, 2048))
+    short, long = (speed.decode_ms for speed in speeds(model, [128, 2048], tokens=48))
     assert long < 2 * short
 
 
@@ -55,6 +55,6 @@ def test_refusals(model, wrong):
 
 
 def test_gradients_and_mode_stay_as_they_were(model):
-    decode_ms(model, 4, tokens=1)
+    speeds(model, [4], tokens=1)
     assert torch.is_grad_enabled()
     model(torch.zeros(1, 4, dtype=torch.long))[0].sum().backward()

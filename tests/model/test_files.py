@@ -111,6 +111,23 @@ def test_a_dtype_that_is_none(folder):
         plait.load(folder, dtype="bfloat16")
 
 
+@pytest.mark.parametrize("device", ["tpu", "cdua:0", None, torch.device("cuda:99")])
+def test_a_device_that_is_none(folder, device):
+    for make in (lambda: plait.load(folder, device=device), lambda: plait.build(DESIGN, device=device)):
+        with pytest.raises(
+            ValueError, match=f"^device '{device}': .*expected auto, cpu, cuda or cuda:INDEX$"
+        ) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", {"vocab": 257}])
+def test_a_tokenizer_that_is_none(tmp_path, tokenizer):
+    with pytest.raises(TypeError, match="expected a tokenizer that plait.load_tokenizer gave, got (str|dict)$"):
+        plait.save(plait.build(DESIGN), tmp_path / "out", tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_not_there(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         plait.load(tmp_path / "nowhere")

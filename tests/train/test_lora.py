@@ -241,3 +241,12 @@ def test_a_run_goes_on_from_another_folder(tuned, base, quiet, tmp_path, monkeyp
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert train(load_run(run.folder, steps=3, resume=True), console=quiet).done == 1
+
+
+def test_rates_name_what_lora_adds_to(tuned, quiet):
+    lora = {"rank": 2, "targets": ["A", "lm_head"]}
+    with pytest.raises(ValueError, match=r"rates\.D: lora adds nothing there.*; it adds to A, lm_head$"):
+        train(tuned(lora=lora, rates={"A": 1, "D": 2}), console=quiet)
+    with pytest.raises(ValueError, match=r"rates\.embed\.weight: lora adds nothing there"):
+        train(tuned(lora=lora, rates={"embed.weight": 2}), console=quiet)
+    assert train(tuned(lora=lora, rates={"*": 2, "A": 1, "lm_head*": 3}), console=quiet).step == 6

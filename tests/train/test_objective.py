@@ -22,13 +22,13 @@ def losses(result):
 def test_a_start_goes_on_from_the_weights_with_their_tokenizer(make_run, quiet, tmp_path):
     run = make_run("DF", "first", steps=30)
     first = train(run.replace(data=run.data.replace(tokenizer={"bpe": 280})), console=quiet)
-    again = make_run("DF", "second", steps=3, warmup=0).replace(design=None)
-    second = train(again, start=tmp_path / "first", console=quiet)
+    again = make_run("DF", "second", steps=3, warmup=0).replace(design=None, start=str(tmp_path / "first"))
+    second = train(again, console=quiet)
     assert second.model.design == first.model.design
     assert second.tokenizer.hash == first.tokenizer.hash
     assert losses(second)[0] < 0.9 * losses(first)[0]
     assert "start: " in (tmp_path / "second/run.yaml").read_text(encoding="utf-8")
-    on = train(again.replace(steps=5, resume=True, start=str(tmp_path / "first")), console=quiet)
+    on = train(again.replace(steps=5, resume=True), console=quiet)
     assert on.step == 5
 
 

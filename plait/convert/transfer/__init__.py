@@ -55,11 +55,8 @@ TRANSFER: dict[type[Layer], Callable[[AttentionLayer, Any], None]] = {
 }
 
 
-def student_of(
-    teacher: LanguageModel, plan: Plan, *, seed: int | None = None, text: Int[Tensor, "b t"] | None = None
-) -> LanguageModel:
-    """The model that a plan makes of its teacher, before any training; `seed`, else the plan's, draws what nothing is carried
-    over to.
+def student_of(teacher: LanguageModel, plan: Plan, *, text: Int[Tensor, "b t"] | None = None) -> LanguageModel:
+    """The model that a plan makes of its teacher, before any training; the plan's seed draws what nothing is carried over to.
 
     With `text`, some thousands of tokens in rows that begin as texts do, gates, decays and output projections of recurrent
     layers are set by what the teacher's layers do with it (`plait.convert.transfer.calibrate`).
@@ -67,7 +64,7 @@ def student_of(
     must be the plan's: `plan.check(teacher)` says so.
     """
     changes = plan.layers(teacher.design)
-    student = swap(teacher, changes, seed=plan.seed if seed is None else seed)
+    student = swap(teacher, changes, seed=plan.seed)
     places = pairs(teacher.design.slots, student.design.slots)
     there = [
         (old.address, new.address) for old, now in places if old.address in changes for new in new_places(old, now)

@@ -21,6 +21,7 @@ from plait.layers.declared import MixerModule
 Tokens = Float[Tensor, "b t d"]
 
 DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of the log of a state, a token
+READ = 16_384  # tokens of the text
 RIDGE = 1e-3  # of the mean square of what is solved from: what is unknown stays as it was carried over
 
 
@@ -42,7 +43,7 @@ def calibrate(old: AttentionLayer, new: MixerModule, x: Tokens) -> None:
         output.weight.data.copy_(solved(_inner(new, x), theirs, matrix(output), heads))
 
 
-def some_text(batches: Iterable[Any], tokens: int = 16_384, length: int = 512) -> Shaped[Tensor, "b t ..."] | None:
+def some_text(batches: Iterable[Any], length: int) -> Shaped[Tensor, "b t ..."] | None:
     """What `batches` (of `plait.model.objective`) hold first, in rows of `length` at most; None where there are no batches."""
     parts, rows = [], 0
     for batch in batches:
@@ -52,9 +53,9 @@ def some_text(batches: Iterable[Any], tokens: int = 16_384, length: int = 512) -
             continue
         parts.append(x[: len(x) // size * size].unflatten(0, (-1, size)))
         rows += len(parts[-1])
-        if rows * size >= tokens:
+        if rows * size >= READ:
             break
-    return torch.cat(parts)[: max(1, tokens // parts[0].shape[1])] if parts else None
+    return torch.cat(parts)[: max(1, READ // parts[0].shape[1])] if parts else None
 
 
 def constant(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
