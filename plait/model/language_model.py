@@ -139,7 +139,7 @@ class LanguageModel(nn.Module):
         channels: Channels | None = None,
     ) -> tuple[Float[Tensor, "b t d"], S | None]:
         """What `head` reads: the normed output of the last slot, zero at padding. Arguments as in `forward`."""
-        refuse_tracing(self.design, tokens)
+        refuse_tracing(self, self.design, tokens)
         tokens = self._checked_inputs(tokens)
         if isinstance(state, PoolRows):
             return self._on_pool(tokens, state, cu_seqlens, attention_mask, channels), state

@@ -76,7 +76,8 @@ class Pool:
     """Room for `rows` sequences of up to `tokens` tokens each, in `pages` pages of `page` tokens (a page per row: None). Rings
     of windows have places for `drafts` tokens that are taken back again.
 
-    lengths: tokens in each row, on the host, the model's `meta` tokens among them. starts (rows + 1,), table (rows + 1, pages of a row): the same on the device.
+    lengths: tokens in each row, on the host, the model's `meta` tokens among them. starts (rows + 1,), table (rows + 1, pages
+    of a row): the same on the device.
     The last row and the last page are nobody's: where steps of a fixed size put what they must not keep.
     """
 

@@ -153,7 +153,7 @@ def test_files(state, tmp_path):
 
 
 def test_a_loaded_state_goes_on_to_the_last_digit(tmp_path):
-    """Tensors lie in a file at multiples of 8 bytes, and products of such ones end otherwise than of those that torch has made."""
+    """A file's tensors lie at multiples of 8 bytes, and products of such ones end otherwise than of those that torch made."""
     layers = {"S": plait.SLSTM(heads=1, head_dim=10)}
     model = plait.build(plait.ModelConfig(vocab=17, dim=24, pattern="SPSPS", layers=layers))
     tokens = torch.randint(17, (3, 20), generator=torch.Generator().manual_seed(0))
