@@ -146,7 +146,7 @@ class Pool:
     def free_pages(self) -> int:
         return len(self._free_pages)
 
-    def at(self, rows: Sequence[int]) -> PoolRows:
+    def at(self, rows: Sequence[int] | Tensor) -> PoolRows:
         """These rows as a call takes them. Raises ValueError for a row that holds no sequence, or one given twice."""
         rows = self._checked(rows)
         if rows and rows == tuple(range(rows[0], rows[0] + len(rows))):
@@ -183,7 +183,7 @@ class Pool:
             self._write(name, rows, x.detach(), lengths)
         return rows
 
-    def leave(self, rows: Sequence[int]) -> None:
+    def leave(self, rows: Sequence[int] | Tensor) -> None:
         """Rows that are done; their places and pages are free again. Raises as `at` does, before anything has changed."""
         rows = self._checked(rows)
         for row in rows:
@@ -286,7 +286,7 @@ class Pool:
                 return name
         return None
 
-    def take(self, rows: Sequence[int]) -> ModelState:
+    def take(self, rows: Sequence[int] | Tensor) -> ModelState:
         """A copy of rows as a value; a row may be taken more than once."""
         rows = self._numbers(rows)
         if not rows:
@@ -412,7 +412,7 @@ class Pool:
             full = [[*table, *[self.pages] * (self.width - len(table))] for table in (*self.tables, [])]
             self.table.copy_(self.on_device(full, torch.int32))
 
-    def _checked(self, rows: Sequence[int]) -> tuple[int, ...]:
+    def _checked(self, rows: Any) -> tuple[int, ...]:
         rows = self._numbers(rows)
         if len(set(rows)) < len(rows):
             raise ValueError(f"rows {list(rows)}: a row can be given once in a call")

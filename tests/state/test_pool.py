@@ -1,6 +1,7 @@
 """Pools: what is refused and what is left behind. That they are the values they stand for is law 14."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_rows_may_come_in_a_tensor():
     model = tiny()
     pool = model.init_pool(3, 16, page=4)
     pool.leave(pool.join(after(model, 1)))
-    rows = torch.tensor(pool.join(after(model, 7, 3)))
+    rows: Any = torch.tensor(pool.join(after(model, 7, 3)))
     for _ in range(6):
         model(torch.zeros(2, 1, dtype=torch.long), pool.at(rows))
     kept = pool.snapshot(rows[0])
