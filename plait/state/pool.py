@@ -288,12 +288,12 @@ class Pool:
 
     def take(self, rows: Sequence[int] | Tensor) -> ModelState:
         """A copy of rows as a value; a row may be taken more than once."""
-        rows = self._numbers(rows)
-        if not rows:
+        taken = self._numbers(rows)
+        if not taken:
             raise ValueError("take needs at least one row")
-        lengths = tuple(self.lengths[row] for row in rows)
+        lengths = tuple(self.lengths[row] for row in taken)
         names = iter(self.leaves)  # in the order in which `remember` asks for them
-        made = tuple(remember(part, lengths, lambda leaf: self._read(next(names), rows)) for part in self.memory.parts)
+        made = tuple(remember(part, lengths, lambda leaf: self._read(next(names), taken)) for part in self.memory.parts)
         return ModelState.of(made, lengths, self.design, self.device)
 
     def grow(self, tokens: int) -> None:
