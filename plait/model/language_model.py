@@ -139,7 +139,7 @@ class LanguageModel(nn.Module):
         channels: Channels | None = None,
     ) -> tuple[Float[Tensor, "b t d"], S | None]:
         """What `head` reads: the normed output of the last slot, zero at padding. Arguments as in `forward`."""
-        refuse_tracing(self.design, tokens)
+        refuse_tracing(self, self.design, tokens)
         tokens = self._checked_inputs(tokens)
         if isinstance(state, PoolRows):
             return self._on_pool(tokens, state, cu_seqlens, attention_mask, channels), state
@@ -354,7 +354,8 @@ class LanguageModel(nn.Module):
         rows, length = whole_number("init_pool: rows", rows, 1), whole_number("init_pool: length", length, 1)
         page = None if page is None else whole_number("init_pool: page", page, 1)
         pages = None if pages is None else whole_number("init_pool: pages", pages, 1)
-        room = {"tokens": length + self.design.front.meta, "page": page, "pages": pages}
+        meta = self.design.front.meta
+        room = {"tokens": length + meta, "page": page, "pages": pages, "meta": meta}
         drafts = whole_number("init_pool: drafts", drafts, 0)
         return Pool(self._memory(), self.design.hash, self.device, rows=rows, drafts=drafts, **room)
 

@@ -130,7 +130,8 @@ class ModelState:
         try:
             with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                # copies lie where torch lays its tensors: products of those at odd places in a file end in other digits
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: not a readable state file ({error}); it may be cut short") from None
         if metadata.get("format") != "plait-state":

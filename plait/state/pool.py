@@ -9,8 +9,9 @@ a function of device tensors alone; the host keeps the same numbers for itself a
 
 import heapq
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class Pool:
     """Room for `rows` sequences of up to `tokens` tokens each, in `pages` pages of `page` tokens (a page per row: None). Rings
     of windows have places for `drafts` tokens that are taken back again.
 
-    lengths: tokens in each row, on the host. starts (rows + 1,), table (rows + 1, pages of a row): the same on the device.
+    lengths: tokens in each row, on the host, the model's `meta` tokens among them. starts (rows + 1,), table (rows + 1, pages
+    of a row): the same on the device.
     The last row and the last page are nobody's: where steps of a fixed size put what they must not keep.
     """
 
@@ -90,8 +92,9 @@ class Pool:
         page: int | None = None,
         pages: int | None = None,
         drafts: int = 0,
+        meta: int = 0,
     ):
-        self.drafts = drafts
+        self.drafts, self.meta = drafts, meta
         self.memory, self.design, self.device = memory, design, device
         self.rows, self.tokens, self.page = rows, tokens, page or tokens
         self.width = -(-tokens // self.page)  # pages of a row
@@ -143,7 +146,7 @@ class Pool:
     def free_pages(self) -> int:
         return len(self._free_pages)
 
-    def at(self, rows: Sequence[int]) -> PoolRows:
+    def at(self, rows: Sequence[int] | Tensor) -> PoolRows:
         """These rows as a call takes them. Raises ValueError for a row that holds no sequence, or one given twice."""
         rows = self._checked(rows)
         if rows and rows == tuple(range(rows[0], rows[0] + len(rows))):
@@ -180,7 +183,7 @@ class Pool:
             self._write(name, rows, x.detach(), lengths)
         return rows
 
-    def leave(self, rows: Sequence[int]) -> None:
+    def leave(self, rows: Sequence[int] | Tensor) -> None:
         """Rows that are done; their places and pages are free again. Raises as `at` does, before anything has changed."""
         rows = self._checked(rows)
         for row in rows:
@@ -192,7 +195,8 @@ class Pool:
 
     def reserve(self, rows: Sequence[int], count: int) -> None:
         """Room for `count` more tokens in each of these rows: pages, and copies of shared ones that would be written to.
-        Raises PoolFull before anything has changed."""
+        Raises PoolFull before anything has changed, and ValueError for a row that has left since `at` gave it."""
+        self._numbers(rows)
         if not self.keeps_all:
             return
         missing = [self._pages_for(self.lengths[row] + count) - len(self.tables[row]) for row in rows]
@@ -217,7 +221,7 @@ class Pool:
 
     def snapshot(self, row: int) -> Snapshot:
         """What the row remembers now, to go back to or to start others from."""
-        self._check_row(row)
+        row = self._checked_row(row)
         values = {name: x[row].clone() for name, x in self.tensors.items() if self.leaves[name].keep != "all"}
         length, self._taken = self.lengths[row], self._taken + 1
         pages = tuple(self.tables[row][: self._pages_for(length)])
@@ -232,7 +236,7 @@ class Pool:
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """The row goes on from what the snapshot holds, as if it had never gone further."""
-        self._check_row(row)
+        row = self._checked_row(row)
         self._check_design(snapshot.design)
         self._check_pool(snapshot)
         before = [ref for ref in self._snapshots[row] if (s := ref()) is not None and s.length <= snapshot.length]
@@ -245,9 +249,11 @@ class Pool:
         """Forget all but the row's first `length` tokens. Windows can give back the last `drafts` that they have read, or
         one. Where a layer keeps more than keys, only to where a living snapshot of the row was taken; else ValueError names the
         nearest one."""
-        self._check_row(row)
+        row, length = self._checked_row(row), index(length)
         if not 0 <= length <= self.lengths[row]:
             raise ValueError(f"row {row} has {self.lengths[row]} tokens and cannot be cut to {length}")
+        if 0 < length < self.meta:
+            raise ValueError(f"row {row} begins with {self.meta} meta tokens and cannot be cut to {length} tokens")
         if length == self.lengths[row]:
             return
         living = [taken for ref in self._snapshots[row] if (taken := ref()) is not None]
@@ -280,13 +286,14 @@ class Pool:
                 return name
         return None
 
-    def take(self, rows: Sequence[int]) -> ModelState:
-        """A copy of rows as a value."""
-        for row in rows:
-            self._check_row(row)
-        lengths = tuple(self.lengths[row] for row in rows)
+    def take(self, rows: Sequence[int] | Tensor) -> ModelState:
+        """A copy of rows as a value; a row may be taken more than once."""
+        taken = self._numbers(rows)
+        if not taken:
+            raise ValueError("take needs at least one row")
+        lengths = tuple(self.lengths[row] for row in taken)
         names = iter(self.leaves)  # in the order in which `remember` asks for them
-        made = tuple(remember(part, lengths, lambda leaf: self._read(next(names), rows)) for part in self.memory.parts)
+        made = tuple(remember(part, lengths, lambda leaf: self._read(next(names), taken)) for part in self.memory.parts)
         return ModelState.of(made, lengths, self.design, self.device)
 
     def grow(self, tokens: int) -> None:
@@ -405,18 +412,24 @@ class Pool:
             full = [[*table, *[self.pages] * (self.width - len(table))] for table in (*self.tables, [])]
             self.table.copy_(self.on_device(full, torch.int32))
 
-    def _checked(self, rows: Sequence[int]) -> tuple[int, ...]:
-        rows = tuple(rows)
-        for row in rows:
-            self._check_row(row)
+    def _checked(self, rows: Any) -> tuple[int, ...]:
+        rows = self._numbers(rows)
         if len(set(rows)) < len(rows):
             raise ValueError(f"rows {list(rows)}: a row can be given once in a call")
         return rows
 
-    def _check_row(self, row: int) -> None:
-        if not 0 <= row < self.rows or row in self._free_rows:
+    def _numbers(self, rows: Any) -> tuple[int, ...]:
+        if not isinstance(rows, Iterable):
+            raise ValueError(f"rows of a pool are given as a sequence, such as [0]; got {rows!r}")
+        return tuple(self._checked_row(row) for row in rows)
+
+    def _checked_row(self, row: Any) -> int:
+        """As an int, whatever kind of integer it came in: rows are told apart by their numbers."""
+        number = index(row) if hasattr(row, "__index__") and not isinstance(row, bool) else -1
+        if not 0 <= number < self.rows or number in self._free_rows:
             taken = sorted(set(range(self.rows)) - set(self._free_rows))
             raise ValueError(f"row {row} of the pool holds no sequence; those that do: {taken}")
+        return number
 
     def _check_design(self, design: str) -> None:
         if design != self.design:

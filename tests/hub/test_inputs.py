@@ -198,6 +198,9 @@ def test_recordings(hub):
     for call in (model, model.model):
         with pytest.raises(ValueError, match="use torch.compile, or torch.export for one length"):
             torch.jit.trace(call, (ids,))
+    for strict, error in ((False, ValueError), (True, RuntimeError)):  # Dynamo tells a ValueError in one of its own
+        with pytest.raises(error, match=r"gradients would be wrong: export inside of torch\.no_grad"):
+            torch.export.export(model.model, (ids,), strict=strict)
     with torch.no_grad():
         once = torch.export.export(model.model, (ids,)).module()
         torch.testing.assert_close(once(ids)[0], model.model(ids)[0])

@@ -152,6 +152,19 @@ def test_files(state, tmp_path):
     assert list(tmp_path.iterdir()) == [path]  # nothing temporary is left
 
 
+def test_a_loaded_state_goes_on_to_the_last_digit(tmp_path):
+    """A file's tensors lie at multiples of 8 bytes, and products of such ones end otherwise than of those that torch made."""
+    layers = {"S": plait.SLSTM(heads=1, head_dim=10)}
+    model = plait.build(plait.ModelConfig(vocab=17, dim=24, pattern="SPSPS", layers=layers))
+    tokens = torch.randint(17, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, state = model(tokens, model.init_state(3))
+        state.save(tmp_path / "state")
+        loaded = ModelState.load(tmp_path / "state")
+        assert all(x.data_ptr() % 64 == 0 for x in loaded.tensors().values())
+        assert torch.equal(model(tokens, loaded)[0], model(tokens, state)[0])
+
+
 def test_files_that_are_no_state(state, tmp_path):
     path = tmp_path / "x"
     with pytest.raises(FileNotFoundError, match="no such state file"):

@@ -1,6 +1,7 @@
 """Pools: what is refused and what is left behind. That they are the values they stand for is law 14."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,10 @@ def test_a_pool_without_room_says_what_would_do_and_stays_as_it_was():
         (lambda pool, model: pool.leave([0, 0]), r"rows \[0, 0\]: a row can be given once"),
         (lambda pool, model: pool.leave([0, 1]), r"row 1 of the pool holds no sequence; those that do: \[0\]"),
         (lambda pool, model: pool.at([1]), r"row 1 of the pool holds no sequence; those that do: \[0\]"),
+        (lambda pool, model: pool.at(torch.tensor([0, 0])), r"rows \[0, 0\]: a row can be given once"),
+        (lambda pool, model: pool.leave(0), r"given as a sequence, such as \[0\]; got 0"),
+        (lambda pool, model: pool.snapshot(0.0), "row 0.0 of the pool holds no sequence"),
+        (lambda pool, model: pool.take([]), "take needs at least one row"),
         (lambda pool, model: pool.join(after(tiny("AF"), 3)), "the state of another design"),
         (lambda pool, model: pool.restore(0, _snapshot_of(tiny("AF"))), "the state of another design"),
         (lambda pool, model: pool.restore(0, _snapshot_of(model)), "this snapshot is of another pool"),
@@ -207,6 +212,47 @@ def test_a_model_that_reads_meta_tokens_begins_on_a_value():
     pool.join(model.init_state(1))
     with pytest.raises(ValueError, match="meta tokens cannot begin in a pool"):
         model(torch.tensor([[5]]), pool.at([0]))
+
+
+def test_meta_tokens_are_not_cut_into():
+    model = tiny("AF", front={"kind": "tokens", "meta": 3})
+    pool = model.init_pool(1, 8)
+    pool.join(after(model, 4))
+    before = everything(pool)
+    for length in (1, 2):
+        with pytest.raises(ValueError, match=f"begins with 3 meta tokens and cannot be cut to {length} tokens"):
+            pool.truncate(0, length)
+    unchanged(pool, before)
+    pool.truncate(0, 3)
+    text = torch.tensor([[5, 6]])
+    torch.testing.assert_close(model(text, pool.at([0]))[0], model(text)[0].detach())
+
+
+def test_rows_may_come_in_a_tensor():
+    """Who uses a page is known by numbers: two tensors of one number are two things to Python."""
+    model = tiny()
+    pool = model.init_pool(3, 16, page=4)
+    pool.leave(pool.join(after(model, 1)))
+    rows: Any = torch.tensor(pool.join(after(model, 7, 3)))
+    for _ in range(6):
+        model(torch.zeros(2, 1, dtype=torch.long), pool.at(rows))
+    kept = pool.snapshot(rows[0])
+    pool.restore(rows[1], kept)
+    pool.leave(rows)
+    del kept
+    assert (pool.free_rows, pool.free_pages) == (3, 12)
+
+
+@pytest.mark.parametrize("pattern", ["DF AF", "M"])
+def test_a_row_that_has_left_is_not_written(pattern):
+    model = tiny(pattern)
+    pool = model.init_pool(2, 16, page=4)
+    at = pool.at(pool.join(after(model, 3)))
+    pool.leave([0])
+    before = everything(pool)
+    with pytest.raises(ValueError, match="row 0 of the pool holds no sequence"):
+        model(torch.zeros(1, 1, dtype=torch.long), at)
+    unchanged(pool, before)
 
 
 @pytest.mark.parametrize("pattern", ["DF AF", "[M|W]F GF"])
