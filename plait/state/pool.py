@@ -196,7 +196,8 @@ class Pool:
     def reserve(self, rows: Sequence[int], count: int) -> None:
         """Room for `count` more tokens in each of these rows: pages, and copies of shared ones that would be written to.
         Raises PoolFull before anything has changed, and ValueError for a row that has left since `at` gave it."""
-        self._numbers(rows)
+        if not set(self._free_rows).isdisjoint(rows):  # asked at every step
+            self._numbers(rows)
         if not self.keeps_all:
             return
         missing = [self._pages_for(self.lengths[row] + count) - len(self.tables[row]) for row in rows]
