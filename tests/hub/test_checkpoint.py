@@ -75,6 +75,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantised": (lambda f: edit(f, quantization_config={"quant_method": "gptq"}), "quantised by 'gptq' are not read"),
     "family": (lambda f: edit(f, model_type="lama"), "no family 'lama'; did you mean 'llama'"),
     "no family": (lambda f: edit(f, model_type=None), "'model_type' is missing"),
+    "mamba_ssm": (
+        lambda f: edit(f, model_type=None, ssm_cfg={"layer": "Mamba2"}),
+        "this one is of the mamba_ssm package",
+    ),
     "heads": (lambda f: edit(f, num_attention_heads=5), "not a config of llama: .*number of attention heads"),
 }
 
