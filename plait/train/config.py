@@ -213,6 +213,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
         """Plain data, as YAML and JSON give it. Raises ValueError naming the field and the nearest right spelling."""
         if inside := [key for key in data if key in DataConfig.__struct_fields__]:
             raise ValueError(f"run: unknown key {inside[0]!r}; did you mean 'data.{inside[0]}'?")
+        if isinstance(data.get("data"), str):
+            raise ValueError(f"data: expected a mapping such as {{source: {data['data']}}}, got text")
         check_keys(data, cls, "run", also=(KEY,))
         if data.get("design") is None and data.get("start") is None:
             raise ValueError("run: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping")

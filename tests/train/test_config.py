@@ -48,6 +48,7 @@ def test_every_key_is_documented():
     ("change", "said"),
     [
         ({"stepz": 3}, "did you mean 'steps'?"),
+        ({"data": "book.txt"}, "data: expected a mapping such as {source: book.txt}, got text"),
         ({"source": "book.txt"}, "run: unknown key 'source'; did you mean 'data.source'?"),
         ({"data": {"tokenizer": {"bpe": LARGEST + 1}}}, "at most 1,048,576"),
         ({"data": {"lenght": 3}}, "data: unknown key 'lenght'; did you mean 'length'?"),
