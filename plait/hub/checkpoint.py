@@ -63,8 +63,7 @@ def family_of(raw: dict[str, Any], where: Path) -> Family:
             "; this one is of the mamba_ssm package, of which transformers' form is read" if "ssm_cfg" in raw else ""
         )
         raise ValueError(f"{where}: 'model_type' is missing; expected a folder of plait or transformers{whose}")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "some method")
+    if method := _quantised(raw) or _quantised(raw.get("text_config")):
         raise ValueError(
             f"{where}: weights quantised by {method!r} are not read; save the model dequantised (in transformers: "
             "model.dequantize().save_pretrained(FOLDER)) and load that"
@@ -73,6 +72,12 @@ def family_of(raw: dict[str, Any], where: Path) -> Family:
         return family(OUTER.get(raw["model_type"]) or raw["model_type"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _quantised(config: Any) -> str | None:
+    """By which method a config says that weights are quantised; None where it does not."""
+    said = config.get("quantization_config") or config.get("quantization") if isinstance(config, dict) else None
+    return str(said.get("quant_method", "some method") if isinstance(said, dict) else said) if said else None
 
 
 def text_config(raw: dict[str, Any], where: Path) -> dict[str, Any]:

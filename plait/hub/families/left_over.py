@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ANY = (
+    "_from_model_config",
     "transformers.js_config",
     "unsloth_fixed",
     "unsloth_version",
