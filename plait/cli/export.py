@@ -27,6 +27,7 @@ def command(
 ) -> Outcome:
     """Write a model so that transformers, and what reads its folders (vLLM, SGLang, llama.cpp's converter), load it with equal
     logits."""
+    from plait.data.tokenizer_files import OLDER_FILES
     from plait.hub.checkpoint import export
     from plait.hub.families import family
     from plait.model.device import find_dtype
@@ -41,6 +42,9 @@ def command(
         raise ValueError(f"{out}: is the model itself; expected another folder")
     model = load(folder, dtype=wanted)
     name = export(model, out, to)
-    say(screen, f"{model.design.pattern}: {name}, {len(model.tokenizer_files)} files of its tokenizer")
+    spoken = not model.tokenizer_files.keys().isdisjoint(("tokenizer.json", *OLDER_FILES))
+    say(screen, f"{model.design.pattern}: {name}, {'with its tokenizer' if spoken else 'no tokenizer beside it'}")
     data = {"model": str(folder), "family": name, "folder": str(out)}
-    return Outcome(data, wrote=[out], next=[shell("plait", "generate", out, "The ")])
+    return Outcome(
+        data, wrote=[out], next=[shell("plait", "generate", out, "The ") if spoken else shell("plait", "show", out)]
+    )

@@ -140,12 +140,12 @@ def check_run(spec: str) -> None:
         raise ValueError(
             f"{spec}: a saved model, not a run; {of}for its design with new weights: plait train {shell(f'design={spec}')}"
         )
-    if path.is_dir() or (path.is_file() and "pattern" not in read_mapping(path)):
-        return
     try:
+        if path.is_dir() or (path.is_file() and "pattern" not in read_mapping(path)):
+            return
         find_design(spec)
     except (ValueError, OSError):
-        return  # `load_run` says that there is no such file
+        return  # `load_run` says what is wrong with it, or that there is no such file
     raise ValueError(
         f"{spec}: a design, not a run's file or folder; to train it: plait train {shell(f'design={spec}')}"
     )

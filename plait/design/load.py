@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from plait.run_folder import RUN, checkpoints
 
 DEFAULT_SIZE = {"vocab": 32_000, "dim": 512}  # for a bare pattern, as in `plait show "(MF)3 AF"`
 SAVED = "config.json"
+UNQUOTED = re.compile(r"\bpattern: *\[[A-Z]")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -25,7 +27,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         data = read_json(text) if path.suffix == ".json" else read_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix.lstrip('.') or 'YAML'}: {error}") from None
+        form = "JSON" if path.suffix == ".json" else "YAML"
+        hint = "; a pattern that begins with [ wants quotes" if UNQUOTED.search(text) else ""
+        raise ValueError(f"{path}: cannot be read as {form}: {error}{hint}") from None
     if not isinstance(data, dict):
         kind = "nothing" if data is None else type(data).__name__
         raise ValueError(f"{path}: expected a mapping of keys to values, got {kind}")
@@ -109,6 +113,10 @@ def find_design(spec: str | Path) -> tuple[dict[str, Any], bool]:
         parse(str(spec))
     except PatternError as error:
         if not any(sign in str(spec) for sign in "()[]|") and not str(spec).strip()[:1].isupper() and str(spec).strip():
+            if os.sep in str(spec):
+                raise FileNotFoundError(
+                    f"{spec}: no such file or folder; expected a preset, a pattern, a design's file or a model's folder"
+                ) from None
             raise ValueError(f"no preset, file or pattern {str(spec)!r}; {suggest(str(spec), PRESETS)}") from None
         raise error
     return _bare(str(spec)), True

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from functools import cached_property
 from typing import Any, Self
 
@@ -138,6 +139,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True, tag=False, dict=True):
         """Plain data, as YAML and JSON give it. Raises ValueError naming the field and the nearest right spelling."""
         if not isinstance(data, dict):
             raise ValueError(f"design: expected a mapping, got {data!r}")
+        if meant := _of_a_layer(data, {*cls.__struct_fields__, "kind", KEY}):
+            raise ValueError(meant)
         check_keys(data, cls, "design", also=(KEY,))
         missing = [name for name in ("dim", "pattern") if name not in data]
         if missing:
@@ -172,3 +175,13 @@ def _identity(node: Node) -> Any:
         return {"merge": non_defaults(node.merge), "branches": branches, "wrap": non_defaults(node.wrap, PLAIN)}
     layer = non_defaults(node.layer.replace(wrap=None)) | {"wrap": non_defaults(node.wrap, PLAIN)}
     return layer | ({"letter": node.letter} if node.layer.shared else {})
+
+
+def _of_a_layer(data: dict[str, Any], known: set[str]) -> str | None:
+    """An error for a key that a layer of the pattern has, and a design does not."""
+    drawn = [letter for letter in re.findall("[A-Z][a-z]*", str(data.get("pattern"))) if letter in LETTERS]
+    for key in data.keys() - known:
+        for letter in drawn:
+            if key in LETTERS[letter].__struct_fields__:
+                return f"design: unknown key {key!r}; did you mean 'layers.{letter}.{key}'?"
+    return None

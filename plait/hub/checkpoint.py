@@ -17,6 +17,7 @@ from plait.design.model import ModelConfig
 from plait.design.places import layers
 from plait.design.weights import FLOAT32
 from plait.files import user_path, write_atomic, write_text
+from plait.hub.advice import without_advice
 from plait.hub.compare import first_difference
 from plait.hub.families import NAMES, OUTER, Family, family
 from plait.hub.families.fields import Fields
@@ -58,9 +59,11 @@ def folder_design(folder: Path) -> ModelConfig:
 def family_of(raw: dict[str, Any], where: Path) -> Family:
     """Raises ValueError for one that plait does not read, or whose weights are quantised."""
     if not isinstance(raw.get("model_type"), str):
-        raise ValueError(f"{where}: 'model_type' is missing; expected a folder of plait or transformers")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "some method")
+        whose = (
+            "; this one is of the mamba_ssm package, of which transformers' form is read" if "ssm_cfg" in raw else ""
+        )
+        raise ValueError(f"{where}: 'model_type' is missing; expected a folder of plait or transformers{whose}")
+    if method := _quantised(raw) or _quantised(raw.get("text_config")):
         raise ValueError(
             f"{where}: weights quantised by {method!r} are not read; save the model dequantised (in transformers: "
             "model.dequantize().save_pretrained(FOLDER)) and load that"
@@ -69,6 +72,12 @@ def family_of(raw: dict[str, Any], where: Path) -> Family:
         return family(OUTER.get(raw["model_type"]) or raw["model_type"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _quantised(config: Any) -> str | None:
+    """By which method a config says that weights are quantised; None where it does not."""
+    said = config.get("quantization_config") or config.get("quantization") if isinstance(config, dict) else None
+    return str(said.get("quant_method", "some method") if isinstance(said, dict) else said) if said else None
 
 
 def text_config(raw: dict[str, Any], where: Path) -> dict[str, Any]:
@@ -101,9 +110,10 @@ def normalised(found: Family, raw: dict[str, Any], where: str) -> PreTrainedConf
     known = {name: value for name, value in raw.items() if name not in left_over(found.model_type, raw)}
     numbers = json.loads(json.dumps(known), object_hook=_number)
     try:
-        if found.defaults is not None:
-            return PreTrainedConfig.from_dict({**found.defaults, **numbers})
-        return CONFIG_MAPPING[found.model_type].from_dict(numbers)
+        with without_advice():
+            if found.defaults is not None:
+                return PreTrainedConfig.from_dict({**found.defaults, **numbers})
+            return CONFIG_MAPPING[found.model_type].from_dict(numbers)
     except Exception as error:  # their validation raises whatever it likes
         raise ValueError(f"{where}: not a config of {found.model_type}: {' '.join(str(error).split())}") from None
 

@@ -8,7 +8,6 @@ import contextlib
 import io
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
+from plait.hub.advice import without_advice
 from plait.hub.checkpoint import export, is_alias, read
 from plait.hub.families import TRANSFORMERS, family
 
@@ -199,13 +199,9 @@ def _apart(ours: Tensor, theirs: Tensor) -> float:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without their progress bars and advice."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with without_advice(), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logging.set_verbosity(before)
         logging.enable_progress_bar()

@@ -34,6 +34,7 @@ STYLE: dict[Any, Any] = {
 }
 
 FLAT, MOST_NAMES = 8, 32  # names under an axis that do not overlap lying, and standing
+MARK_WIDTH, LETTER_WIDTH = 0.7, 0.1  # inches that a legend takes for a line's mark, and for a letter
 SIZE = (5, 3.4)  # inches of 72 units: so small that letters stay readable on a page 390 pixels wide
 
 Line = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
@@ -62,10 +63,11 @@ def bars(
 
     def draw(axes: Axes) -> None:
         for colour, kind, which in zip(SERIES, kinds.split(", "), (True, False), strict=False):
-            here = [i for i, mark in enumerate(marked) if mark is which]
-            axes.bar(here, [heights[i] for i in here], color=colour, label=kind)
+            if here := [i for i, mark in enumerate(marked) if mark is which]:
+                axes.bar(here, [heights[i] for i in here], color=colour, label=kind)
         step = -(-len(names) // MOST_NAMES)
-        axes.set_xticks(range(0, len(names), step), names[::step], rotation=60 if len(names) > FLAT else 0)
+        standing = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(names) > FLAT else {}
+        axes.set_xticks(range(0, len(names), step), names[::step], **standing)
         axes.set_ylabel(label)
 
     return picture(name, draw)
@@ -136,6 +138,12 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+def _columns(names: Sequence[str]) -> int:
+    """Of a legend, so that it is no wider than the picture."""
+    longest = max(map(len, names), default=1)
+    return max(1, min(len(names), int(SIZE[0] / (MARK_WIDTH + LETTER_WIDTH * longest))))
+
+
 def picture(name: str, draw: Callable[[Axes], Any]) -> str:
     """What `draw` draws, as one <svg> element. `name` keeps its ids apart from other pictures' on the page."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
@@ -143,7 +151,10 @@ def picture(name: str, draw: Callable[[Axes], Any]) -> str:
         axes = figure.subplots()
         draw(axes)
         axes.grid(axis="y")
-        axes.legend(frameon=False)
+        names = axes.get_legend_handles_labels()[1]
+        figure.legend(
+            loc="outside upper left", ncols=_columns(names), frameon=False
+        )  # over the data it would hide some
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

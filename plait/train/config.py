@@ -15,7 +15,7 @@ from plait.design.yaml_core import write_yaml
 from plait.files import user_path
 from plait.run_folder import RUN
 
-LARGEST_BPE = 2**24  # tokens that may be asked for
+LARGEST_BPE = 2**20  # tokens that may be asked for, as `plait.data.tokenizer_hf` makes them
 TOKENS_IN_STEP = 2**31  # offsets of documents in a batch are int32
 PATHS, NO_PATHS = ("source", "tokenizer", "cache"), ("stdlib", "bytes")
 CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "precision": ("float32", "bfloat16")}
@@ -211,6 +211,10 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Plain data, as YAML and JSON give it. Raises ValueError naming the field and the nearest right spelling."""
+        if inside := [key for key in data if key in DataConfig.__struct_fields__]:
+            raise ValueError(f"run: unknown key {inside[0]!r}; did you mean 'data.{inside[0]}'?")
+        if isinstance(data.get("data"), str):
+            raise ValueError(f"data: expected a mapping such as {{source: {data['data']}}}, got text")
         check_keys(data, cls, "run", also=(KEY,))
         if data.get("design") is None and data.get("start") is None:
             raise ValueError("run: 'design' is missing; expected a pattern such as \"(DF)3 AF\", a preset or a mapping")
@@ -244,6 +248,11 @@ def load_run(spec: str | Path, **overrides: Any) -> RunConfig:
         raise FileNotFoundError(f"{path}: no such file; expected a run in YAML or JSON")
     try:
         data = read_mapping(path)
+    except ValueError as error:
+        if path.suffix in ("", ".yaml", ".yml", ".json"):
+            raise
+        raise ValueError(f"{error}; expected a run; text to train on is data.source={path}") from None
+    try:
         if own:
             data = at_home(data, path.parent)
         data = override({"folder": f"runs/{path.stem}"} | data | own, overrides)

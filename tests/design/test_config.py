@@ -292,6 +292,17 @@ class TestLoad:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             load_design(spec)
 
+    def test_a_path_is_no_misspelt_preset(self):
+        with pytest.raises(FileNotFoundError, match=r"runs/rnu: no such file or folder; expected a preset"):
+            load_design("runs/rnu")
+
+    def test_a_pattern_in_brackets_wants_quotes(self, tmp_path):
+        (tmp_path / "a.yaml").write_text("pattern: [D|A]F\n")
+        with pytest.raises(
+            ValueError, match=r"a.yaml: cannot be read as YAML: line 1, .*; a pattern that begins with \[ wants quotes"
+        ):
+            load_design(tmp_path / "a.yaml")
+
     def test_files_that_are_none(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file"):
             load_design(tmp_path / "no.yaml")

@@ -73,8 +73,18 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         "rope_type 'dynamic' is not supported",
     ),
     "quantised": (lambda f: edit(f, quantization_config={"quant_method": "gptq"}), "quantised by 'gptq' are not read"),
+    "quantised, in a word": (lambda f: edit(f, quantization_config="fp8"), "quantised by 'fp8' are not read"),
+    "quantised, MLX": (lambda f: edit(f, quantization={"bits": 4}), "quantised by 'some method' are not read"),
+    "quantised inside": (
+        lambda f: edit(f, text_config={"quantization_config": {"quant_method": "awq"}}),
+        "quantised by 'awq' are not read",
+    ),
     "family": (lambda f: edit(f, model_type="lama"), "no family 'lama'; did you mean 'llama'"),
     "no family": (lambda f: edit(f, model_type=None), "'model_type' is missing"),
+    "mamba_ssm": (
+        lambda f: edit(f, model_type=None, ssm_cfg={"layer": "Mamba2"}),
+        "this one is of the mamba_ssm package",
+    ),
     "heads": (lambda f: edit(f, num_attention_heads=5), "not a config of llama: .*number of attention heads"),
 }
 

@@ -3,6 +3,8 @@
 They are as remembered, not downloaded: the spelling of their fields is what is tested."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,11 @@ BILLIONS = {
     "mamba-130m-hf": 0.129, "Codestral-mamba": 7.285, "Falcon-H1-0.5B": 0.521, "Jamba-v0.1": 51.57, "Zamba2-1.2B": 1.215,
     "Bamba-9B": 9.78, "Nemotron-H-8B": 8.1, "Nemotron-3-Nano-30B-A3B": 31.6, "granite-4.0-h-350m": 0.340, "LFM2-350M": 0.354,
     "recurrentgemma-2b": 2.683, "xLSTM-7b": 6.865, "DeepSeek-V2-Lite": 15.71, "DeepSeek-V3": 671.0,
-    "Qwen3.5-0.8B text": 0.752, "Kimi-Linear-48B-A3B": 49.1, "gemma-3-4b": 3.88,
+    "Qwen3.5-0.8B text": 0.752, "Kimi-Linear-48B-A3B": 49.1, "gemma-3-4b": 3.88, "Ministral-8B": 8.02, "Qwen3-8B-yarn": 8.191,
+    "Qwen2-57B-A14B": 57.41, "Mixtral-8x7B": 46.70, "gemma-3-27b": 27.01, "Qwen3.5-9B": 8.95, "Olmo-3-7B": 7.298,
+    "Olmo-Hybrid-7B": 7.43, "Phi-3.5-mini": 3.821, "Jamba-Reasoning-3B": 3.03, "Nemotron-Nano-9B-v2": 8.89,
+    "granite-4.0-micro": 3.40, "LFM2-1.2B": 1.17, "MiniMax-Text-01-hf": 456.0, "DeepSeek-V2": 235.7,
+    "RWKV7-Goose-World2.9-0.4B": 0.451, "fla-gla-1.3B": 1.37, "fla-delta_net-1.3B": 1.37,
 }  # fmt: skip
 
 
@@ -36,6 +42,31 @@ def opened(name: str, folder: Path, **more: Any) -> Any:
 def test_a_published_config_opens(name: str, tmp_path: Path) -> None:
     design = opened(name, tmp_path)
     assert parameters(design) == pytest.approx(BILLIONS[name] * 1e9, rel=0.012)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("LFM2-1.2B", "theta", 10_000.0),
+        ("Olmo-Hybrid-7B", "linear_use_gate", False),
+        ("fla-delta_net-1.3B", "norm_first", True),
+        ("fla-delta_net-1.3B", "share_conv_kernel", True),
+    ],
+)
+def test_an_older_field_that_says_something_else_is_refused(name: str, field: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{field} {value} is not supported"):
+        opened(name, tmp_path, **{field: value})
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B-yarn", "Phi-3.5-mini", "Kimi-Linear-48B-A3B"])
+def test_advice_to_its_own_users_is_not_passed_on(name: str, tmp_path: Path) -> None:
+    """Neither by its logger nor by a warning."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]), encoding="utf-8")
+    code = (
+        f"from plait.hub.checkpoint import folder_design; folder_design(__import__('pathlib').Path({str(tmp_path)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "LFM2-350M", "xLSTM-7b"])

@@ -96,7 +96,7 @@ def test_a_full_disk_leaves_the_old_model(folder, monkeypatch):
         (lambda f: edit(f, design=None), "'design' is missing"),
         (lambda f: edit(f, design={"vocab": 31, "dim": 64, "patern": "M"}), "did you mean 'pattern'"),
         (lambda f: edit(f, design=DESIGN.replace(vocab=32).to_dict()), "weights of design"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot be read as json"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     ],
 )
 def test_damage(folder, damage, message):

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import yaml
 
+from plait.data.tokenizer_hf import LARGEST
 from plait.train import DataConfig, RunConfig, load_run
 from plait.train.config import FIXED, FREE, resolve_design, to_yaml
 from plait.train.optim import scale
@@ -47,6 +48,9 @@ def test_every_key_is_documented():
     ("change", "said"),
     [
         ({"stepz": 3}, "did you mean 'steps'?"),
+        ({"data": "book.txt"}, "data: expected a mapping such as {source: book.txt}, got text"),
+        ({"source": "book.txt"}, "run: unknown key 'source'; did you mean 'data.source'?"),
+        ({"data": {"tokenizer": {"bpe": LARGEST + 1}}}, "at most 1,048,576"),
         ({"data": {"lenght": 3}}, "data: unknown key 'lenght'; did you mean 'length'?"),
         ({"data": {"heldout": 1.5}}, "data.heldout must be between 0 and 1, got 1.5"),
         ({"data": {"tokenizer": {"bpe": 100}}}, "at least 257"),
@@ -200,3 +204,12 @@ def test_the_vocabulary_is_the_tokenizers_where_the_design_leaves_it_out(tmp_pat
 def test_reading_a_run_needs_no_torch():
     code = "import sys, plait.train as t; t.load_run; t.latest; t.Interrupted; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_text_is_no_run(tmp_path):
+    (tmp_path / "book.txt").write_text("Chapter 1: `On` walking\n---\n: and so on", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"book\.txt: cannot be read as YAML: .*; text to train on is data\.source=.*book\.txt"
+    ) as caught:
+        load_run(tmp_path / "book.txt")
+    assert "\n" not in str(caught.value)

@@ -73,7 +73,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {"output_gate_activation": "swish"},
 }
 SPEED = ("attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp")
-CONV = {"conv_bias": False, "use_short_conv": True}
+CONV = {"conv_bias": False, "use_short_conv": True, "share_conv_kernel": False, "norm_first": False}
 
 
 def common(f: Fields) -> None:
@@ -120,7 +120,7 @@ def _linear(f: Fields) -> None:
     f.must(use_short_conv=False, use_output_gate=True, elementwise_affine=True, num_kv_heads=(None, f["num_heads"]))
     if f.get("feature_map") is not None:
         raise ValueError(f"{f.where}: feature_map {f['feature_map']!r} is not supported")
-    f.carried("conv_size")
+    f.carried("conv_size", "share_conv_kernel")
 
 
 def _gla(f: Fields) -> GLA:

@@ -98,7 +98,7 @@ def _sizes(f: Fields) -> dict[str, int]:
 def _design(f: Fields) -> ModelConfig:
     common(f)
     f.must(use_short_conv=False, elementwise_affine=True)
-    f.carried("conv_size")
+    f.carried("conv_size", "share_conv_kernel")
     layers, bounded = f["num_hidden_layers"], f["use_lower_bound"]
     if bounded and layers == 1:
         raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ANY = (
+    "_from_model_config",
     "transformers.js_config",
     "unsloth_fixed",
     "unsloth_version",
@@ -37,7 +38,9 @@ OF = {
         ),  # it reads `head_dim`, `layer_norm_epsilon`
         *("partial_rotary_factor", "rope_theta"),  # its attention knows no positions
     ),
-    "granitemoehybrid": ("init_method", "normalization_function"),
+    "granitemoehybrid": (
+        *("init_method", "normalization_function", "time_step_floor", "time_step_max", "time_step_min"),
+    ),
     "lfm2": (
         *("block_dim", "block_norm_eps", "block_use_swiglu", "conv_dim", "conv_dim_out", "num_heads", "use_pos_enc"),
         *("block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_init", "conv_use_xavier_init"),

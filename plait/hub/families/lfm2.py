@@ -35,10 +35,12 @@ SWIGLU = {
 
 def _design(f: Fields) -> ModelConfig:
     f.carried("full_attn_idxs", "num_hidden_layers")  # `layer_types` says what comes of them
+    turned = rope(f)
+    f.must(theta=turned.theta)  # of which older classes took the angles, before `rope_theta`
     heads = f["num_attention_heads"]
     size = f.get("head_dim") or f["hidden_size"] // heads
     kinds = {
-        "A": Attention(heads=heads, kv_heads=f["num_key_value_heads"], head_dim=size, qk_norm=True, rope=rope(f)),
+        "A": Attention(heads=heads, kv_heads=f["num_key_value_heads"], head_dim=size, qk_norm=True, rope=turned),
         "C": GatedConv(conv_width=f["conv_L_cache"], bias=f["conv_bias"]),
         "F": SwiGLU(hidden=_hidden(f)),
     }

@@ -58,6 +58,7 @@ def _slots(design: ModelConfig) -> Iterator[Named]:
 
 
 def _design(f: Fields) -> ModelConfig:
+    f.must(linear_use_gate=True)
     f.carried("num_hidden_layers", *START)
     given = f["rope_parameters"] or UNTURNED
     turned = None if given.get("rope_theta") is None else rope(f)
