@@ -152,9 +152,8 @@ def picture(name: str, draw: Callable[[Axes], Any]) -> str:
         draw(axes)
         axes.grid(axis="y")
         names = axes.get_legend_handles_labels()[1]
-        figure.legend(
-            loc="outside upper left", ncols=_columns(names), frameon=False
-        )  # over the data it would hide some
+        # over the data it would hide some
+        figure.legend(loc="outside upper left", ncols=_columns(names), frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
