@@ -180,7 +180,7 @@ def _identity(node: Node) -> Any:
 def _of_a_layer(data: dict[str, Any], known: set[str]) -> str | None:
     """An error for a key that a layer of the pattern has, and a design does not."""
     drawn = [letter for letter in re.findall("[A-Z][a-z]*", str(data.get("pattern"))) if letter in LETTERS]
-    for key in data.keys() - known:
+    for key in (key for key in data if key not in known):
         for letter in drawn:
             if key in LETTERS[letter].__struct_fields__:
                 return f"design: unknown key {key!r}; did you mean 'layers.{letter}.{key}'?"

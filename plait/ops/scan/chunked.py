@@ -5,10 +5,11 @@ the same recurrence over a sixteenth of the tokens, s <- P s + L, and are found 
 more, now from its true start. So nothing is ever divided by a product, and 2,048 tokens take about 100 operations.
 
 Its gradient is the recurrence run backwards: with g_t what reaches s_t, g_t = dy_t + a_{t+1} g_{t+1}, db = g, da_t = g_t
-s_{t-1}. Only a and the states are kept for it.
+s_{t-1}. Only a, the states and the first of them are kept for it.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from plait.ops.decay import FLOOR
 from plait.ops.graph import gradient, one_step
 from plait.ops.operator import operator
 from plait.ops.packing import Packing
+
+Scan = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 CHUNK = 16  # a power of two; measured against 8, 32 and 64 for 64 to 1,024 channels: within a tenth of the best of them
 
@@ -31,22 +34,23 @@ def run(
     packing: Packing | None,
     own: bool = False,
     at: Tensor | None = None,
-    tiles: bool = False,
+    scan: Scan | None = None,
 ) -> tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]:
-    """Shapes as in `scan`. tiles: by the kernels of `plait.ops.scan.triton`."""
+    """Shapes as in `scan`. scan: other than in chunks, of `differentiable`."""
+    scan = scan or _scan
     if packing is not None:
-        return _packed(a, b, state, packing, tiles)
-    states = _scan(a, b, b.new_zeros(b[:, 0].shape) if state is None else state, tiles)
+        return _packed(a, b, state, packing, scan)
+    states = scan(a, b, b.new_zeros(b[:, 0].shape) if state is None else state)
     last = None if state is None else states[:, -1].clone()  # which shall not keep all others in memory
     return (states, last) if at is None else (states, last, states[:, at])
 
 
-def _packed(a: Tensor, b: Tensor, state: Tensor | None, packing: Packing, tiles: bool) -> tuple[Tensor, Tensor | None]:
+def _packed(a: Tensor, b: Tensor, state: Tensor | None, packing: Packing, scan: Scan) -> tuple[Tensor, Tensor | None]:
     """A document's first token forgets what was before it, or finds its own state there."""
     first = starts(packing, b.ndim)
     if state is not None:
         b = b + torch.where(first, a * state[packing.documents], 0.0)
-    states = _scan(torch.where(first, 0.0, a), b, b.new_zeros(b[:, 0].shape), tiles)
+    states = scan(torch.where(first, 0.0, a), b, b.new_zeros(b[:, 0].shape))
     return states, None if state is None else states[0, packing.cuts[1:] - 1]
 
 
@@ -55,50 +59,42 @@ def starts(packing: Packing, ndim: int) -> Tensor:
     return (packing.offsets == 0).view(1, -1, *[1] * (ndim - 2))
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, s: Tensor, tiles: bool) -> Tensor:
-        states = _forward(a, b, s, tiles)
-        ctx.save_for_backward(a, states, s)
-        ctx.tiles = tiles
-        return states
+def differentiable(forward: Scan, backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Scan:
+    """All states of (a, b, s), as `forward` gives them; `backward` gives the gradients at a and b of (dy, a, states, s)."""
 
-    @staticmethod
-    @gradient
-    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        a, states, s = ctx.saved_tensors
-        da, db = _backward(dy, a, states, s, ctx.tiles)
-        return da, db, a[:, 0] * db[:, 0], None
+    class Whole(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+            states = forward(a, b, s)
+            ctx.save_for_backward(a, states, s)
+            return states
 
+        @staticmethod
+        @gradient
+        def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+            a, states, s = ctx.saved_tensors
+            da, db = backward(dy, a, states, s)
+            return da, db, a[:, 0] * db[:, 0]
 
-_scan = one_step(_Scan)
+    return one_step(Whole)
 
 
 # Operators: drawn into a graph, the levels of a scan are some hundred steps that take a minute to compile, run no faster for
-# it, and are those of one length alone.
+# it on a CPU, and are those of one length alone.
 
 
 @operator("scan")
-def _forward(a: Tensor, b: Tensor, s: Tensor, tiles: bool) -> Tensor:
-    if not tiles:
-        return scanned(a, b, s)
-    from plait.ops.scan import triton
-
-    return triton.forward(a, b, s)
+def _forward(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    return scanned(a, b, s)
 
 
 @torch.library.register_fake("plait::scan")
-def _(a, b, s, tiles):
+def _(a, b, s):
     return b.new_empty(b.shape)
 
 
 @operator("scan_backward")
-def _backward(dy: Tensor, a: Tensor, states: Tensor, s: Tensor, tiles: bool) -> tuple[Tensor, Tensor]:
-    """Gradients at a and b."""
-    if tiles:
-        from plait.ops.scan import triton
-
-        return triton.backward(dy, a, states, s)
+def _backward(dy: Tensor, a: Tensor, states: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     g = dy[:, -1:].clone()
     if dy.shape[1] > 1:
         g = torch.cat([scanned(a[:, 1:], dy[:, :-1], g[:, 0], back=True), g], 1)
@@ -106,8 +102,11 @@ def _backward(dy: Tensor, a: Tensor, states: Tensor, s: Tensor, tiles: bool) -> 
 
 
 @torch.library.register_fake("plait::scan_backward")
-def _(dy, a, states, s, tiles):
+def _(dy, a, states, s):
     return a.new_empty(a.shape), dy.new_empty(dy.shape)
+
+
+_scan = differentiable(_forward, _backward)
 
 
 def scanned(
