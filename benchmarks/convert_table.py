@@ -4,20 +4,26 @@
     python benchmarks/convert_table.py --teacher runs/demo/transformer --text stdlib --budget 200k --device cpu --out table.json
     python benchmarks/convert_table.py --show table.json
 
-A row that is in the JSON file is skipped, and the file is written anew, whole, after every row, so that a run that was stopped
-goes on; with --folder a row that was stopped goes on at its step. Rows of one file have the same teacher, budget and text.
+A row that is in the JSON file is skipped, and the file is written anew, whole, after every row. A conversion that was stopped,
+or could not be measured, is kept in a folder beside the file and goes on from there. With --jobs 3 three conversions at a time
+share each GPU, each with a log in that folder. Rows of one file have the same teacher, budget and text.
 Kinds stand where a quarter of the attention layers stays, evenly spread, but for those that say otherwise; rules choose which
 quarter stays of `D`. Perplexity is over held-out documents, in pieces as long as those trained on.
 """
 
 import argparse
 import json
+import os
+import shutil
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +39,12 @@ from plait.data import Tokenizer
 from plait.design.count import parameters, state_bytes
 from plait.evaluate.machine import machine
 from plait.evaluate.recall import DEPTHS, fitting, measure, needle_kinds
-from plait.evaluate.tasks import run_task
+from plait.evaluate.tasks import find_file, run_task
 from plait.files import write_text
 from plait.model import LanguageModel
 from plait.opening import load
 
+TEACHER = "teacher"
 QUARTER = "25%"
 FAR = 16_384  # tokens of context that states are compared at
 PREFIX = 4  # tokens of a window's permanent beginning
@@ -289,12 +296,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--records", type=int, default=500, help="of each task, the first")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cache", default="runs/cache", help="where the tokenized text is kept")
-    parser.add_argument("--folder", type=Path, help="where conversions are kept; else none is")
+    parser.add_argument("--folder", type=Path, help="where conversions are kept; else only until they are measured")
+    parser.add_argument("--jobs", type=int, default=1, help="conversions at a time on each GPU")
     parser.add_argument(
         "--out", type=Path, default=Path("convert_table.json"), help="the JSON file that rows are added to"
     )
     parser.add_argument("--show", type=Path, help="print the table of a JSON file, and no more")
     options = parser.parse_args()
+    options.workers = options.jobs * max(1, torch.cuda.device_count())
     options.rows = [name for word in options.rows for name in GROUPS.get(word, [word])]
     for name in options.rows:
         if name not in ROWS:
@@ -302,12 +311,51 @@ def parsed() -> argparse.Namespace:
     return options
 
 
-def one_row(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    if options.folder is not None:
-        words = "".join(letter if letter.isalnum() else "-" for letter in name)
-        return converted(options, ROWS[name], seed, options.folder / f"{words}-{seed}")
-    with tempfile.TemporaryDirectory() as folder:
-        return converted(options, ROWS[name], seed, Path(folder, "out"))
+def place_of(options: argparse.Namespace, name: str, seed: int) -> Path:
+    words = "".join(
+        letter if letter.isalnum() else "_" for letter in name
+    )  # of "[D|A]" too, which no tool takes for an option
+    return (options.folder or options.out.with_suffix("")) / f"{words}-{seed}"
+
+
+def job(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    """What is measured of the teacher, or of a conversion, which is then taken away unless it is to be kept."""
+    folder = place_of(options, name, seed)
+    with ExitStack() as stack:
+        if options.workers > 1:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            log = stack.enter_context(folder.with_suffix(".log").open("a", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(log))
+            stack.enter_context(redirect_stderr(log))
+        if name == TEACHER:
+            return teacher_row(options)
+        row = converted(options, ROWS[name], seed, folder)
+        if options.folder is None:
+            shutil.rmtree(folder)
+        return row
+
+
+def begin(workers: int, gpus: "Queue[int]") -> None:
+    """In each process, before it has seen a GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def ended(options: argparse.Namespace, jobs: list[tuple[str, int]]) -> Iterator[tuple[str, int, dict[str, Any] | None]]:
+    """Each job as it ends, with what it measured; None for one that failed, which is told and goes on another time."""
+    spawn, count = get_context("spawn"), max(1, torch.cuda.device_count())
+    gpus: Queue[int] = spawn.Queue()
+    for worker in range(options.workers):
+        gpus.put(worker % count)
+    with ProcessPoolExecutor(options.workers, spawn, begin, (options.workers, gpus)) as pool:
+        asked = {pool.submit(job, options, *each): each for each in jobs}
+        for future in as_completed(asked):
+            try:
+                yield *asked[future], future.result()
+            except (ValueError, RuntimeError, OSError):  # the other rows are worth having
+                print(f"{asked[future]}:", file=sys.stderr)
+                traceback.print_exc()
+                yield *asked[future], None
 
 
 def main() -> None:
@@ -315,25 +363,23 @@ def main() -> None:
     if options.show is not None:
         print(shown(json.loads(options.show.read_text(encoding="utf-8"))))
         return
+    for task in COMMONSENSE if options.tasks is not None else ():
+        find_file(task, options.tasks)  # now, not when the first conversion is done
     table, failed = opened(options), False
-    if "teacher" not in table:
-        table["teacher"] = teacher_row(options)
-        write_text(options.out, json.dumps(table, indent=1) + "\n")
-    for name, seed in [(name, seed) for seed in options.seeds for name in options.rows]:
-        seeds = table["rows"].get(name, {})
-        if str(seed) in seeds:
-            continue
-        try:
-            row = one_row(options, name, seed)
-        except (ValueError, RuntimeError):  # the other rows are worth having
-            traceback.print_exc()
+    jobs = [] if TEACHER in table else [(TEACHER, 0)]
+    jobs += [(n, seed) for seed in options.seeds for n in options.rows if str(seed) not in table["rows"].get(n, {})]
+    for name, seed, row in ended(options, jobs):
+        if row is None:
             failed = True
             continue
-        table["rows"][name] = seeds | {str(seed): row}
+        if name == TEACHER:
+            table[TEACHER] = row
+        else:
+            table["rows"].setdefault(name, {})[str(seed)] = row
         write_text(options.out, json.dumps(table, indent=1) + "\n")
-        ratio = row["perplexity"] / table["teacher"]["perplexity"]
-        print(f"{name}, seed {seed}: {ratio:.4f} in {row['seconds']:.0f} s", flush=True)
-    print(shown(table))
+        print(f"{name}, seed {seed}: perplexity {row['perplexity']:.4f}", flush=True)
+    if TEACHER in table:
+        print(shown(table))
     sys.exit(1 if failed else 0)
 
 
