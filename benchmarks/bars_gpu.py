@@ -100,11 +100,10 @@ def memory(found: Found) -> float:
 
 def decoded(design: str, rows: int, context: int, found: Found) -> float:
     """Tokens a second of all rows together; `context` 0: of streams, reading included."""
-    results = found[f"decode {design}"][-1]["results"]
+    results = [row for row in found[f"decode {design}"][-1]["results"] if row["pattern"] == design]
     if not context:
         return next(row["tokens_s"] for row in results if "tokens_s" in row)
-    (row,) = (row for row in results if (row["rows"], row.get("context")) == (rows, context))
-    return 1e3 * rows / row["ms"]
+    return next(1e3 * rows / row["ms"] for row in results if (row["rows"], row.get("context")) == (rows, context))
 
 
 def op(name: str, key: str, found: Found) -> float:
@@ -177,7 +176,7 @@ def measured(name: str, gpus: "Queue[int]") -> tuple[list[Any], str | None]:
             env |= {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         command = [str(out) if word == "{out}" else word for word in JOBS[name]]
         try:
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
+            done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", timeout=LIMIT)
             why = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"] if done.returncode else []
             printed = done.stdout
         except subprocess.TimeoutExpired as late:
