@@ -65,13 +65,8 @@ class Batch:
         self.requests = self.written = 0
         self._reading: Iterator[None] | None = None
         self._begun: Request | None = None  # the one that is being read
-        self._kept: OrderedDict[tuple[int, ...], tuple[ModelState, Tensor | None]] = (
-            OrderedDict()
-        )  # and what the head reads
+        self._kept = OrderedDict[tuple[int, ...], tuple[ModelState, Tensor | None]]()  # and what the head reads then
         self._asked, self._closed = threading.Condition(), False
-        self._start()
-
-    def _start(self) -> None:
         room = min(self.length or ROOM, ROOM)
         with torch.inference_mode():
             page = PAGE if self.model.device.type == "cuda" else None
@@ -136,9 +131,8 @@ class Batch:
             self._read_on()
             if self.live:
                 self._write()
-        except RuntimeError as error:  # no memory, most of all: what was half-written is given up
+        except RuntimeError as error:  # no memory, most of all: whoever is there gives way
             self._end_all(error)
-            self._start()
 
     def _drop_cancelled(self) -> None:
         for row in [row for row, request in self.live.items() if request.cancelled]:
@@ -175,9 +169,9 @@ class Batch:
         self._remember(request.ids, state, last)
         self._make_room(max(state.lengths) + 1)
         (row,) = self.pool.join(state)
+        self.live[row] = request
         self._step.sampler.assign(row, request.sampling, request.seed)
         self._step.sampler.hold(row, request.ids)
-        self.live[row] = request
         self.requests += 1
         self._told({row: int(self._step.choose(last, self.pool.at([row])))})
 
@@ -230,12 +224,15 @@ class Batch:
         while len(self._kept) > self.keep:
             self._kept.popitem(last=False)
 
+    @torch.inference_mode()
     def _end_all(self, error: Exception) -> None:
         with self._asked:
-            told = [*self.live.values(), *([self._begun] if self._begun else []), *self.waiting]
+            told = {*self.live.values(), *([self._begun] if self._begun else []), *self.waiting}
             self.waiting.clear()
-        self.live, self._reading, self._begun = {}, None, None
         self._kept.clear()
+        self._reading = self._begun = None
+        for row in list(self.live):
+            self._leave(row)
         for request in told:
             with suppress(RuntimeError):  # of a loop that has ended
                 request.tell(error)

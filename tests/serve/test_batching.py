@@ -154,7 +154,7 @@ def test_without_memory_whoever_is_there_is_told_and_others_may_come(monkeypatch
     batch.submit(request)
     while len(later) < 4:
         batch.turn()
-    assert later.tokens == alone(batch.model, request)
+    assert later.tokens == alone(batch.model, request) and batch.pool.free_rows == batch.rows
 
 
 def test_closing_tells_those_who_wait():
