@@ -9,7 +9,7 @@ import typer
 from typer.main import get_command
 
 import plait
-from plait.cli import bench, chat, convert, demo, doctor, eval, export, generate, selfcheck, show, train
+from plait.cli import bench, chat, convert, demo, doctor, eval, export, generate, selfcheck, serve, show, train
 from plait.cli.command import INTERRUPTED, as_command, fail
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (show, train, convert, generate, chat, export, eval, demo, doctor, selfcheck):
+for module in (show, train, convert, generate, chat, serve, export, eval, demo, doctor, selfcheck):
     name = module.__name__.rpartition(".")[2]
     app.command(name)(as_command(module.command))
 app.add_typer(bench.app, name="bench")

@@ -57,7 +57,8 @@ ALL = 2**62  # top-k of a row that has none
 
 
 class Narrowing(NamedTuple):
-    """What any row of a batch asks for: which steps there are depends on this alone. `top_k`: the largest, 0 for none."""
+    """What any row of a batch asks for: which steps there are depends on this alone. `top_k`: at least the largest, a power of
+    two, so that few different ones are captured; 0 for none."""
 
     sampled: bool = False
     top_k: int = 0
@@ -69,11 +70,16 @@ class Narrowing(NamedTuple):
     def of(cls, samplings: Sequence[Sampling]) -> "Narrowing":
         return cls(
             any(s.temperature > 0 for s in samplings),
-            max((min(s.top_k or 0, ALL) for s in samplings), default=0),
+            next_power_of_2(max((min(s.top_k or 0, ALL) for s in samplings), default=0)),
             any(s.top_p is not None and s.top_p < 1 for s in samplings),
             any(s.min_p for s in samplings),
             any(s.repetition_penalty != 1 for s in samplings),
         )
+
+
+def next_power_of_2(n: int) -> int:
+    """The first that is at least n; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n else 0
 
 
 GREEDY = Narrowing()
@@ -111,11 +117,25 @@ class Sampler:
     """
 
     def __init__(self, samplings: Sequence[Sampling], seeds: Sequence[int], vocab: int, device: torch.device):
+        self.samplings, self.vocab = list(samplings), vocab
         self.narrowing = Narrowing.of(samplings)
         self.options = Options.of(samplings, seeds, device)
         self.held: Bool[Tensor, "rows v"] | None = None
-        if self.narrowing.penalty:
-            self.held = torch.zeros(len(samplings), vocab, dtype=torch.bool, device=device)
+        self._hold_where_asked()
+
+    def _hold_where_asked(self) -> None:
+        if self.narrowing.penalty and self.held is None:
+            shape = len(self.samplings), self.vocab
+            self.held = torch.zeros(shape, dtype=torch.bool, device=self.options.key.device)
+
+    def assign(self, row: int, sampling: Sampling, seed: int) -> None:
+        """The row is another sequence's now: this is what it asks for, and it holds no tokens yet."""
+        self.samplings[row] = sampling
+        self.narrowing = Narrowing.of(self.samplings)
+        for x, (value,) in zip(self.options, Options.of([sampling], [seed], self.options.key.device), strict=True):
+            x[row] = value
+        self._hold_where_asked()
+        self.forget(row)
 
     def hold(self, row: int, tokens: Sequence[int]) -> None:
         """Tokens that a row holds from the start."""
@@ -129,6 +149,7 @@ class Sampler:
 
     def move(self, row: int, to: int) -> None:
         """A row has another place now."""
+        self.samplings[to] = self.samplings[row]
         for x in (*self.options, *([] if self.held is None else [self.held])):
             x[to] = x[row]
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from plait.engine.sampling import GREEDY, Sampler, Sampling
+from plait.engine.sampling import GREEDY, Narrowing, Sampler, Sampling
 from plait.model.language_model import LanguageModel
 from plait.ops.matvec import OneRow
 from plait.state import Pool, PoolRows
@@ -76,7 +76,7 @@ class Step:
         spare = pool.rows + 1 - len(samplings)  # the last row is nobody's
         self.sampler = Sampler([*samplings, *[Sampling()] * spare], [*seeds, *[0] * spare], self.vocab, pool.device)
         self.tokens = torch.zeros(pool.rows + 1, dtype=torch.int64, device=pool.device)
-        self.captured: dict[int, Captured] = {}
+        self.captured: dict[tuple[int, Narrowing], Captured] = {}
         self._tensors = pool.tensors
 
     def __call__(self, at: PoolRows) -> Int[Tensor, " b"]:
@@ -119,9 +119,10 @@ class Step:
     def _graph(self, bucket: int) -> Captured:
         if self._tensors is not self.pool.tensors:  # the pool has grown into others
             self.captured, self._tensors = {}, self.pool.tensors
-        if bucket not in self.captured:
-            self.captured[bucket] = self._capture(bucket)
-        return self.captured[bucket]
+        key = bucket, self.sampler.narrowing  # what a row that joined later asks for may take other steps
+        if key not in self.captured:
+            self.captured[key] = self._capture(bucket)
+        return self.captured[key]
 
     def _capture(self, bucket: int) -> Captured:
         index = torch.full((bucket,), self.pool.rows, device=self.pool.device)

@@ -19,6 +19,10 @@ SURFACE = {
         *("run", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
         *("--repetition-penalty", "--stop", "--seed", "--device", "--dtype", "--import"),
     ],
+    "serve": [
+        *("run", "--host", "--port", "--rows", "--length", "--keep", "--max-tokens", "--name", "--device", "--dtype"),
+        "--import",
+    ],
     "export": ["run", "out", "--to", "--dtype", "--import"],
     "eval": [
         *("run", "measures", "--text", "--context", "--tokens", "--lengths", "--pairs", "--depths", "--questions"),

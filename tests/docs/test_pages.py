@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 QUICK = ("steps=2", "batch=2", "data.length=16", "eval_tokens=64", "sample_every=0", "data.tokenizer=bytes")
-SLOW = ("bench", "demo", "selfcheck", "doctor", "chat")
+SLOW = ("bench", "demo", "selfcheck", "doctor", "chat", "serve")
 OPTION = re.compile(r"(?<!\S)--[a-z][\w-]*")
 
 
