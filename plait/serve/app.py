@@ -61,11 +61,12 @@ class Choice:
         ends = asked.ends(tokenizer)  # type: ignore[attr-defined]  # both forms have it
         self.request = Request(ids, most, tell, asked.sampling(), seed, ends)
         self._batch, self._text, self.reason = batch, StoppedText(tokenizer.stream(after=ids), asked.stops()), "stop"
-        batch.submit(self.request)
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Text as soon as it is certain; `reason` afterwards. Left early, the request leaves the batch."""
+        """Text as soon as it is certain; `reason` afterwards. The request is in the batch from the first piece asked for until
+        nobody asks for more."""
         count = 0
+        self._batch.submit(self.request)
         try:
             while not self._text.ended:
                 told = await self._told.get()
