@@ -30,7 +30,7 @@ from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
 from plait.train.config import RunConfig, from_folder, to_yaml
 from plait.train.delay import asleep, begins, without
 from plait.train.display import Display
-from plait.train.errors import Interrupted, NonFinite, SaveFailed, TrainingStopped, Unsolved
+from plait.train.errors import Ended, Interrupted, NonFinite, SaveFailed, TrainingStopped, Unsolved
 from plait.train.guard import first_nonfinite, weights_finite
 from plait.train.heldout import HeldOut
 from plait.train.inputs import Batches, Inputs, own_inputs, text_inputs
@@ -64,9 +64,10 @@ def train(
     `batches` stand in for the text of `run.data`, and `heldout()` gives those to measure on.
     `sample(model, tokenizer, prompt)` gives the text that is shown and logged every `sample_every` steps.
     `console` is where progress goes: standard error unless given; `Console(quiet=True)` for none.
-    `ranks` are the processes that train this run together, each of which calls this; one unless given.
+    `ranks` are the processes that train this run together, each of which calls this with `plait.train.ranks.Distributed()`;
+    one unless given.
     Raises ValueError and OSError for a run that cannot begin, and TrainingStopped for one that had to stop, which is
-    Interrupted, NonFinite, Unsolved or SaveFailed. In each case the checkpoints written before are whole.
+    Interrupted, NonFinite, Unsolved, SaveFailed or Ended. In each case the checkpoints written before are whole.
     """
     if not isinstance(run, RunConfig):
         raise TypeError(f"expected a RunConfig, which plait.train.load_run reads from a file, got {type(run).__name__}")
@@ -256,7 +257,11 @@ class _Training:
     def queue(self) -> _Queued:
         """The next step: gradients, and the weights moved by them where all of it is finite."""
         run, position, ranks, started = self.run, self.position, self.ranks, time.perf_counter()
-        ready, channels = next(self.loader), Channels()
+        try:
+            ready, channels = next(self.loader), Channels()
+        except StopIteration:
+            self.settle()
+            raise self.stopped(Ended, f"batches ended after step {position.step} of {run.steps}: give endless ones") from None
         batch = ready.batch
         scored, tokens = ranks.sum(int(self.objective.count(batch)), batch.inputs.numel())
         with self.solving(f"step {position.step + 1}"):
