@@ -91,8 +91,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     eval_every, sample_every, save_every: steps between; 0: only at the end (a sample: never).
     eval_tokens: held-out tokens after which an evaluation ends, with the piece that it is in.
     sample_prompt: what a sample continues.             keep_last: how many checkpoints stay.
-    resume: "auto": go on where the folder has a checkpoint of this same run; true: there must be one, and what is not
-        fixed by it (see FIXED) may have changed; false: the folder must have none.
+    resume: "auto": go on where the folder has a checkpoint of this same run; true: there must be one, and all but design,
+        data, start, lora, optimizer and seed may have changed; false: the folder must have none.
     """
 
     design: Any = None
