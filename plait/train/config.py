@@ -70,7 +70,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     lora: train low-rank additions to the projections of `start` alone, and keep those (see LoRA): {rank: 16}.
 
     steps: optimizer steps.                             batch: sequences in a step.
-    accumulate: parts that a step's sequences are run in, to save memory; changes no number but by rounding.
+    accumulate: parts that a step's sequences are run in, to save memory; changes no number but by rounding, unless lora drops
+        out, or experts have a balance loss, which is of a part's tokens.
     optimizer: "adamw", or "muon": Muon for the matrices inside the slots and AdamW for everything else.
     lr: peak learning rate, for both.                   betas: AdamW's.
     weight_decay: not on norms, biases, A_log, dt_bias, D, depthwise convolutions and other vectors.

@@ -93,7 +93,7 @@ def train(
         optimizers = Optimizers(model, run)
         if before is not None:
             before.restore(optimizers, inputs.batches)
-        introduce(display, run, model, inputs, before)
+        introduce(display, run, model, inputs, before, delayed)
         if writes and position.step < run.steps:  # else nothing will happen here, and the run stays what it was
             if inputs.tokenizer is not None:
                 inputs.tokenizer.save(folder / "tokenizer")
@@ -150,7 +150,12 @@ def stored(run: RunConfig) -> RunConfig:
 
 
 def introduce(
-    display: Display, run: RunConfig, model: LanguageModel, inputs: Inputs, before: Checkpoint | None
+    display: Display,
+    run: RunConfig,
+    model: LanguageModel,
+    inputs: Inputs,
+    before: Checkpoint | None,
+    delayed: dict[str, int],
 ) -> None:
     """What is about to be done: the model, the device, the text, the folder."""
     device, count = model.device, sum(parameter.numel() for parameter in model.parameters())
@@ -162,6 +167,10 @@ def introduce(
     display.note(inputs.summary)
     if run.precision == "bfloat16" and fast_dtype(device) != torch.bfloat16:
         display.note(f"precision bfloat16 is slow on this {device.type}, which has no instructions for it: use float32")
+    if never := [address for address, first in delayed.items() if first >= run.steps]:
+        display.note(
+            f"delayed: {', '.join(never)} would begin after the last of {run.steps:,} steps, and learn nothing here"
+        )
     if before is not None:
         display.note(f"{'going on from' if before.position.step < run.steps else 'finished:'} {before.path}")
     elif run.start is not None:
@@ -261,7 +270,9 @@ class _Training:
             ready, channels = next(self.loader), Channels()
         except StopIteration:
             self.settle()
-            raise self.stopped(Ended, f"batches ended after step {position.step} of {run.steps}: give endless ones") from None
+            raise self.stopped(
+                Ended, f"batches ended after step {position.step} of {run.steps}: give endless ones"
+            ) from None
         batch = ready.batch
         scored, tokens = ranks.sum(int(self.objective.count(batch)), batch.inputs.numel())
         with self.solving(f"step {position.step + 1}"):

@@ -123,7 +123,9 @@ def test_batches_that_end(tmp_path, quiet):
             return super().__next__()
 
     run = RunConfig(design=WAVES, folder=str(tmp_path / "run"), steps=5, save_every=2, device="cpu")
-    with pytest.raises(Ended, match="^batches ended after step 3 of 5: give endless ones; the last good .*step-000002$"):
+    with pytest.raises(
+        Ended, match="^batches ended after step 3 of 5: give endless ones; the last good .*step-000002$"
+    ):
         train(run, objective=Regression, batches=Three(), console=quiet)
     assert train(run, objective=Regression, batches=Waves(), console=quiet).done == 3
 
