@@ -176,7 +176,8 @@ def one_line(error: BaseException) -> str:
         return "interrupted" if isinstance(error, KeyboardInterrupt) else "terminated"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = error.filename if error.filename is not None else "standard output" if _in_a_print(error) else None
-        return f"{where}: {error.strerror}" if where is not None else error.strerror
+        right = "; expected a folder" if isinstance(error, FileExistsError | NotADirectoryError) else ""
+        return f"{where}: {error.strerror}{right}" if where is not None else error.strerror
     if isinstance(error, EXPECTED) and text:
         return text
     if isinstance(error, MemoryError):

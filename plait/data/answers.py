@@ -83,7 +83,8 @@ def _documents(record: dict[str, Any], tokenizer: Tokenizer) -> Iterator[Answere
 
 def _no_form(record: dict[str, Any], expected: str) -> str:
     """What is wrong with a record that has no answers in it."""
-    near = next((hint for key in record if (hint := nearest(key, (MESSAGES, PROMPT, COMPLETION)))), "")
+    missing = [name for name in (MESSAGES, PROMPT, COMPLETION) if name not in record]
+    near = next((hint for key in record if (hint := nearest(key, missing))), "")
     shown = ", ".join(repr(key) for key in list(record)[:12]) or "none"
     return f"expected {expected}, its fields are {shown}{near}"
 

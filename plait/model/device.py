@@ -25,8 +25,8 @@ def find_device(device: str | torch.device) -> torch.device:
         raise ValueError("device 'meta' holds no numbers; expected auto, cpu, cuda or cuda:INDEX")
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]  # what comes after is advice on building torch
         raise ValueError(f"device {str(device)!r}: {reason}; expected auto, cpu, cuda or cuda:INDEX") from None
 
 

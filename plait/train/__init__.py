@@ -8,6 +8,7 @@ from plait.run_folder import latest as latest
 from plait.train.config import DataConfig as DataConfig
 from plait.train.config import RunConfig as RunConfig
 from plait.train.config import load_run as load_run
+from plait.train.errors import Ended as Ended
 from plait.train.errors import Interrupted as Interrupted
 from plait.train.errors import NonFinite as NonFinite
 from plait.train.errors import SaveFailed as SaveFailed

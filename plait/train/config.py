@@ -70,7 +70,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     lora: train low-rank additions to the projections of `start` alone, and keep those (see LoRA): {rank: 16}.
 
     steps: optimizer steps.                             batch: sequences in a step.
-    accumulate: parts that a step's sequences are run in, to save memory; changes no number but by rounding.
+    accumulate: parts that a step's sequences are run in, to save memory; changes no number but by rounding, unless lora drops
+        out, or experts have a balance loss, which is of a part's tokens.
     optimizer: "adamw", or "muon": Muon for the matrices inside the slots and AdamW for everything else.
     lr: peak learning rate, for both.                   betas: AdamW's.
     weight_decay: not on norms, biases, A_log, dt_bias, D, depthwise convolutions and other vectors.
@@ -91,8 +92,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, tag=False):
     eval_every, sample_every, save_every: steps between; 0: only at the end (a sample: never).
     eval_tokens: held-out tokens after which an evaluation ends, with the piece that it is in.
     sample_prompt: what a sample continues.             keep_last: how many checkpoints stay.
-    resume: "auto": go on where the folder has a checkpoint of this same run; true: there must be one, and what is not
-        fixed by it (see FIXED) may have changed; false: the folder must have none.
+    resume: "auto": go on where the folder has a checkpoint of this same run; true: there must be one, and all but design,
+        data, start, lora, optimizer and seed may have changed; false: the folder must have none.
     """
 
     design: Any = None

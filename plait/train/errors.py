@@ -29,3 +29,7 @@ class Unsolved(TrainingStopped):
 
 class SaveFailed(TrainingStopped):
     """The disk refused a checkpoint; the ones before it are whole."""
+
+
+class Ended(TrainingStopped):
+    """The batches of one's own came to an end before the run's last step."""

@@ -30,7 +30,7 @@ from plait.train.checkpoint import Checkpoint, Position, save_checkpoint
 from plait.train.config import RunConfig, from_folder, to_yaml
 from plait.train.delay import asleep, begins, without
 from plait.train.display import Display
-from plait.train.errors import Interrupted, NonFinite, SaveFailed, TrainingStopped, Unsolved
+from plait.train.errors import Ended, Interrupted, NonFinite, SaveFailed, TrainingStopped, Unsolved
 from plait.train.guard import first_nonfinite, weights_finite
 from plait.train.heldout import HeldOut
 from plait.train.inputs import Batches, Inputs, own_inputs, text_inputs
@@ -64,9 +64,10 @@ def train(
     `batches` stand in for the text of `run.data`, and `heldout()` gives those to measure on.
     `sample(model, tokenizer, prompt)` gives the text that is shown and logged every `sample_every` steps.
     `console` is where progress goes: standard error unless given; `Console(quiet=True)` for none.
-    `ranks` are the processes that train this run together, each of which calls this; one unless given.
+    `ranks` are the processes that train this run together, each of which calls this with `plait.train.ranks.Distributed()`;
+    one unless given.
     Raises ValueError and OSError for a run that cannot begin, and TrainingStopped for one that had to stop, which is
-    Interrupted, NonFinite, Unsolved or SaveFailed. In each case the checkpoints written before are whole.
+    Interrupted, NonFinite, Unsolved, SaveFailed or Ended. In each case the checkpoints written before are whole.
     """
     if not isinstance(run, RunConfig):
         raise TypeError(f"expected a RunConfig, which plait.train.load_run reads from a file, got {type(run).__name__}")
@@ -92,7 +93,7 @@ def train(
         optimizers = Optimizers(model, run)
         if before is not None:
             before.restore(optimizers, inputs.batches)
-        introduce(display, run, model, inputs, before)
+        introduce(display, run, model, inputs, before, delayed)
         if writes and position.step < run.steps:  # else nothing will happen here, and the run stays what it was
             if inputs.tokenizer is not None:
                 inputs.tokenizer.save(folder / "tokenizer")
@@ -149,7 +150,12 @@ def stored(run: RunConfig) -> RunConfig:
 
 
 def introduce(
-    display: Display, run: RunConfig, model: LanguageModel, inputs: Inputs, before: Checkpoint | None
+    display: Display,
+    run: RunConfig,
+    model: LanguageModel,
+    inputs: Inputs,
+    before: Checkpoint | None,
+    delayed: dict[str, int],
 ) -> None:
     """What is about to be done: the model, the device, the text, the folder."""
     device, count = model.device, sum(parameter.numel() for parameter in model.parameters())
@@ -161,6 +167,10 @@ def introduce(
     display.note(inputs.summary)
     if run.precision == "bfloat16" and fast_dtype(device) != torch.bfloat16:
         display.note(f"precision bfloat16 is slow on this {device.type}, which has no instructions for it: use float32")
+    if never := [address for address, first in delayed.items() if first >= run.steps]:
+        display.note(
+            f"delayed: {', '.join(never)} would begin after the last of {run.steps:,} steps, and learn nothing here"
+        )
     if before is not None:
         display.note(f"{'going on from' if before.position.step < run.steps else 'finished:'} {before.path}")
     elif run.start is not None:
@@ -256,7 +266,13 @@ class _Training:
     def queue(self) -> _Queued:
         """The next step: gradients, and the weights moved by them where all of it is finite."""
         run, position, ranks, started = self.run, self.position, self.ranks, time.perf_counter()
-        ready, channels = next(self.loader), Channels()
+        try:
+            ready, channels = next(self.loader), Channels()
+        except StopIteration:
+            self.settle()
+            raise self.stopped(
+                Ended, f"batches ended after step {position.step} of {run.steps}: give endless ones"
+            ) from None
         batch = ready.batch
         scored, tokens = ranks.sum(int(self.objective.count(batch)), batch.inputs.numel())
         with self.solving(f"step {position.step + 1}"):

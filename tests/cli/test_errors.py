@@ -47,6 +47,7 @@ WRONG = {
     ("show", "AF", "hidden=3"): (1, "did you mean 'layers.F.hidden'"),
     ("train", "design=(AF"): (1, "column 4"),
     ("train", "design=AF", "folder="): (1, "expected a file's or folder's name"),
+    ("train", "design=AF", "design.dim=64", f"folder={__file__}"): (1, "File exists; expected a folder"),
     ("train", "design=AF", "lr=.inf"): (1, "lr: expected a finite number, got inf"),
     ("generate", "tiny", "x"): (1, "plait train design=tiny"),
     ("generate", ".", "x"): (1, "expected a saved model or a run"),

@@ -140,7 +140,11 @@ def test_a_file_says_by_its_first_record_whether_it_holds_answers(records, write
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "a", "completon": "b"}, "line 2: expected 'messages', or 'prompt' and 'completion'.*did you mean"),
+        (
+            {"prompt": "a", "completon": "b"},
+            "line 2: expected 'messages', or 'prompt' and 'completion'.*did you mean 'completion'",
+        ),
+        ({"prompt": "a"}, "line 2: expected 'messages', or 'prompt' and 'completion', its fields are 'prompt'$"),
         ({"prompt": "a", "completion": " "}, "line 2: 'completion' is empty: there is no answer"),
         ({"prompt": 3, "completion": "b"}, "line 2: field 'prompt' is int; expected a string"),
         ({"messages": []}, "line 2: 'messages' is empty"),

@@ -1,10 +1,12 @@
 """Layers that begin to contribute later: until then they add nothing and stay what they are."""
 
+import io
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from plait.opening import load
 from plait.run_folder import checkpoints
@@ -41,6 +43,13 @@ def test_resumed_it_sleeps_as_long(make_run, quiet):
             result = train(parts.replace(steps=steps, **own), console=quiet)
         ways.append([record["loss"] for record in result.history if "loss" in record])
     assert ways[0] == ways[1]
+
+
+@pytest.mark.parametrize(("steps", "said"), [(2, True), (3, False)])
+def test_one_that_never_wakes_is_named(make_run, steps, said):
+    out = io.StringIO()
+    train(make_run("AF", steps=steps, delayed={"A": 2}), console=Console(file=out, width=200))
+    assert ("delayed: A#0 would begin after the last of 2 steps" in out.getvalue()) is said
 
 
 @pytest.mark.parametrize(

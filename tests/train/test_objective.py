@@ -11,7 +11,7 @@ import torch
 import plait
 from plait.data import ByteTokenizer, prepare
 from plait.model import Distillation, Regression
-from plait.train import RunConfig, train
+from plait.train import Ended, RunConfig, train
 from plait.train.heldout import heldout_documents
 
 
@@ -107,14 +107,35 @@ class Rows(SimpleNamespace):
         return Rows(self.inputs.to(device), self.targets.to(device))
 
 
+WAVES = {
+    "dim": 64,
+    "pattern": "DF",
+    "front": {"kind": "vectors", "features": 1},
+    "head": {"kind": "regression", "outputs": 1},
+}
+
+
+def test_batches_that_end(tmp_path, quiet):
+    class Three(Waves):
+        def __next__(self):
+            if self.step == 3:
+                raise StopIteration
+            return super().__next__()
+
+    run = RunConfig(design=WAVES, folder=str(tmp_path / "run"), steps=5, save_every=2, device="cpu")
+    with pytest.raises(
+        Ended, match="^batches ended after step 3 of 5: give endless ones; the last good .*step-000002$"
+    ):
+        train(run, objective=Regression, batches=Three(), console=quiet)
+    assert train(run, objective=Regression, batches=Waves(), console=quiet).done == 3
+
+
 def test_regression_on_batches_of_ones_own(tmp_path, quiet):
     """Trained, accumulated, saved, resumed to the bit, measured."""
-    design = {"dim": 64, "pattern": "DF", "front": {"kind": "vectors", "features": 1}}
-    design["head"] = {"kind": "regression", "outputs": 1}
 
     def run(folder, steps, **changes):
         return RunConfig(
-            design=design, folder=str(tmp_path / folder), steps=steps, device="cpu", warmup=0.0, lr_end=1.0, **changes
+            design=WAVES, folder=str(tmp_path / folder), steps=steps, device="cpu", warmup=0.0, lr_end=1.0, **changes
         )
 
     def go(folder, steps, **changes):
