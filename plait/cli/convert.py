@@ -66,12 +66,12 @@ def command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text to train on, as data.source names it. [default: what the teacher's run read, else stdlib]"
+            help="Text to train on, as data.source names it. (default: what the teacher's run read, else stdlib)"
         ),
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Tokens that training reads in all: 500k, 150M. [default: one for every two weights]"),
+        typer.Option(help="Tokens that training reads in all: 500k, 150M. (default: one for every two weights)"),
     ] = None,
     out: Annotated[str, typer.Option(help="Where the stages, the report and the converted model go.")] = DEFAULT_OUT,
     stage: Annotated[
