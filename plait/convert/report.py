@@ -54,7 +54,7 @@ def rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         if not isinstance(theirs, Mapping):
             yield name, *_cells(name, theirs, ours)
             continue
-        for length in (min(theirs, key=int), max(theirs, key=int)):
+        for length in dict.fromkeys((min(theirs, key=int), max(theirs, key=int))):
             yield f"{name} at {int(length):,}", *_cells(name, theirs[length], ours[length])
 
 

@@ -102,6 +102,20 @@ def test_a_mixer_that_takes_no_such_heads_says_which_it_can(plait, words, tmp_pa
     )
 
 
+def test_a_teacher_of_few_positions_is_measured_within_them(plait, words, tmp_path):
+    few = library.ModelConfig(vocab=257, dim=64, pattern="(AF)2", front=library.Tokens(positions=36))
+    library.save(library.build(few), tmp_path / "few", ByteTokenizer())
+    words = [str(tmp_path / "few"), *words[1:], "--budget", "640", "--json"]
+    for asked in (["--measure", "needle", "--to", "DF AF"], ["--select", "recall", "--mixer", "D"]):
+        ran = plait("convert", *words, *asked)
+        message = f"{' '.join(asked[:2])}: asks in texts of 512 tokens at least, and the teacher's positions end at 36"
+        assert ran.code == 1 and message in ran.json["error"]
+        assert not (tmp_path / "out").exists()
+    ran = plait("convert", *words, "--to", "DF AF")
+    assert ran.code == 0 and set(ran.json["student"]["measured"]["decode ms"]) == {"18"}
+    assert (tmp_path / "out" / "report.html").read_text().count("<td>decode ms at 18</td>") == 1
+
+
 def test_a_run_brings_its_own_text(run_folder, transformer, tmp_path):
     """The demo's transformer is held out on what it was not trained on."""
     from plait.cli.convert import conversion, known_data
