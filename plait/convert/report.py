@@ -85,7 +85,7 @@ def plan_picture(plan: Mapping[str, Any]) -> str:
     places, keep = plan["places"], set(plan.get("keep", ()))
     stays = [place in keep for place in places]
     scores = plan.get("scores") or {place: float(place in keep) for place in places}
-    label = f"score by {plan['rule']}" if plan.get("scores") else "stays"
+    label = f"score by {plan.get('rule', 'list')}" if plan.get("scores") else "stays"
     return plots.bars("plan", label, places, [scores[place] for place in places], stays, "stays attention, replaced")
 
 

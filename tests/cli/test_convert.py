@@ -37,6 +37,12 @@ def test_a_transformer_becomes_a_hybrid(plait, words, tmp_path):
     assert plait("eval", str(out / "distil"), "ppl").code == 0
 
 
+def test_a_list_of_layers_that_stay_is_reported(plait, words, tmp_path):
+    ran = plait("convert", *words, "--mixer", "D", "--keep", "A#1", "--budget", "640", "--json")
+    assert ran.code == 0, ran.err
+    assert "1 of 2 attention layers stay, chosen by list" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_plan_alone_trains_nothing_and_is_gone_on_with(plait, words, tmp_path):
     ran = plait("convert", "plan", *words, "--mixer", "M", "--keep", "1", "--select", "kl", "--json")
     assert ran.code == 0, ran.err
