@@ -99,7 +99,10 @@ def plan_words(plan: Mapping[str, Any]) -> str:
 
 
 def _kinds(mixer: Mapping[str, Any]) -> str:
-    return mixer["kind"] if "kind" in mixer else " beside ".join(branch["kind"] for branch in mixer["branches"])
+    if "branches" in mixer:
+        return " beside ".join(map(_kinds, mixer["branches"]))
+    seen = f" with a window of {mixer['window']:,}" if mixer.get("window") else ""
+    return f"{mixer['kind']}{seen}"
 
 
 def by_length(name: str, values: Mapping[str, float]) -> plots.Line:

@@ -124,7 +124,7 @@ def test_a_pattern_puts_windows_in_the_place_of_attention(make_asked, quiet, tmp
     Stages(make_asked(to="WF AF"), quiet).upto("transfer")
     student = plait.load(tmp_path / "out/transfer").design
     first, second = student.slots[::2]
-    assert (first.layer.window, second.layer.window) == (512, None)
+    assert (first.layer.window, second.layer.window) == (512, None) and student.pattern == "WFAF"
     layer = plait.Attention(heads=4, head_dim=16, window=8)
     design = plait.ModelConfig(vocab=257, dim=64, pattern="WF AF", layers={"W": layer})
     plait.save(plait.build(design, seed=3), tmp_path / "windowed", ByteTokenizer())
