@@ -40,7 +40,7 @@ Changes = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the design: dim=768 layers.A.heads=4"),
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="float32 or bfloat16. [default: what the device multiplies matrices fast in]")
+    str | None, typer.Option(help="float32 or bfloat16. (default: what the device multiplies matrices fast in)")
 ]
 
 
@@ -107,10 +107,10 @@ def decode(
     changes: Changes = None,
     context: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Tokens that a sequence has behind it; may be given again. [default: 64 and 16384]"),
+        typer.Option(min=1, help="Tokens that a sequence has behind it; may be given again. (default: 64 and 16384)"),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Sequences in a step; may be given again. [default: 1]")
+        list[int] | None, typer.Option(min=1, help="Sequences in a step; may be given again. (default: 1)")
     ] = None,
     precision: Precision = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after others that are not.")] = 64,

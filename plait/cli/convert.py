@@ -38,7 +38,7 @@ NEEDS = {
     "prune": "prune=25%",
     "finish": "finish_share=0.1",
 }  # for a stage to be there
-ROOM = 64  # tokens that timing takes
+TIMED, ROOM = 32, 64  # tokens that are timed after a context, and those that there is room for
 COMMONSENSE, QUESTIONS = ("arc_easy", "hellaswag", "piqa"), 200  # what halo calls that
 
 
@@ -66,12 +66,12 @@ def command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text to train on, as data.source names it. [default: what the teacher's run read, else stdlib]"
+            help="Text to train on, as data.source names it. (default: what the teacher's run read, else stdlib)"
         ),
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Tokens that training reads in all: 500k, 150M. [default: one for every two weights]"),
+        typer.Option(help="Tokens that training reads in all: 500k, 150M. (default: one for every two weights)"),
     ] = None,
     out: Annotated[str, typer.Option(help="Where the stages, the report and the converted model go.")] = DEFAULT_OUT,
     stage: Annotated[
@@ -110,6 +110,7 @@ def command(
     asked = conversion(rest[0], out, data, budget, given, rest[1:])
     if not asked.has(last):
         raise ValueError(f"--stage {last}: nothing is asked for there; give {NEEDS[last]}, or leave it out")
+    check_positions(asked, measures)
     stages = Stages(asked, screen, scores(asked, tasks))
     again = command_line(
         only_plan, arguments, given | {"data": data, "budget": budget, "measure": measure, "tasks": tasks}, out
@@ -149,6 +150,22 @@ def conversion(
         {"data": DataConfig, "training": RunConfig} | dict.fromkeys(("align", "distil", "finish"), RunConfig),
     )
     return Conversion(**override(base | said | tokens, asked))
+
+
+def check_positions(asked: Conversion, measures: "Mapping[str, Callable[..., Any]]") -> None:
+    """Raise ValueError where recall or needles are asked for, and the teacher's positions end before their shortest text."""
+    from plait.evaluate.recall import LENGTHS
+    from plait.model import LanguageModel
+    from plait.opening import folder_design
+
+    asking = [f"--select {asked.select}"] if asked.select in SCORED else []
+    asking += [f"--measure {name}" for name in measures if name in ("recall", "needle")]
+    most = LanguageModel.limit(folder_design(asked.teacher)) if asking else None
+    if most is not None and most < LENGTHS[0]:
+        raise ValueError(
+            f"{asking[0]}: asks in texts of {LENGTHS[0]:,} tokens at least, and the teacher's positions end at {most:,}; leave "
+            "it out"
+        )
 
 
 def known_data(teacher: str) -> dict[str, Any]:
@@ -266,11 +283,12 @@ def measured(screen: "Console", asked: str | None, tasks: str | None) -> "dict[s
 def speed(model: "LanguageModel", tokenizer: "Tokenizer") -> dict[str, Any]:
     """Milliseconds a token and bytes of state, by tokens of context, as far as positions go."""
     from plait.convert.report import STATE
-    from plait.evaluate.speed import speeds
+    from plait.evaluate.speed import WARM_UP, speeds
 
     most = model.max_positions or CONTEXTS[-1] * 2
     contexts = CONTEXTS[:-1] if model.device.type == "cpu" else CONTEXTS
-    found = speeds(model, [n for n in contexts if n + ROOM <= most] or [max(1, most // 2)])
+    fit = [n for n in contexts if n + ROOM <= most] or [max(1, most // 2)]
+    found = speeds(model, fit, tokens=max(1, min(TIMED, most - fit[-1] - WARM_UP)))
     return {
         "decode ms": {speed.context: speed.decode_ms for speed in found},
         STATE: {speed.context: speed.state_bytes for speed in found},

@@ -47,30 +47,31 @@ def command(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text, as data.source names it: to measure on [the run's held-out text], to hide facts in [stdlib]."
+            help="Text, as data.source names it: to measure on (default: the run's held-out text), to hide facts in "
+            "(default: stdlib)."
         ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="ppl: tokens of context at most. [default: as in training, where that is known]")
+        int | None, typer.Option(help="ppl: tokens of context at most. (default: as in training, where that is known)")
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="ppl: stop at the end of the piece in which this many tokens are reached.")
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="recall, needle: tokens of the texts, as 512,2048. [default: 512,1024,2048]")
+        str | None, typer.Option(help="recall, needle: tokens of the texts, as 512,2048. (default: 512,1024,2048)")
     ] = None,
-    pairs: Annotated[str | None, typer.Option(help="recall: facts in a text. [default: 4,16]")] = None,
+    pairs: Annotated[str | None, typer.Option(help="recall: facts in a text. (default: 4,16)")] = None,
     depths: Annotated[
-        str | None, typer.Option(help="needle: percent of the text before the fact. [default: 0,25,50,75,100]")
+        str | None, typer.Option(help="needle: percent of the text before the fact. (default: 0,25,50,75,100)")
     ] = None,
     questions: Annotated[
         int | None,
         typer.Option(
-            help="recall, needle: questions of a kind [default: 20]; lm: the first of the file [default: all]."
+            help="recall, needle: questions of a kind (default: 20); lm: the first of the file (default: all)."
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="recall, needle: equal seeds ask equal questions. [default: 0]")
+        int | None, typer.Option(help="recall, needle: equal seeds ask equal questions. (default: 0)")
     ] = None,
     data: Annotated[str | None, typer.Option(help="lm: the folder of the sets' files.")] = None,
     device: Device = "auto",

@@ -20,7 +20,7 @@ def command(
     ],
     out: Annotated[str, typer.Argument(help="The folder to write; made if it is not there.")],
     to: Annotated[
-        str | None, typer.Option(help="The family, as transformers' model_type. [default: the one it was read from]")
+        str | None, typer.Option(help="The family, as transformers' model_type. (default: the one it was read from)")
     ] = None,
     dtype: Dtype = None,
     imports: Imports = None,

@@ -15,4 +15,4 @@ RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: make tokens tha
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")]
 Seed = Annotated[int | None, typer.Option(help="Equal seeds give equal samples.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
-Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16. [default: as it is]")]
+Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16. (default: as it is)")]

@@ -29,7 +29,7 @@ def command(
     law: Annotated[list[str] | None, typer.Option(help="Check this law alone; may be given again.")] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="float64, float32 or bfloat16 alone; may be given again. [default: the first two]"),
+        typer.Option(help="float64, float32 or bfloat16 alone; may be given again. (default: the first two)"),
     ] = None,
     everything: Annotated[
         bool,

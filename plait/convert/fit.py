@@ -123,6 +123,12 @@ def fitted(attention: Attention, mixer: Mapping[str, Any] | Layer | str, where: 
     return read_layer({**default, **needed, **data}, where)
 
 
+def unsized(layer: Layer) -> dict[str, Any]:
+    """A layer as plain data, without the sizes that attention's weights decide."""
+    decided = SIZES[type(layer)](Attention(heads=1, kv_heads=1, head_dim=1)) if type(layer) in SIZES else {}
+    return {name: value for name, value in layer.to_dict().items() if name not in decided}
+
+
 def plain(mixer: Any, where: str = "plan") -> dict[str, Any]:
     """A layer config, a kind's name or a mapping as a mapping with its kind; a mapping without one changes attention. Raises
     ValueError, beginning with `where`, for what is none of them."""

@@ -7,7 +7,7 @@ before training. What comes of the gates is in `plait.convert.gates`.
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-from plait.convert.fit import fitted, plain
+from plait.convert.fit import fitted, plain, unsized
 from plait.design.layers import KINDS, Attention, Layer
 from plait.design.merges import MERGE_KINDS, Sum
 from plait.design.places import Node, ParallelPlace, Place
@@ -68,10 +68,10 @@ def target_data(attention: Attention, mixer: Any, where: str) -> dict[str, Any]:
 
 
 def standing_for(node: Node, bound: Mapping[str, Layer], where: str) -> dict[str, Any]:
-    """A place of a pattern as plain data, letters as they are `bound`. Raises ValueError for branches that a conversion cannot
-    put in a layer's place."""
+    """A place of a pattern as plain data, letters as they are `bound`, of the sizes that the layer needs in whose place they
+    stand. Raises ValueError for branches that a conversion cannot put there."""
     if isinstance(node, Place):
-        return bound[node.letter].to_dict()
+        return unsized(bound[node.letter])
     if node.merge != BEGINNING:
         raise ValueError(f"{where}: this merge does not begin at attention; leave it out, a conversion has its own")
     branches = []
@@ -80,7 +80,7 @@ def standing_for(node: Node, bound: Mapping[str, Layer], where: str) -> dict[str
             raise ValueError(f"{where}: a branch in attention's place is one mixer; expected such as '[D|A]'")
         layer = bound[branch[0].letter]
         own = isinstance(layer, Attention) and layer.window is None  # the teacher's, whatever it is at this place
-        branches.append({"kind": "attention"} if own else layer.to_dict())
+        branches.append({"kind": "attention"} if own else unsized(layer))
     return {BRANCHES: branches}
 
 

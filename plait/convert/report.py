@@ -54,7 +54,7 @@ def rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         if not isinstance(theirs, Mapping):
             yield name, *_cells(name, theirs, ours)
             continue
-        for length in (min(theirs, key=int), max(theirs, key=int)):
+        for length in dict.fromkeys((min(theirs, key=int), max(theirs, key=int))):
             yield f"{name} at {int(length):,}", *_cells(name, theirs[length], ours[length])
 
 
@@ -85,7 +85,7 @@ def plan_picture(plan: Mapping[str, Any]) -> str:
     places, keep = plan["places"], set(plan.get("keep", ()))
     stays = [place in keep for place in places]
     scores = plan.get("scores") or {place: float(place in keep) for place in places}
-    label = f"score by {plan['rule']}" if plan.get("scores") else "stays"
+    label = f"score by {plan.get('rule', 'list')}" if plan.get("scores") else "stays"
     return plots.bars("plan", label, places, [scores[place] for place in places], stays, "stays attention, replaced")
 
 
@@ -99,7 +99,10 @@ def plan_words(plan: Mapping[str, Any]) -> str:
 
 
 def _kinds(mixer: Mapping[str, Any]) -> str:
-    return mixer["kind"] if "kind" in mixer else " beside ".join(branch["kind"] for branch in mixer["branches"])
+    if "branches" in mixer:
+        return " beside ".join(map(_kinds, mixer["branches"]))
+    seen = f" with a window of {mixer['window']:,}" if mixer.get("window") else ""
+    return f"{mixer['kind']}{seen}"
 
 
 def by_length(name: str, values: Mapping[str, float]) -> plots.Line:

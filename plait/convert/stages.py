@@ -75,6 +75,7 @@ class Stages:
         does."""
         with alone_in(self.folder, "another conversion"):
             self.claim()
+            self.check_lengths()
             self.check_room()
             for stage in ORDER[: ORDER.index(last) + 1]:
                 plan = partial(self.make_plan, alone=last == ORDER[0])
@@ -102,6 +103,17 @@ class Stages:
             return
         if any(self.folder.glob("*.safetensors")) or latest(self.folder) is not None:
             raise ValueError(f"{self.folder} holds a model or a run: give another --out")
+
+    def check_lengths(self) -> None:
+        """Raise ValueError where a stage reads longer pieces than the teacher's positions go."""
+        asked, most = self.asked, LanguageModel.limit(folder_design(self.asked.teacher))
+        for stage, run in asked.runs().items():
+            if most is not None and run.data.length > most:
+                said = [name for name in (stage, "training") if "length" in getattr(asked, name)]
+                raise ValueError(
+                    f"{stage}: reads {run.data.length:,} tokens at once, and the teacher's positions end at {most:,}; give "
+                    f"{(said or ['data'])[0]}.length={most}"
+                )
 
     def check_room(self) -> None:
         """Raise ValueError where a stage that is to be done does not fit on the GPU, or its files on the disk."""

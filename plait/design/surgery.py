@@ -42,6 +42,12 @@ def standing(node: Node) -> list[Place]:
     return [branch[0] for branch in node.branches if len(branch) == 1 and isinstance(branch[0], Place)]
 
 
+def _goes_by(layer: Layer, bound: Layer) -> bool:
+    """Whether a letter bound to this may stand for the layer: of its kind, and a window only for a window."""
+    seen = getattr(bound, "window", None) is None, getattr(layer, "window", None) is None
+    return type(bound) is type(layer) and not bound.shared and seen[0] is seen[1]
+
+
 class _Rewriter:
     def __init__(self, design: ModelConfig, changes: Mapping[str, Any]):
         self.design, self.changes = design, changes
@@ -204,7 +210,7 @@ class _Rewriter:
     def _letter(self, layer: Layer) -> str:
         """A letter of this kind whose own settings the layer overrides or has; else a new one."""
         for name, bound in (*self.layers.items(), *((n, b) for n, b in LETTERS.items() if n not in self.layers)):
-            if type(bound) is type(layer) and not bound.shared and set(bound.to_dict()) <= set(layer.to_dict()):
+            if _goes_by(layer, bound) and set(bound.to_dict()) <= set(layer.to_dict()):
                 return name
         first = next((n for n, bound in LETTERS.items() if type(bound) is type(layer)), type(layer).__name__[0].upper())
         name = next(n for n in (f"{first}{c}" for c in "abcdefghijklmnopqrstuvwxyz") if n not in LETTERS | self.layers)

@@ -37,6 +37,12 @@ def test_a_transformer_becomes_a_hybrid(plait, words, tmp_path):
     assert plait("eval", str(out / "distil"), "ppl").code == 0
 
 
+def test_a_list_of_layers_that_stay_is_reported(plait, words, tmp_path):
+    ran = plait("convert", *words, "--mixer", "D", "--keep", "A#1", "--budget", "640", "--json")
+    assert ran.code == 0, ran.err
+    assert "1 of 2 attention layers stay, chosen by list" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_plan_alone_trains_nothing_and_is_gone_on_with(plait, words, tmp_path):
     ran = plait("convert", "plan", *words, "--mixer", "M", "--keep", "1", "--select", "kl", "--json")
     assert ran.code == 0, ran.err
@@ -100,6 +106,20 @@ def test_a_mixer_that_takes_no_such_heads_says_which_it_can(plait, words, tmp_pa
         ran.code == 1
         and "gated_deltanet with heads 3 cannot take these weights; what can has heads 1" in ran.json["error"]
     )
+
+
+def test_a_teacher_of_few_positions_is_measured_within_them(plait, words, tmp_path):
+    few = library.ModelConfig(vocab=257, dim=64, pattern="(AF)2", front=library.Tokens(positions=36))
+    library.save(library.build(few), tmp_path / "few", ByteTokenizer())
+    words = [str(tmp_path / "few"), *words[1:], "--budget", "640", "--json"]
+    for asked in (["--measure", "needle", "--to", "DF AF"], ["--select", "recall", "--mixer", "D"]):
+        ran = plait("convert", *words, *asked)
+        message = f"{' '.join(asked[:2])}: asks in texts of 512 tokens at least, and the teacher's positions end at 36"
+        assert ran.code == 1 and message in ran.json["error"]
+        assert not (tmp_path / "out").exists()
+    ran = plait("convert", *words, "--to", "DF AF")
+    assert ran.code == 0 and set(ran.json["student"]["measured"]["decode ms"]) == {"18"}
+    assert (tmp_path / "out" / "report.html").read_text().count("<td>decode ms at 18</td>") == 1
 
 
 def test_a_run_brings_its_own_text(run_folder, transformer, tmp_path):

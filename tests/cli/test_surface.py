@@ -1,5 +1,6 @@
 """The commands and flags there are: a change here is a change for everyone's scripts."""
 
+from rich.text import Text
 from typer.main import get_command
 
 from plait.cli.app import app
@@ -64,3 +65,10 @@ def test_every_command_says_what_it_does():
         for parameter in command.params:
             if parameter.param_type_name == "option":
                 assert parameter.help, (name, parameter.name)
+
+
+def test_help_is_printed_as_it_is_written():
+    """Help is read as rich's markup, in which a word in brackets is a style and not printed."""
+    for name, command in commands(get_command(app)).items():
+        for text in filter(None, [command.help, *(parameter.help for parameter in command.params)]):
+            assert Text.from_markup(text).plain == text, name

@@ -84,7 +84,8 @@ def test_a_kind_alone_and_changes_of_attention_are_layers_of_a_plan(tmp_path):
     (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
     plan = Plan.read(tmp_path / "plan.yaml")
     assert plan.replace == {"A#0": {"kind": "gru"}, "A#1": {"kind": "attention", "window": 8}}
-    assert plan_words(plan.to_dict() | {"places": ["A#0", "A#1", "A#2"]}).endswith("the others became attention, gru.")
+    words = plan_words(plan.to_dict() | {"places": ["A#0", "A#1", "A#2"]})
+    assert words.endswith("the others became attention with a window of 8, gru.")
 
 
 def test_a_plan_for_another_teacher_is_refused():

@@ -116,7 +116,7 @@ def test_kl_reads_the_student_that_it_is_given():
     teacher, data = teacher_of(), some_data()
     places = [f"A#{i}" for i in range(4)]
     same = student_of(teacher, Plan.of(teacher, "", dict.fromkeys(places, {"window": 16})))
-    same.place("A#2").o_proj.weight.data.zero_()
+    same.place("W#2").o_proj.weight.data.zero_()
     scores = RULES["kl"](teacher, request(student=same), data).scores
     assert scores["A#2"] == pytest.approx(divergence(teacher, same, data), abs=1e-12) and scores["A#2"] > 1e-3
     assert all(abs(scores[place]) <= 1e-12 for place in places if place != "A#2")
@@ -153,7 +153,7 @@ def test_learned_rules_find_the_layer_that_a_student_has_lost(rule):
     teacher, data = teacher_of(), some_data(5)
     places = [f"A#{i}" for i in range(4)]
     same = student_of(teacher, Plan.of(teacher, "", dict.fromkeys(places, {"window": 16})))
-    same.place("A#2").o_proj.weight.data.zero_()
+    same.place("W#2").o_proj.weight.data.zero_()
     before = [p.detach().clone() for p in (*teacher.parameters(), *same.parameters())]
     scores = RULES[rule](teacher, request(student=same, steps=10, rate=0.3 if rule == "gates" else 1e-6), data)
     assert choose(scores.scores, 1, rule) == ["A#2"] and scores.tokens > 0

@@ -122,13 +122,26 @@ def test_a_folder_may_be_moved_while_a_stage_is_stopped(make_asked, quiet, tmp_p
 def test_a_pattern_puts_windows_in_the_place_of_attention(make_asked, quiet, tmp_path):
     """And leaves the teacher's own where its letter stands."""
     Stages(make_asked(to="WF AF"), quiet).upto("transfer")
-    first, second = (place for place in plait.load(tmp_path / "out/transfer").design.slots[::2])
-    assert (first.layer.window, second.layer.window) == (512, None)
+    student = plait.load(tmp_path / "out/transfer").design
+    first, second = student.slots[::2]
+    assert (first.layer.window, second.layer.window) == (512, None) and student.pattern == "WFAF"
     layer = plait.Attention(heads=4, head_dim=16, window=8)
     design = plait.ModelConfig(vocab=257, dim=64, pattern="WF AF", layers={"W": layer})
     plait.save(plait.build(design, seed=3), tmp_path / "windowed", ByteTokenizer())
     Stages(make_asked(teacher=str(tmp_path / "windowed"), out=str(tmp_path / "o2"), to="WF DF"), quiet).upto("plan")
     assert Plan.read(tmp_path / "o2/plan.yaml").keep == ("W#0",)
+
+
+def test_a_letter_of_the_teachers_takes_the_sizes_of_attention(make_asked, quiet, tmp_path):
+    """In the place of attention; where the letter stands in the teacher, its sizes are its own."""
+    mamba = plait.Mamba2(heads=2, head_dim=32, state_dim=8, conv_width=3)
+    design = plait.ModelConfig(vocab=257, dim=64, pattern="MF AF", layers={"M": mamba})
+    plait.save(plait.build(design, seed=3), tmp_path / "hybrid", ByteTokenizer())
+    Stages(make_asked(teacher=str(tmp_path / "hybrid"), to="MF"), quiet).upto("transfer")
+    student = plait.load(tmp_path / "out/transfer").design
+    first, second = (place.layer for place in student.slots[::2])
+    assert (first.heads, first.head_dim, first.state_dim, first.conv_width) == (2, 32, 8, 3)
+    assert (second.heads, second.head_dim, second.state_dim, second.conv_width) == (1, 64, 64, 3)
 
 
 def test_a_teacher_of_few_positions_is_calibrated_within_them(make_asked, quiet, tmp_path):
@@ -139,6 +152,10 @@ def test_a_teacher_of_few_positions_is_calibrated_within_them(make_asked, quiet,
     how = {"teacher": str(tmp_path / "few"), "to": None, "mixer": ["D"], "keep": 1, "select": "kl"}
     Stages(make_asked(**how), quiet).upto("model")
     assert plait.load(tmp_path / "out").max_positions == 40
+    for key, changes in {"distil.length": {"distil": {"length": 41}}, "training.length": {"training": {"length": 99}}}.items():
+        with pytest.raises(ValueError, match=f"positions end at 40; give {key}=40"):
+            Stages(make_asked(**how | {"out": str(tmp_path / "long")} | changes), quiet).upto("model")
+        assert not (tmp_path / "long").exists()
 
 
 def test_a_plan_for_another_teacher_is_refused(make_asked, quiet, tmp_path, teacher_folder):
