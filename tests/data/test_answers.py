@@ -135,6 +135,11 @@ def test_a_file_says_by_its_first_record_whether_it_holds_answers(records, write
     assert answers_in(f"{records(PAIR)}:prompt") is None
     assert answers_in(f"{records(PAIR)}:messages") == "messages"
     assert answers_in(write("a.txt", "text")) is None
+    expected = "line 1: expected 'text', 'messages', or 'prompt' and 'completion', its fields are"
+    with pytest.raises(DataError, match=f"{expected} 'prompt', 'response'$"):
+        answers_in(records({"prompt": "a", "response": "b"}))
+    with pytest.raises(DataError, match=f"{expected} 'txt'; did you mean 'text'"):
+        answers_in(records({"txt": "a"}))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,9 @@ def test_what_holds_no_answer_is_refused_with_file_and_line(record, message, tok
 
 def test_messages_that_are_insisted_on_are_in_every_record(tokenizer, records, tmp_path):
     path = records({"messages": TALK}, PAIR)
-    with pytest.raises(DataError, match=f"^{path}, line 2: expected 'messages', its fields are 'prompt', 'completion'"):
+    with pytest.raises(
+        DataError, match=f"^{path}, line 2: expected 'messages', its fields are 'prompt', 'completion'$"
+    ):
         prepare_answers(f"{path}:messages", tokenizer(), tmp_path / "cache", length=60)
 
 
