@@ -100,6 +100,16 @@ def test_a_template_without_an_end_of_turn_learns_the_end_of_text(tokenizer, rec
     assert ours.ends == (ours.eos,)
 
 
+def test_a_call_of_a_tool_is_an_answer(tokenizer, records):
+    ours = tokenizer(
+        CHATML.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}call {{ c.name }}{% endfor %}")
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    (document,) = documents(records({"messages": [TALK[1], call]}), ours)
+    learned = [id for id, scored in zip(document.ids, document.scored, strict=True) if scored]
+    assert ours.decode(learned) == "call f"
+
+
 def test_batches_are_whole_records_of_which_answers_are_targets(tokenizer, records, tmp_path):
     ours, length = tokenizer(), 60
     talks = [{"messages": [*TALK[:2], {"role": "assistant", "content": f"{n} " + "yes " * n}]} for n in range(1, 30)]
