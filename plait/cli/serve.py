@@ -27,13 +27,13 @@ def command(
     rows: Annotated[int, typer.Option(min=1, help="Requests written at a time; others wait.")] = 8,
     length: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of a prompt and its answer, at most. [default: as far as positions go]"),
+        typer.Option(min=2, help="Tokens of a prompt and its answer, at most. (default: as far as positions go)"),
     ] = None,
     keep: Annotated[
         int, typer.Option(min=0, help="States of ended requests, from which prompts that begin so go on.")
     ] = 4,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, where a request does not say.")] = 1024,
-    name: Annotated[str | None, typer.Option(help="What clients call the model. [default: the folder's name]")] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. (default: the folder's name)")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     imports: Imports = None,

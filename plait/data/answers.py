@@ -36,17 +36,21 @@ class Answered:
 
 
 def answers_in(source: str | Path | Source) -> Form | None:
-    """How the first record of .jsonl files holds answers; None: it has a text, or the source is none of records."""
+    """How the first record of .jsonl files holds answers; None: it has a text, or the source is none of records.
+    Raises DataError where it holds neither."""
     opened = source if not isinstance(source, str | Path) else open_source(source)
     if not isinstance(opened, FileSource) or opened.field not in (None, MESSAGES):
         return None
     for _, path in opened.files:
         if path.suffix.lower() not in (".jsonl", ".ndjson"):
             return None
-        for _, record in jsonl_records(path, f"field {opened.field or FIELD!r}"):
+        for number, record in jsonl_records(path, f"field {opened.field or FIELD!r}"):
             if opened.field == MESSAGES:
                 return "messages"
-            return _form(record) if FIELD not in record else None
+            form = _form(record)
+            if form is None and FIELD not in record:
+                raise DataError(f"{path}, line {number}: {_no_form(record, f'{FIELD!r}, {HOLDS}', FIELD)}")
+            return form if FIELD not in record else None
     return None
 
 
@@ -81,10 +85,11 @@ def _documents(record: dict[str, Any], tokenizer: Tokenizer) -> Iterator[Answere
     raise DataError(_no_form(record, HOLDS))
 
 
-def _no_form(record: dict[str, Any], expected: str) -> str:
-    """What is wrong with a record that has no answers in it."""
-    missing = [name for name in (MESSAGES, PROMPT, COMPLETION) if name not in record]
-    near = next((hint for key in record if (hint := nearest(key, missing))), "")
+def _no_form(record: dict[str, Any], expected: str, *more: str) -> str:
+    """What is wrong with a record that has no answers in it, nor any of `more`."""
+    known = (MESSAGES, PROMPT, COMPLETION, *more)
+    missing = [name for name in known if name not in record]
+    near = next((hint for key in record if key not in known and (hint := nearest(key, missing))), "")
     shown = ", ".join(repr(key) for key in list(record)[:12]) or "none"
     return f"expected {expected}, its fields are {shown}{near}"
 
@@ -116,7 +121,8 @@ def check_messages(messages: Any) -> list[Message]:
             f"{MESSAGES!r} is {'empty' if messages == [] else type(messages).__name__}; expected a list of messages"
         )
     checked = [_message(place, message) for place, message in enumerate(messages)]
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in checked):
+    answers = (message for message in checked if message["role"] == "assistant")
+    if not any(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
         raise DataError("no message of the role 'assistant' says anything: there is no answer to learn")
     return checked
 

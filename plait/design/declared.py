@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from plait.design.model import ModelConfig
 from plait.design.norms import RMSNorm
-from plait.design.places import Node, Place
+from plait.design.places import Node, Place, prefixed
 from plait.design.weights import Constant, Normal, Weight, Weights
 
 
@@ -42,8 +42,8 @@ def lora_targets(design: ModelConfig) -> list[str]:
     """
     weights = (weight for slot in slot_weights(design) for weight in slot)
     matrices = [weight.name.rpartition(".") for weight in weights if weight.role == "matrix"]
-    adapted = {module for module, _, leaf in matrices if leaf != "weight"}
-    return [module for module, _, leaf in matrices if leaf == "weight" and module not in adapted]
+    apart = tuple(prefix for prefix, place in prefixed(design.slots) if place.layer.adapter_rank)
+    return [module for module, _, leaf in matrices if leaf == "weight" and not module.startswith(apart)]
 
 
 def _slot(design: ModelConfig, node: Node, name: str, uses: set[str]) -> Weights:

@@ -100,6 +100,16 @@ def test_a_template_without_an_end_of_turn_learns_the_end_of_text(tokenizer, rec
     assert ours.ends == (ours.eos,)
 
 
+def test_a_call_of_a_tool_is_an_answer(tokenizer, records):
+    ours = tokenizer(
+        CHATML.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}call {{ c.name }}{% endfor %}")
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    (document,) = documents(records({"messages": [TALK[1], call]}), ours)
+    learned = [id for id, scored in zip(document.ids, document.scored, strict=True) if scored]
+    assert ours.decode(learned) == "call f"
+
+
 def test_batches_are_whole_records_of_which_answers_are_targets(tokenizer, records, tmp_path):
     ours, length = tokenizer(), 60
     talks = [{"messages": [*TALK[:2], {"role": "assistant", "content": f"{n} " + "yes " * n}]} for n in range(1, 30)]
@@ -135,6 +145,11 @@ def test_a_file_says_by_its_first_record_whether_it_holds_answers(records, write
     assert answers_in(f"{records(PAIR)}:prompt") is None
     assert answers_in(f"{records(PAIR)}:messages") == "messages"
     assert answers_in(write("a.txt", "text")) is None
+    expected = "line 1: expected 'text', 'messages', or 'prompt' and 'completion', its fields are"
+    with pytest.raises(DataError, match=f"{expected} 'prompt', 'response'$"):
+        answers_in(records({"prompt": "a", "response": "b"}))
+    with pytest.raises(DataError, match=f"{expected} 'txt'; did you mean 'text'"):
+        answers_in(records({"txt": "a"}))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +186,9 @@ def test_what_holds_no_answer_is_refused_with_file_and_line(record, message, tok
 
 def test_messages_that_are_insisted_on_are_in_every_record(tokenizer, records, tmp_path):
     path = records({"messages": TALK}, PAIR)
-    with pytest.raises(DataError, match=f"^{path}, line 2: expected 'messages', its fields are 'prompt', 'completion'"):
+    with pytest.raises(
+        DataError, match=f"^{path}, line 2: expected 'messages', its fields are 'prompt', 'completion'$"
+    ):
         prepare_answers(f"{path}:messages", tokenizer(), tmp_path / "cache", length=60)
 
 

@@ -196,6 +196,18 @@ def test_hash_is_of_what_is_built():
             "not a multiple of nope_dim 48, so heads must be given",
         ),
         (
+            {"pattern": "L", "dim": 48},
+            "LatentAttention: dim 48 is not a multiple of 64, so heads and nope_dim must be given",
+        ),
+        (
+            {"pattern": "L", "layers": {"L": {"kind": "latent_attention", "heads": 100}}},
+            "LatentAttention: heads 100 are more than dim 64; change heads or give nope_dim",
+        ),
+        (
+            {"pattern": "L", "layers": {"L": {"kind": "latent_attention", "nope_dim": 1}}},
+            "rope_dim 1 is odd, which RoPE cannot turn",
+        ),
+        (
             {"pattern": "M", "layers": {"M": {"kind": "mamba2", "groups": 3, "heads": 4}}},
             "groups 3 does not divide heads 4",
         ),

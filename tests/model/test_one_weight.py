@@ -40,8 +40,8 @@ def test_shared_weights_stay_one(made):
     torch.testing.assert_close(other(TOKENS)[0].float(), model(TOKENS)[0])
 
 
-def adapted(**changes):
-    model = plait.build(plait.ModelConfig(vocab=31, dim=64, pattern="AF DF"))
+def adapted(pattern="AF DF", layers=None, **changes):
+    model = plait.build(plait.ModelConfig(vocab=31, dim=64, pattern=pattern, layers=layers or {}))
     adapt(model.train(changes.pop("training", True)), LoRA(rank=4, **changes), Base("below", "hash"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -53,6 +53,14 @@ def adapted(**changes):
 def test_additions_merge_into_the_weights_that_are_there():
     model = adapted()
     model.load_state_dict({name: x + 0.01 for name, x in model.state_dict().items()}, assign=True)
+    want = model(TOKENS)[0]
+    torch.testing.assert_close(merge(model)(TOKENS)[0], want, rtol=1e-4, atol=1e-4)  # float32, of sums in two orders
+
+
+def test_additions_leave_out_what_slots_share_where_only_a_part_of_it_is_adapted():
+    """Its weights are one, its modules are not: what is put on the first use's would be merged into all of them."""
+    shared = {"F": plait.SwiGLU(shared=True, adapter_rank=2, adapted=("up_proj",))}
+    model = adapted("(DF)2 [F|A]", shared)
     want = model(TOKENS)[0]
     torch.testing.assert_close(merge(model)(TOKENS)[0], want, rtol=1e-4, atol=1e-4)  # float32, of sums in two orders
 

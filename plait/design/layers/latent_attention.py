@@ -39,10 +39,12 @@ class LatentAttention(Mixer, frozen=True, kw_only=True, tag="latent_attention"):
 
     def resolve(self, dim: int) -> Self:
         name = "LatentAttention"
-        nope = self.nope_dim or (dim // self.heads if self.heads else wide_head_dim(dim, name))
+        nope = self.nope_dim or (dim // self.heads if self.heads else wide_head_dim(dim, name, "nope_dim"))
+        if not nope:
+            raise ValueError(f"{name}: heads {self.heads} are more than dim {dim}; change heads or give nope_dim")
         if not self.heads and dim % nope:
             raise ValueError(f"{name}: dim {dim} is not a multiple of nope_dim {nope}, so heads must be given")
-        rope = self.rope_dim or nope // 2
+        rope = self.rope_dim or nope // 2 or 1
         if self.rope and rope % 2:
             raise ValueError(f"{name}: rope_dim {rope} is odd, which RoPE cannot turn; use an even one or rope: null")
         if self.rope:

@@ -122,8 +122,8 @@ def divided(name: str, field: str, width: int, parts: int) -> int:
     return width // parts
 
 
-def wide_head_dim(dim: int, name: str) -> int:
+def wide_head_dim(dim: int, name: str, field: str = "head_dim") -> int:
     """64, as most small published models; 128 from width 512 on where it divides."""
     if dim % 64:
-        raise ValueError(f"{name}: dim {dim} is not a multiple of 64, so heads and head_dim must be given")
+        raise ValueError(f"{name}: dim {dim} is not a multiple of 64, so heads and {field} must be given")
     return 128 if dim >= 512 and dim % 128 == 0 else 64
