@@ -9,7 +9,7 @@ import typer
 
 from plait.cli.changes import read_changes
 from plait.cli.command import Outcome, say, shell
-from plait.cli.eval_found import LM, checked_plan
+from plait.cli.eval_found import FOUND, LM, checked_plan
 from plait.cli.trained import run_of
 from plait.convert.conversion import Conversion
 from plait.design.load import override
@@ -159,7 +159,7 @@ def check_positions(asked: Conversion, measures: "Mapping[str, Callable[..., Any
     from plait.opening import folder_design
 
     asking = [f"--select {asked.select}"] if asked.select in SCORED else []
-    asking += [f"--measure {name}" for name in measures if name in ("recall", "needle")]
+    asking += [f"--measure {name}" for name in measures if name in FOUND]
     most = LanguageModel.limit(folder_design(asked.teacher)) if asking else None
     if most is not None and most < LENGTHS[0]:
         raise ValueError(
@@ -253,7 +253,7 @@ def table(rows: list[tuple[str, str, str, str]]) -> Any:
 def measured(screen: "Console", asked: str | None, tasks: str | None) -> "dict[str, Callable[..., Any]]":
     """What is measured of both models. Raises ValueError for an unknown measure, before anything is loaded."""
     names = [name.strip() for name in asked.split(",")] if asked else []
-    plan = checked_plan(names, None, None, None, None, 0, tasks)
+    plan = checked_plan(names, None, None, None, None, 0, tasks, FOUND, "--tasks")
 
     def found(name: str) -> "Callable[[LanguageModel, Tokenizer], dict[str, Any]]":
         from plait.cli.eval_found import answer, find

@@ -75,6 +75,8 @@ def test_more_is_measured_where_it_is_asked_for(plait, words, tmp_path, monkeypa
         ([], "say what takes attention's place"),
         (["--to", "DF AF", "--stage", "distill"], "there is no stage 'distill'; did you mean 'distil'?"),
         (["--to", "DF AF", "--measure", "recal"], "unknown measure 'recal'"),
+        (["--to", "DF AF", "--measure", "ppl"], "unknown measure 'ppl'"),  # which every report has
+        (["--to", "DF AF", "--measure", "lm:piqa"], "give their folder by --tasks"),
         (["--mixer", "D", "--select", "halo"], "give the folder of lm-eval's files by --tasks"),
         (["--mixer", "mamba2", "layers=3"], "layers"),
         (["--to", "DF AF", "--stage", "finish"], "--stage finish: nothing is asked for there; give finish_share=0.1"),
