@@ -152,7 +152,10 @@ def test_a_teacher_of_few_positions_is_calibrated_within_them(make_asked, quiet,
     how = {"teacher": str(tmp_path / "few"), "to": None, "mixer": ["D"], "keep": 1, "select": "kl"}
     Stages(make_asked(**how), quiet).upto("model")
     assert plait.load(tmp_path / "out").max_positions == 40
-    for key, changes in {"distil.length": {"distil": {"length": 41}}, "training.length": {"training": {"length": 99}}}.items():
+    for key, changes in {
+        "distil.length": {"distil": {"length": 41}},
+        "training.length": {"training": {"length": 99}},
+    }.items():
         with pytest.raises(ValueError, match=f"positions end at 40; give {key}=40"):
             Stages(make_asked(**how | {"out": str(tmp_path / "long")} | changes), quiet).upto("model")
         assert not (tmp_path / "long").exists()
