@@ -9,7 +9,7 @@ import typer
 
 from plait.cli.changes import read_changes
 from plait.cli.command import Outcome, say, shell
-from plait.cli.eval_found import LM, checked_plan
+from plait.cli.eval_found import FOUND, LM, checked_plan
 from plait.cli.trained import run_of
 from plait.convert.conversion import Conversion
 from plait.design.load import override
@@ -159,7 +159,7 @@ def check_positions(asked: Conversion, measures: "Mapping[str, Callable[..., Any
     from plait.opening import folder_design
 
     asking = [f"--select {asked.select}"] if asked.select in SCORED else []
-    asking += [f"--measure {name}" for name in measures if name in ("recall", "needle")]
+    asking += [f"--measure {name}" for name in measures if name in FOUND]
     most = LanguageModel.limit(folder_design(asked.teacher)) if asking else None
     if most is not None and most < LENGTHS[0]:
         raise ValueError(
@@ -253,7 +253,7 @@ def table(rows: list[tuple[str, str, str, str]]) -> Any:
 def measured(screen: "Console", asked: str | None, tasks: str | None) -> "dict[str, Callable[..., Any]]":
     """What is measured of both models. Raises ValueError for an unknown measure, before anything is loaded."""
     names = [name.strip() for name in asked.split(",")] if asked else []
-    plan = checked_plan(names, None, None, None, None, 0, tasks)
+    plan = checked_plan(names, None, None, None, None, 0, tasks, FOUND, "--tasks")
 
     def found(name: str) -> "Callable[[LanguageModel, Tokenizer], dict[str, Any]]":
         from plait.cli.eval_found import answer, find
@@ -299,16 +299,17 @@ def scores(asked: Conversion, tasks: str | None) -> "dict[str, Callable[[Languag
     """How good a model is, for the rules that choose by it."""
     if asked.select not in SCORED:
         return {}
-    from plait.data import load_tokenizer
+    from plait.data import answers_in, load_tokenizer
     from plait.evaluate import recall
-    from plait.evaluate.tasks import run_task
+    from plait.evaluate.tasks import find_file, run_task
     from plait.opening import model_path
 
     tokenizer = load_tokenizer(model_path(asked.teacher))
+    text = asked.data.source if answers_in(asked.data.source) is None else "stdlib"  # records are no running text
 
     def retrieval(model: "LanguageModel") -> float:
         kinds = recall.recall_kinds(recall.fitting(model, recall.LENGTHS), recall.PAIRS)
-        found = recall.measure(model, tokenizer, kinds, **{"text": asked.data.source}, write=False)
+        found = recall.measure(model, tokenizer, kinds, text=text, write=False)
         retrieval.tokens = sum(cell.questions * cell.kind.length for cell in found)  # of one call, for the rule's cost
         return sum(cell.chosen for cell in found) / sum(cell.questions for cell in found)
 
@@ -320,4 +321,6 @@ def scores(asked: Conversion, tasks: str | None) -> "dict[str, Callable[[Languag
         raise ValueError(
             "--select halo weighs retrieval against commonsense: give the folder of lm-eval's files by --tasks"
         )
+    for task in COMMONSENSE if asked.select == "halo" else ():
+        find_file(task, tasks or "")  # raises before any layer is tried
     return {"recall": retrieval} | ({} if tasks is None else {"commonsense": commonsense})

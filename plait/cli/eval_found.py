@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from plait.model import LanguageModel
 
 LM = "lm:"
-MEASURES = ("ppl", "recall", "needle")
+FOUND = ("recall", "needle")
+MEASURES = ("ppl", *FOUND)
 WAYS = {"written": "written right by the model", "chosen": "right as the likeliest of the candidates"}
 EVERY = 30.0  # seconds between lines where there is no terminal
 
@@ -45,11 +46,14 @@ def checked_plan(
     questions: int | None,
     seed: int,
     data: str | None,
+    known: Sequence[str] = MEASURES,
+    option: str = "--data",
 ) -> Plan:
-    """Raises ValueError for an unknown measure or an option out of range; finds every file before a model is loaded."""
+    """Raises ValueError for a measure that is not among the `known` or an option out of range; finds every file before a model
+    is loaded. option: that gives `data`."""
     for measure in measures:
-        if measure not in MEASURES and not measure.startswith(LM):
-            raise ValueError(f"unknown measure {measure!r}; {suggest(measure, (*MEASURES, 'lm:TASK'))}")
+        if measure not in known and not measure.startswith(LM):
+            raise ValueError(f"unknown measure {measure!r}; {suggest(measure, (*known, 'lm:TASK'))}")
     tasks = [measure.removeprefix(LM) for measure in measures if measure.startswith(LM)]
     plan = Plan(
         _numbers("--lengths", lengths, int),
@@ -66,7 +70,7 @@ def checked_plan(
 
         for task in tasks:
             if data is None:
-                raise ValueError(f"lm:{task} is read from files of yours: give their folder by --data")
+                raise ValueError(f"lm:{task} is read from files of yours: give their folder by {option}")
             find_file(task, data)
     return plan
 

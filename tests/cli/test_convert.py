@@ -66,6 +66,29 @@ def test_more_is_measured_where_it_is_asked_for(plait, words, tmp_path, monkeypa
     assert set(ran.json["student"]["measured"]["needle, written"]) == {"256"}
 
 
+def test_recall_chooses_where_records_are_trained_on(plait, words, tmp_path, monkeypatch):
+    from plait.evaluate import recall
+
+    monkeypatch.setattr(recall, "LENGTHS", (256,))
+    monkeypatch.setattr(recall, "PAIRS", (2,))
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"prompt": "1 + 1 = ", "completion": "2"}\n' * 200)
+    words = [str(records) if word.endswith("text.txt") else word for word in words]
+    ran = plait(
+        "convert", "plan", *words, "--mixer", "D", "--keep", "1", "--select", "recall", "--budget", "640", "--json"
+    )
+    assert ran.code == 0, ran.err
+    assert set(ran.json["plan"]["scores"]) == {"A#0", "A#1"}
+
+
+def test_halo_looks_for_its_files_before_it_measures(plait, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("plait.evaluate.recall.measure", None)
+    ran = plait(
+        "convert", *words, "--mixer", "D", "--keep", "1", "--select", "halo", "--tasks", str(tmp_path), "--json"
+    )
+    assert ran.code == 1 and "no file of lm:arc_easy" in ran.json["error"], ran.json
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -75,6 +98,8 @@ def test_more_is_measured_where_it_is_asked_for(plait, words, tmp_path, monkeypa
         ([], "say what takes attention's place"),
         (["--to", "DF AF", "--stage", "distill"], "there is no stage 'distill'; did you mean 'distil'?"),
         (["--to", "DF AF", "--measure", "recal"], "unknown measure 'recal'"),
+        (["--to", "DF AF", "--measure", "ppl"], "unknown measure 'ppl'"),  # which every report has
+        (["--to", "DF AF", "--measure", "lm:piqa"], "give their folder by --tasks"),
         (["--mixer", "D", "--select", "halo"], "give the folder of lm-eval's files by --tasks"),
         (["--mixer", "mamba2", "layers=3"], "layers"),
         (["--to", "DF AF", "--stage", "finish"], "--stage finish: nothing is asked for there; give finish_share=0.1"),
