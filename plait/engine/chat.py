@@ -59,9 +59,10 @@ class Chat:
         self.read = self.again = 0
 
     def say(self, text: str) -> Generator[str]:
-        """The answer to `text`, as it comes. Whoever stops listening (`close()`) ends it there, and what came is what the
-        model is remembered to have said. Raises ValueError, and leaves all as it was, where the conversation is longer than the
-        model's positions go."""
+        """The answer to `text`, as it comes: a piece for each token, empty where that makes no text certain.
+
+        Whoever stops listening (`close()`) ends it there, and what came is what the model is remembered to have said. Raises
+        ValueError, and leaves all as it was, where the conversation is longer than the model's positions go."""
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.tokenizer.encode(self.template.render(messages, answer=True), special=True)
         limit = self.model.max_positions
@@ -78,9 +79,8 @@ class Chat:
         try:
             with evaluating(self.model), closing(self._tokens(ids, room)) as tokens:
                 for token in tokens:
-                    if piece := text.push(token):
-                        pieces.append(piece)
-                        yield piece
+                    pieces.append(text.push(token))
+                    yield pieces[-1]
                     if text.ended:
                         break
             if piece := text.finish():

@@ -101,6 +101,9 @@ def design_of(found: Family, raw: dict[str, Any], where: str) -> ModelConfig:
         design = found.design(fields)
     except ValueError as error:
         raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
+    except (ArithmeticError, TypeError) as error:
+        culprits = fields.blank(0 if isinstance(error, ArithmeticError) else None)
+        raise ValueError(f"{where}: no model can be made of {culprits} ({error})") from None
     fields.check()
     return design
 

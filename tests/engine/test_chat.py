@@ -89,6 +89,18 @@ def test_an_answer_that_is_stopped_is_what_was_said(chat_tokenizer):
     assert chat.messages == [] and "".join(chat.say("hello")).startswith("".join(first)) and chat.again == 0
 
 
+def test_an_answer_can_be_stopped_where_its_tokens_show_nothing_yet(chat_tokenizer):
+    tokenizer = chat_tokenizer()
+    model = build(tokenizer)
+    whole = "".join(Chat(model, tokenizer, max_tokens=9).say("hello"))
+    chat = Chat(model, tokenizer, max_tokens=9, stop=f"{whole}.")
+    with closing(chat.say("hello")) as pieces:
+        assert [next(pieces) for _ in range(3)] == ["", "", ""]
+    assert chat.messages[-1] == {"role": "assistant", "content": ""}
+    chat.reset()
+    assert "".join(chat.say("hello")) == whole
+
+
 def test_a_turn_that_broke_off_half_way_leaves_the_conversation_right(chat_tokenizer, monkeypatch):
     tokenizer = chat_tokenizer()
     model = build(tokenizer)

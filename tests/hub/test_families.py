@@ -73,9 +73,12 @@ def test_rotary_dim_of_minimax_is_how_much_of_a_head_turns() -> None:
             "rope_parameters: partial_rotary_factor 0.5 is not supported; plait reads 1",
         ),
         ("deepseek_v3", {"rope_parameters": HALF}, "partial_rotary_factor 0.5 is not supported"),
+        ("deepseek_v3", {"head_dim": 2, "qk_rope_head_dim": 4}, "head_dim 2 is not supported; plait reads 4"),
         ("recurrent_gemma", {"hidden_size": 18, "num_attention_heads": 3, "num_key_value_heads": 1}, "of 6 channels"),
         ("gemma3_text", {"rope_parameters": {FULL: UNCUT, SLIDING: WHOLE}}, "rope_parameters: truncate False is not"),
         ("olmo3", {"rope_parameters": {FULL: UNCUT, SLIDING: WHOLE}}, "rope_parameters: truncate False is not"),
+        ("granite", {"logits_scaling": 0}, r"^here: no model can be made of logits_scaling 0 \(division by zero\)$"),
+        ("deepseek_v3", {"first_k_dense_replace": None}, "^here: no model can be made of first_k_dense_replace null"),
     ],
 )
 def test_what_a_family_does_not_read_is_named(name: str, changes: dict[str, object], message: str) -> None:

@@ -80,9 +80,9 @@ def _slots(design: ModelConfig) -> Iterator[Named]:
 
 
 def latent_attention(f: Fields) -> LatentAttention:
-    f.must(attention_bias=False, num_key_value_heads=f["num_attention_heads"])
-    f.carried("head_dim", "qk_head_dim")  # which follow from the parts'
     nope, turned, factor = f["qk_nope_head_dim"], f["qk_rope_head_dim"], _sharper(f["rope_parameters"])
+    f.must(attention_bias=False, num_key_value_heads=f["num_attention_heads"], head_dim=turned)
+    f.carried("qk_head_dim")  # which follows from its parts
     return LatentAttention(
         heads=f["num_attention_heads"],
         nope_dim=nope,

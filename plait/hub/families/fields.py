@@ -71,6 +71,12 @@ class Fields(Mapping[str, Any]):
         """Fields of this family that say nothing about what its model computes."""
         self.read |= set(names)
 
+    def blank(self, nothing: int | None) -> str:
+        """The fields that have been read and say 0, or null: for an error that comes of one."""
+        read = sorted(self.read & self.values_.keys() - CARRIED)
+        found = [name for name in read if self.values_[name] == nothing and self.values_[name] is not False]
+        return ", ".join(f"{name} {'null' if nothing is None else nothing}" for name in found) or "this config"
+
     def check(self) -> None:
         """Raise ValueError for a field that has not been read."""
         left = sorted(
