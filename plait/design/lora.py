@@ -45,9 +45,15 @@ class LoRA(Struct, frozen=True, kw_only=True, tag=False):
 
 
 def adapted_modules(design: ModelConfig, lora: LoRA) -> list[str]:
-    """The projections that get an addition, by their names in the model. Raises ValueError for a target that is none."""
+    """The projections that get an addition, by their names in the model. Raises ValueError for a target that is none, and
+    where there is none."""
     known = _known(design)
     if not lora.targets:
+        if known.keys() <= {HEAD}:
+            raise ValueError(
+                "lora: this design has no projection to add to; experts have none, nor shared layers with adapter_rank"
+                + (f"; lora={{targets: [{HEAD}]}} adds to its head" if known else "")
+            )
         return [module for module in known if module != HEAD]
     found: set[str] = set()
     for target in lora.targets:

@@ -219,7 +219,11 @@ def convert_kind(data: Any, kinds: dict[str, type[T]], where: str, hint: str = "
     if not isinstance(kind, str) or kind not in kinds:
         near = suggest(str(kind), kinds)
         raise UnknownKind(f"{where}: unknown kind {kind!r}; {near}{'' if near.startswith('did') else hint}")
-    return convert(data, kinds[kind], f"{where} ({kind})")
+    where = f"{where} ({kind})"
+    try:
+        return convert(data, kinds[kind], where)
+    except ValueError as error:
+        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
 
 
 def positive(config: msgspec.Struct, *names: str) -> None:

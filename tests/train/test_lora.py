@@ -202,6 +202,16 @@ def test_targets_are_names_letters_or_addresses(base, targets, names):
     assert adapted_modules(design, LoRA()) == plait.hub.lora_targets(design)
 
 
+def test_a_design_without_projections_of_its_own_is_refused():
+    design = plait.ModelConfig(vocab=61, dim=64, pattern="E", tie_embeddings=False)
+    with pytest.raises(ValueError, match="no projection to add to.*targets: .lm_head.* adds to its head"):
+        adapted_modules(design, LoRA())
+    with pytest.raises(
+        ValueError, match="no projection to add to; experts have none, nor shared layers with adapter_rank$"
+    ):
+        adapted_modules(design.replace(tie_embeddings=True), LoRA())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
