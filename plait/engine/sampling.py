@@ -21,7 +21,8 @@ class Sampling(Struct, frozen=True, kw_only=True, tag=False):
     prompt or the continuation already holds.
 
     Row r of a batch draws from `seed` + r, and each of its numbers follows from that seed and the position it is drawn at: its
-    text is what it would be alone with that seed, whoever its mates are.
+    text is what it would be alone with that seed, whoever its mates are. In 16 bits that is so while the logits are
+    equal: their last digits may depend on how many rows are multiplied at once.
     Without a seed, torch's global random state gives one.
     """
 

@@ -19,8 +19,8 @@ def refuse_tracing(model: nn.Module, design: ModelConfig, tokens: Tensor) -> Non
         return
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            "torch.export drops the backward passes that plait's layers bring, and gradients would be wrong: export inside of "
-            "torch.no_grad(), and call what it gives there; torch.compile takes gradients"
+            "torch.export drops the backward passes that plait's layers bring, and gradients would be wrong: export after "
+            "model.requires_grad_(False); torch.compile takes gradients"
         )
     if tokens.ndim != 2 or not isinstance(tokens.shape[1], torch.SymInt):
         return
