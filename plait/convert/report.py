@@ -95,7 +95,8 @@ def plan_words(plan: Mapping[str, Any]) -> str:
     paid = f" It took {cost['tokens']:,} tokens and {cost['seconds']:.1f} s." if cost.get("tokens") else ""
     kept = len(plan.get("keep", ()))
     chosen = f"{kept} of {len(plan['places'])} attention layers stay, chosen by {plan.get('rule', 'list')}"
-    return f"{chosen}; the others became {kinds}.{paid}"
+    pruned = f" Pruning took attention out of {plan['pruned']}." if "pruned" in plan else ""
+    return f"{chosen}; the others became {kinds}.{pruned}{paid}"
 
 
 def _kinds(mixer: Mapping[str, Any]) -> str:

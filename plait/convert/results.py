@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from plait.convert.gates import gates
 from plait.convert.plan import attention_places
-from plait.convert.stages import TRAINED, TRANSFER, Stages
+from plait.convert.stages import PRUNE, TRAINED, TRANSFER, Stages
 from plait.data import Tokenizer
 from plait.design.count import parameters
 from plait.files import json_text, read_text, write_text
@@ -44,17 +45,26 @@ def results(stages: Stages, measures: Mapping[str, Measure], facts: dict[str, An
 
 def unmeasured(stages: Stages, teacher: LanguageModel, student: LanguageModel) -> dict[str, Any]:
     """What was done, and perplexities."""
-    plan = stages.plan
-    left = stages.left()
-    after = {name: perplexity(stages, load(stages.folder / name, stages.device, torch.float32)) for name in left[:-1]}
+    plan, left = stages.plan, stages.left()
+    before = (
+        left if student.design.tied is not folder_design(stages.last()).tied else left[:-1]
+    )  # of whose weights it is made
+    after = {name: perplexity(stages, load(stages.folder / name, stages.device, torch.float32)) for name in before}
+    pruned = {"pruned": pruned_slots(stages)} if PRUNE in left else {}
     return {
         "teacher": {"name": stages.asked.teacher, **described(stages, teacher)},
         "student": {"name": stages.asked.out, **described(stages, student)},
         "after": after,
         "stages": {name: trained(stages, name) for name in TRAINED if name in left},
-        "plan": plan.to_dict() | {"places": [*attention_places(teacher.design)]},
+        "plan": plan.to_dict() | {"places": [*attention_places(teacher.design)]} | pruned,
         "asked": stages.asked.to_dict(),
     }
+
+
+def pruned_slots(stages: Stages) -> int:
+    """How many parallel slots lost their attention."""
+    before, after = (len(gates(folder_design(stages.folder / name))) for name in ("distil", PRUNE))
+    return before - after
 
 
 def described(stages: Stages, model: LanguageModel) -> dict[str, Any]:

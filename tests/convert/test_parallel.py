@@ -10,6 +10,8 @@ from plait.convert import Alignment, Plan, Stages, student_of
 from plait.convert.align import powers, slots_of
 from plait.convert.gates import LEFT, Priced, gates, pruned, to_prune, weights_of
 from plait.convert.planning import laid_out, mixer_of
+from plait.convert.report import plan_words
+from plait.convert.results import results
 from plait.convert.stages import kept_attention
 from plait.data import Batch
 from plait.model import Distillation
@@ -213,7 +215,8 @@ def test_pruning_is_a_stage(make_asked, quiet, tmp_path, teacher_folder):
     """The gates leave attention at a high price, one slot loses it, and finishing goes on from there."""
     out, more = tmp_path / "out", {"finish_share": 1 / 3, "price": 5.0, "distil": {"lr": 0.05}}
     asked = make_asked(to="[D|A]F", prune="50%", **more)
-    Stages(asked, quiet).upto("model")
+    stages = Stages(asked, quiet)
+    stages.upto("model")
     transferred, aligned, distilled, less = (
         plait.load(out / name) for name in ("transfer", "align", "distil", "prune")
     )
@@ -229,6 +232,8 @@ def test_pruning_is_a_stage(make_asked, quiet, tmp_path, teacher_folder):
         "D#0",
         "D#1",
     }
+    words = plan_words(results(stages, {}, {})["plan"])
+    assert words.endswith("became gated_deltanet beside attention. Pruning took attention out of 1.")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     Stages(asked, quiet).upto("model")
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}

@@ -258,7 +258,9 @@ def test_an_untied_head_begins_as_the_tied_one(bias):
 
 @pytest.mark.parametrize(("head", "tied"), [("own", False), ("retied", True)])
 def test_heads_while_distilling(make_asked, quiet, tmp_path, head, tied):
-    Stages(make_asked(head=head, finish_share=1 / 3, finish={"length": 64}), quiet).upto("model")
+    stages = Stages(make_asked(head=head, finish_share=1 / 3, finish={"length": 64}), quiet)
+    stages.upto("model")
+    assert ("finish" in results(stages, {}, {})["after"]) is tied  # what was measured before its head was dropped
     distilled, model = plait.load(tmp_path / "out/finish"), plait.load(tmp_path / "out")
     assert not distilled.design.tied and model.design.tied is tied
     assert load_run(tmp_path / "out/finish").data.length == 64
