@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from gpus import gpus
 
 import plait
 from plait.evaluate.clock import seconds
@@ -166,12 +167,12 @@ def stalls() -> None:
     print(json.dumps({"rows": rows, "worst_s": max(row["stall_s"] for row in rows[1:])}))
 
 
-def measured(name: str, gpus: "Queue[int]") -> tuple[list[Any], str | None]:
+def measured(name: str, free: "Queue[str]") -> tuple[list[Any], str | None]:
     """The JSON objects that a measurement printed or wrote, and why it ended where it failed."""
-    gpu = gpus.get()
+    gpu = free.get()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         if name == "first step":
             env |= {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         command = [str(out) if word == "{out}" else word for word in JOBS[name]]
@@ -182,7 +183,7 @@ def measured(name: str, gpus: "Queue[int]") -> tuple[list[Any], str | None]:
         except subprocess.TimeoutExpired as late:
             why, printed = [f"took longer than {LIMIT} s"], (late.stdout or b"").decode(errors="replace")
         finally:
-            gpus.put(gpu)
+            free.put(gpu)
         rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
         if out.is_file():
             rows.append(json.loads(out.read_text(encoding="utf-8")))
@@ -225,16 +226,16 @@ def main() -> None:
     table: dict[str, Any] = {"found": {}, "failed": {}, "seconds": {}}
     if options.out.is_file():
         table = json.loads(options.out.read_text(encoding="utf-8"))
-    count, gpus = max(1, torch.cuda.device_count()), Queue()
-    for gpu in range(count):
-        gpus.put(gpu)
+    free: Queue[str] = Queue()
+    for gpu in gpus():
+        free.put(gpu)
     jobs = [job for job in JOBS if job not in table["found"] and job.startswith(tuple(options.only))]
 
     def run(job: str) -> tuple[list[Any], str | None, float] | None:
         begun = time.monotonic()
-        return None if begun - started > options.seconds else (*measured(job, gpus), time.monotonic() - begun)
+        return None if begun - started > options.seconds else (*measured(job, free), time.monotonic() - begun)
 
-    with ThreadPoolExecutor(count) as pool:
+    with ThreadPoolExecutor(free.qsize()) as pool:
         asked = {pool.submit(run, job): job for job in jobs}
         for future in as_completed(asked):
             job, ended = asked[future], future.result()

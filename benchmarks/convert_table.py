@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpus import gpus
 from rich.console import Console
 
 from plait.cli.convert import COMMONSENSE, count, known_data, scores
@@ -303,7 +304,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--show", type=Path, help="print the table of a JSON file, and no more")
     options = parser.parse_args()
-    options.workers = options.jobs * max(1, torch.cuda.device_count())
+    options.workers = options.jobs * len(gpus())
     options.rows = [name for word in options.rows for name in GROUPS.get(word, [word])]
     for name in options.rows:
         if name not in ROWS:
@@ -335,19 +336,19 @@ def job(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         return row
 
 
-def begin(workers: int, gpus: "Queue[int]") -> None:
+def begin(workers: int, places: "Queue[str]") -> None:
     """In each process, before it has seen a GPU."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
+    os.environ["CUDA_VISIBLE_DEVICES"] = places.get()
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def ended(options: argparse.Namespace, jobs: list[tuple[str, int]]) -> Iterator[tuple[str, int, dict[str, Any] | None]]:
     """Each job as it ends, with what it measured; None for one that failed, which is told and goes on another time."""
-    spawn, count = get_context("spawn"), max(1, torch.cuda.device_count())
-    gpus: Queue[int] = spawn.Queue()
-    for worker in range(options.workers):
-        gpus.put(worker % count)
-    with ProcessPoolExecutor(options.workers, spawn, begin, (options.workers, gpus)) as pool:
+    spawn = get_context("spawn")
+    places: Queue[str] = spawn.Queue()
+    for gpu in options.jobs * gpus():
+        places.put(gpu)
+    with ProcessPoolExecutor(options.workers, spawn, begin, (options.workers, places)) as pool:
         asked = {pool.submit(job, options, *each): each for each in jobs}
         for future in as_completed(asked):
             try:

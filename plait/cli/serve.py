@@ -10,6 +10,7 @@ import typer
 from plait.cli.command import Outcome, say, shell
 from plait.cli.options import Device, Dtype, Run
 from plait.cli.trained import Imports, load_imports, opened, trained
+from plait.files import user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +50,7 @@ def command(
     with _listening(host, port) as listening:
         model, tokenizer = opened(folder, device, dtype)
         batch = Batch(model, rows=rows, length=length, keep=keep, vocab=tokenizer.vocab)
-        service = Service(batch, tokenizer, name or folder.stem, max_tokens)
+        service = Service(batch, tokenizer, name or called(run), max_tokens)
         at = f"http://{host}:{listening.getsockname()[1]}"
         say(screen, f"serving {service.name} at {at}/v1, {rows} rows; Ctrl-C ends it")
         ask = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}'
@@ -61,6 +62,12 @@ def command(
     data = {"model": str(folder), "url": f"{at}/v1", "requests": batch.requests, "tokens": batch.written}
     say(screen, f"{batch.requests:,} answers, {batch.written:,} tokens")
     return Outcome(data)
+
+
+def called(run: str) -> str:
+    """The model's name where none is given: that of the folder or file that was named, or what stands for one."""
+    path = user_path(run)
+    return path.stem if path.is_file() else path.resolve().name if path.exists() else run
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plait.data.chat_template import Message, need_template
 from plait.data.tokenizer import Tokenizer
-from plait.engine.decode import PAGE, ROOM, check_vocab, evaluating
+from plait.engine.decode import ROOM, check_vocab, evaluating, make_room, pool_of
 from plait.engine.prefill import read_one
 from plait.engine.sampling import Sampling, check_finite, not_finite
 from plait.engine.step import Step
@@ -128,11 +128,9 @@ class Chat:
         """The pool's row with the state in it. The pool stays from turn to turn, and with it what was captured of a step."""
         longest = len(ids) + min(self.max_tokens, ROOM)
         if self._pool is None or self._step is None or not self._pool.free_rows:  # an interrupt has left a row behind
-            on_gpu = self.model.device.type == "cuda"
-            self._pool = self.model.init_pool(1, longest, page=PAGE if on_gpu else None)
+            self._pool = pool_of(self.model, 1, longest)
             self._step = Step(self.model, self._pool, [self.sampling], [self.seed], vocab=self.tokenizer.vocab)
-        if longest > self._pool.tokens:
-            self._pool.grow(2 * longest)
+        make_room(self._pool, longest)
         (row,) = self._pool.join(state)
         self._step.sampler.forget(row)
         self._step.sampler.hold(row, ids)
@@ -141,8 +139,8 @@ class Chat:
     @torch.inference_mode()
     def _choose(self, step: Step, pool: Pool, row: int, hidden: Tensor | None) -> int:
         """The next token: from what the head reads, or after reading the last one."""
-        if hidden is None and pool.lengths[row] + 1 > pool.tokens:
-            pool.grow(2 * (pool.lengths[row] + 1))
+        if hidden is None:
+            make_room(pool, pool.lengths[row] + 1)
         at = pool.at([row])
         token = int(step(at) if hidden is None else step.choose(hidden, at))
         if token < 0:

@@ -15,7 +15,7 @@ from plait.engine.sampling import Sampling, check_finite, not_finite
 from plait.engine.step import Step
 from plait.model.language_model import LanguageModel
 from plait.ops.numbers import whole_number
-from plait.state import PoolRows
+from plait.state import Pool, PoolRows
 
 ROOM = 4096  # tokens a row is given room for at the start; more grow the pool
 PAGE = 256  # tokens in a page on a GPU; elsewhere a row has one page, which attention reads without looking for it
@@ -65,12 +65,11 @@ class Decoding:
     ):
         max_tokens = check(model, prompts, max_tokens)
         prompts = [list(map(int, prompt)) for prompt in prompts]
-        on_gpu = model.device.type == "cuda"
         with torch.inference_mode():
             hidden, state = prefill(model, prompts, 0)
             check_finite(hidden)
             longest = max(map(len, prompts)) + min(max_tokens, ROOM)
-            self.pool = model.init_pool(len(prompts), longest, page=PAGE if on_gpu else None)
+            self.pool = pool_of(model, len(prompts), longest)
             self._places = dict(enumerate(self.pool.join(state)))  # where each prompt's row is
             seed = int(torch.randint(2**62, (), device="cpu")) if sampling.seed is None else sampling.seed
             seeds = [seed + row for row in range(len(prompts))]
@@ -102,13 +101,8 @@ class Decoding:
 
     def _launch(self) -> Launched:
         self._left -= 1
-        self._make_room()
+        make_room(self.pool, max(self.pool.lengths) + 1)
         return Launched.of(self._places, self._step(self._at()))
-
-    def _make_room(self) -> None:
-        longest = max(self.pool.lengths) + 1
-        if longest > self.pool.tokens:
-            self.pool.grow(2 * longest)
 
     @torch.inference_mode()
     def leave(self, done: Collection[int]) -> None:
@@ -131,6 +125,17 @@ class Decoding:
             (self._places[row],) = self.pool.join(state)
             self._step.move(place, self._places[row])
         self._places = dict(sorted(self._places.items()))
+
+
+def pool_of(model: LanguageModel, rows: int, tokens: int) -> Pool:
+    """Room for so many rows of so many tokens, to be written to."""
+    return model.init_pool(rows, tokens, page=PAGE if model.device.type == "cuda" else None)
+
+
+def make_room(pool: Pool, longest: int) -> None:
+    """For a row of so many tokens; twice as many where there is none, so that it is seldom asked for."""
+    if longest > pool.tokens:
+        pool.grow(2 * longest)
 
 
 def runs_ahead(device: torch.device) -> bool:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from plait.design.struct import Struct
+from plait.ops.numbers import power_of_two
 
 
 class Sampling(Struct, frozen=True, kw_only=True, tag=False):
@@ -71,16 +72,11 @@ class Narrowing(NamedTuple):
     def of(cls, samplings: Sequence[Sampling]) -> "Narrowing":
         return cls(
             any(s.temperature > 0 for s in samplings),
-            next_power_of_2(max((min(s.top_k or 0, ALL) for s in samplings), default=0)),
+            max((power_of_two(min(s.top_k, ALL)) for s in samplings if s.top_k), default=0),
             any(s.top_p is not None and s.top_p < 1 for s in samplings),
             any(s.min_p for s in samplings),
             any(s.repetition_penalty != 1 for s in samplings),
         )
-
-
-def next_power_of_2(n: int) -> int:
-    """The first that is at least n; 0 for 0."""
-    return 1 << (n - 1).bit_length() if n else 0
 
 
 GREEDY = Narrowing()

@@ -18,6 +18,7 @@ from plait.ops.matvec import OneRow
 from plait.state import Pool, PoolRows
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MOST = 4 * len(BUCKETS)  # graphs that are kept at a time
 WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries make their handles
 
 
@@ -121,6 +122,8 @@ class Step:
             self.captured, self._tensors = {}, self.pool.tensors
         key = bucket, self.sampler.narrowing  # what a row that joined later asks for may take other steps
         if key not in self.captured:
+            if len(self.captured) >= MOST:
+                self.captured.clear()
             self.captured[key] = self._capture(bucket)
         return self.captured[key]
 

@@ -43,6 +43,7 @@ from plait.ops.chunks_triton import (
     tokens_of,
 )
 from plait.ops.launch import kernel, launch
+from plait.ops.numbers import power_of_two
 
 if TYPE_CHECKING:
     from plait.ops.chunks_gpu import Plan
@@ -421,4 +422,4 @@ def _programs(loop: dict[str, Any]) -> int:
 
 
 def _padded(K: int) -> int:
-    return max(NARROWEST, 1 << (K - 1).bit_length())
+    return max(NARROWEST, power_of_two(K))

@@ -1,4 +1,4 @@
-"""Whole numbers that callers give."""
+"""Whole numbers: those that callers give, and powers of two."""
 
 from operator import index
 from typing import Any
@@ -13,3 +13,8 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if number is None or number < least:
         raise ValueError(f"{name} must be a whole number, {least} or above, got {value!r}")
     return number
+
+
+def power_of_two(n: int) -> int:
+    """The first that is at least n."""
+    return 1 << (n - 1).bit_length()

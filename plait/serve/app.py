@@ -7,7 +7,6 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,53 +18,27 @@ from starlette.routing import Route
 
 from plait.data import Tokenizer
 from plait.engine.text import StoppedText
-from plait.serve.asked import Asked, ChatCompletion, Completion, read
+from plait.serve.asked import ChatCompletion, Completion, Form, read
 from plait.serve.batching import Batch, Closed, Request
 
 LARGEST = 64 * 2**20  # bytes of a request's body
 
 
-@dataclass(frozen=True)
-class Form:
-    """How the two kinds of request and answer differ. `whole`, `piece`: a choice's text in the answer, and in an event."""
-
-    kind: type[Completion] | type[ChatCompletion]
-    name: str
-    event: str
-    prefix: str
-
-    def whole(self, text: str) -> dict[str, Any]:
-        if self.kind is Completion:
-            return {"text": text}
-        return {"message": {"role": "assistant", "content": text}}
-
-    def piece(self, text: str, first: bool) -> dict[str, Any]:
-        if self.kind is Completion:
-            return {"text": text}
-        return {"delta": ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})}
-
-
-COMPLETION = Form(Completion, "text_completion", "text_completion", "cmpl")
-CHAT = Form(ChatCompletion, "chat.completion", "chat.completion.chunk", "chatcmpl")
-
-
 class Choice:
     """One continuation on its way: tokens come from the batch's thread, text goes to the client."""
 
-    def __init__(self, batch: Batch, tokenizer: Tokenizer, asked: Asked, ids: list[int], most: int, seed: int):
+    def __init__(self, batch: Batch, tokenizer: Tokenizer, asked: Form, ids: list[int], most: int, seed: int):
         loop, self._told = asyncio.get_running_loop(), asyncio.Queue[int | None | Exception]()
 
         def tell(what: int | None | Exception) -> None:
             loop.call_soon_threadsafe(self._told.put_nowait, what)
 
-        ends = asked.ends(tokenizer)  # type: ignore[attr-defined]  # both forms have it
-        self.request = Request(ids, most, tell, asked.sampling(), seed, ends)
+        self.request = Request(ids, most, tell, asked.sampling(), seed, asked.ends(tokenizer))
         self._batch, self._text, self.reason = batch, StoppedText(tokenizer.stream(after=ids), asked.stops()), "stop"
 
     async def pieces(self) -> AsyncIterator[str]:
         """Text as soon as it is certain; `reason` afterwards. The request is in the batch from the first piece asked for until
         nobody asks for more."""
-        count = 0
         self._batch.submit(self.request)
         try:
             while not self._text.ended:
@@ -73,9 +46,8 @@ class Choice:
                 if isinstance(told, Exception):
                     raise told
                 if told is None:
-                    self.reason = "length" if count == self.request.max_tokens else "stop"
+                    self.reason = "length" if len(self.request.tokens) == self.request.max_tokens else "stop"
                     break
-                count += 1
                 if piece := self._text.push(told):
                     yield piece
             if piece := self._text.finish():
@@ -123,17 +95,17 @@ class Service:
         return JSONResponse({"object": "list", "data": [one]})
 
     async def health(self, _: HTTPRequest) -> Response:
-        state = {"rows": self.batch.rows, "live": len(self.batch.live), "waiting": len(self.batch.waiting)}
+        state = {"rows": self.batch.pool.rows, "live": len(self.batch.live), "waiting": len(self.batch.waiting)}
         return JSONResponse({"status": "ok"} | state)
 
     async def completions(self, http: HTTPRequest) -> Response:
-        return await self._answer(http, COMPLETION)
+        return await self._answer(http, Completion)
 
     async def chat(self, http: HTTPRequest) -> Response:
-        return await self._answer(http, CHAT)
+        return await self._answer(http, ChatCompletion)
 
-    async def _answer(self, http: HTTPRequest, form: Form) -> Response:
-        asked: Any = read(await _json(http), form.kind)
+    async def _answer(self, http: HTTPRequest, kind: type[Form]) -> Response:
+        asked = read(await _json(http), kind)
         if asked.model not in (None, "", self.name):
             raise HTTPException(404, f"no model {asked.model!r} here; there is {self.name!r}")
         prompts = await asyncio.to_thread(asked.prompts, self.tokenizer)
@@ -146,18 +118,18 @@ class Service:
             for ids, count in zip(prompts, most, strict=True)
             for again in range(asked.n)
         ]
-        head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+        head = {"id": f"{kind.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         if asked.stream:
-            events = self._events(choices, form, head, asked.usage_wanted)
+            events = self._events(choices, asked, head)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        return await self._whole(http, choices, form, head)
+        return await self._whole(http, choices, asked, head)
 
-    def _most(self, asked: Any, ids: list[int]) -> int:
+    def _most(self, asked: Form, ids: list[int]) -> int:
         """Where nothing is said, no more than there is room for."""
         default = self.most if self.batch.length is None else min(self.most, self.batch.length - len(ids))
         return asked.most(max(1, default))
 
-    async def _whole(self, http: HTTPRequest, choices: list[Choice], form: Form, head: dict[str, Any]) -> Response:
+    async def _whole(self, http: HTTPRequest, choices: list[Choice], asked: Form, head: dict[str, Any]) -> Response:
         async def text(choice: Choice) -> str:
             return "".join([piece async for piece in choice.pieces()])
 
@@ -168,20 +140,18 @@ class Service:
             if not texts.done():
                 return Response(status_code=499)  # nobody reads it
             found = [
-                {"index": i, **form.whole(text), "logprobs": None, "finish_reason": choice.reason}
+                {"index": i, **asked.whole(text), "logprobs": None, "finish_reason": choice.reason}
                 for i, (text, choice) in enumerate(zip(texts.result(), choices, strict=True))
             ]
-            return JSONResponse(head | {"object": form.name, "choices": found, "usage": usage(choices)})
+            return JSONResponse(head | {"object": asked.whole_name, "choices": found, "usage": usage(choices)})
         finally:
             gone.cancel()
             texts.cancel()
             for choice in choices:
                 choice.cancel()
 
-    async def _events(
-        self, choices: list[Choice], form: Form, head: dict[str, Any], with_usage: bool
-    ) -> AsyncIterator[str]:
-        head = head | {"object": form.event}
+    async def _events(self, choices: list[Choice], asked: Form, head: dict[str, Any]) -> AsyncIterator[str]:
+        head = head | {"object": asked.event_name}
 
         def event(**more: Any) -> str:
             return f"data: {json.dumps(head | more, ensure_ascii=False)}\n\n"
@@ -209,12 +179,12 @@ class Service:
                     yield f"data: {json.dumps(_error(str(piece), 'server_error'))}\n\n"
                     return
                 if piece is not None or index not in begun:
-                    yield part(index, form.piece(piece or "", index not in begun), None)
+                    yield part(index, asked.piece(piece or "", index not in begun), None)
                     begun.add(index)
                 if piece is None:
-                    yield part(index, form.piece("", False), choices[index].reason)
+                    yield part(index, asked.piece("", False), choices[index].reason)
                     left -= 1
-            if with_usage:
+            if asked.usage_wanted:
                 yield event(choices=[], usage=usage(choices))
             yield "data: [DONE]\n\n"
         finally:

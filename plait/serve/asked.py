@@ -4,8 +4,7 @@ The forms are those of its API reference (POST /v1/completions and /v1/chat/comp
 top_k, min_p, repetition_penalty.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from plait.data import Tokenizer
 from plait.data.chat_template import Message, need_template
@@ -13,12 +12,24 @@ from plait.design.struct import Struct
 from plait.engine.sampling import Sampling
 from plait.engine.text import stop_strings
 
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")  # change no answer
-NEUTRAL: dict[str, Any] = {  # what cannot be done, and the value that asks for nothing
-    **{"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "top_logprobs": 0, "echo": False},
-    **{"best_of": 1, "suffix": "", "tools": [], "functions": [], "response_format": {"type": "text"}, "modalities": ["text"]},
-    **{"tool_choice": "none", "parallel_tool_calls": False},
-}  # fmt: skip
+IGNORED = (  # what changes no answer
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"),
+)
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # what cannot be done, and the values that ask for nothing
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "logit_bias": ({},),
+    "logprobs": (False,),  # 0 asks for some
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
 INSTEAD = {"frequency_penalty": "repetition_penalty", "presence_penalty": "repetition_penalty"}
 
 
@@ -44,7 +55,7 @@ class Asked(Struct, frozen=True, kw_only=True, tag=False):
     def __post_init__(self) -> None:
         if not 1 <= self.n <= 128:
             raise ValueError(f"n must be from 1 to 128, got {self.n}")
-        stop_strings(self.stop or ())
+        self.stops()
         self.sampling()
 
     def sampling(self) -> Sampling:
@@ -52,7 +63,7 @@ class Asked(Struct, frozen=True, kw_only=True, tag=False):
         temperature = 1.0 if self.temperature is None else self.temperature
         narrowed = {} if temperature == 0 else {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         if narrowed.get("top_k") in (0, -1):  # vLLM's words for none
-            narrowed["top_k"] = None
+            del narrowed["top_k"]
         return Sampling(temperature=temperature, repetition_penalty=self.repetition_penalty, **narrowed)
 
     def stops(self) -> tuple[str, ...]:
@@ -64,6 +75,9 @@ class Asked(Struct, frozen=True, kw_only=True, tag=False):
 
 
 class Completion(Asked, frozen=True, kw_only=True, tag=False):
+    whole_name: ClassVar[str] = "text_completion"
+    event_name: ClassVar[str] = "text_completion"
+    prefix: ClassVar[str] = "cmpl"
     prompt: str | list[Any]
     max_tokens: int | None = 16
 
@@ -73,6 +87,9 @@ class Completion(Asked, frozen=True, kw_only=True, tag=False):
             raise ValueError("prompt is empty: expected a text, token ids, or a list of either")
         one = isinstance(self.prompt, str) or all(isinstance(x, int) for x in self.prompt)
         prompts = [self.prompt] if one else list(self.prompt)
+        for place, prompt in enumerate(prompts):
+            if not isinstance(prompt, str | list):
+                raise ValueError(f"prompt[{place}] is {prompt!r}: expected a text, token ids, or a list of either")
         return [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
 
     def most(self, default: int) -> int:
@@ -81,8 +98,21 @@ class Completion(Asked, frozen=True, kw_only=True, tag=False):
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         return (tokenizer.eos,)
 
+    @staticmethod
+    def whole(text: str) -> dict[str, Any]:
+        """A choice's text in an answer."""
+        return {"text": text}
+
+    @staticmethod
+    def piece(text: str, first: bool) -> dict[str, Any]:
+        """A choice's text in an event."""
+        return {"text": text}
+
 
 class ChatCompletion(Asked, frozen=True, kw_only=True, tag=False):
+    whole_name: ClassVar[str] = "chat.completion"
+    event_name: ClassVar[str] = "chat.completion.chunk"
+    prefix: ClassVar[str] = "chatcmpl"
     messages: list[dict[str, Any]]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -99,6 +129,17 @@ class ChatCompletion(Asked, frozen=True, kw_only=True, tag=False):
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         return tuple(tokenizer.ends)
+
+    @staticmethod
+    def whole(text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    @staticmethod
+    def piece(text: str, first: bool) -> dict[str, Any]:
+        return {"delta": ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})}
+
+
+Form = Completion | ChatCompletion
 
 
 def _message(message: dict[str, Any], where: str) -> Message:
@@ -118,13 +159,14 @@ def _message(message: dict[str, Any], where: str) -> Message:
     return message | {"content": content}
 
 
-def read(data: Any, kind: Callable[..., Asked]) -> Asked:
+def read(data: Any, kind: type[Form]) -> Form:
     """Raises ValueError that names the field: for what is unknown, of another type, or cannot be done."""
     if not isinstance(data, dict):
         raise ValueError("expected a JSON object")
     given = {name: value for name, value in data.items() if name not in IGNORED and value is not None}
     for name in NEUTRAL.keys() & given.keys():
-        if given.pop(name) not in (NEUTRAL[name], None, 0, False):
+        value = given.pop(name)
+        if not any(value == none and isinstance(value, bool) is isinstance(none, bool) for none in NEUTRAL[name]):
             instead = f"; {INSTEAD[name]} can" if name in INSTEAD else ""
             raise ValueError(f"{name} cannot be done here{instead}")
     return kind(**given)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from plait.engine.decode import PAGE, ROOM, check, evaluating
+from plait.engine.decode import ROOM, check, evaluating, make_room, pool_of
 from plait.engine.prefill import advance, at_once
 from plait.engine.sampling import Sampling, check_finite, not_finite
 from plait.engine.step import Step
 from plait.model.language_model import LanguageModel
 from plait.ops.numbers import whole_number
-from plait.state import ModelState, Pool
+from plait.state import ModelState
 
 
 @dataclass(eq=False)
@@ -56,23 +56,19 @@ class Batch:
         keep: int = 4,
         vocab: int | None = None,
     ):
-        self.model, self.vocab = model, vocab
-        self.rows, self.keep = whole_number("rows", rows, 1), whole_number("keep", keep, 0)
+        self.model = model
+        rows, self.keep = whole_number("rows", rows, 1), whole_number("keep", keep, 0)
         limits = [n for n in (length and whole_number("length", length, 2), model.max_positions) if n]
         self.length = min(limits, default=None)
         self.waiting: deque[Request] = deque()
         self.live: dict[int, Request] = {}
         self.requests = self.written = 0
-        self._reading: Iterator[None] | None = None
-        self._begun: Request | None = None  # the one that is being read
+        self._reading: tuple[Request, Iterator[None]] | None = None
         self._kept = OrderedDict[tuple[int, ...], tuple[ModelState, Tensor | None]]()  # and what the head reads then
         self._asked, self._closed = threading.Condition(), False
-        room = min(self.length or ROOM, ROOM)
         with torch.inference_mode():
-            page = PAGE if self.model.device.type == "cuda" else None
-            self.pool: Pool = self.model.init_pool(self.rows, room, page=page)
-            none = [Sampling()] * self.rows
-            self._step = Step(self.model, self.pool, none, [0] * self.rows, vocab=self.vocab)
+            self.pool = pool_of(model, rows, min(self.length or ROOM, ROOM))
+            self._step = Step(model, self.pool, [Sampling()] * rows, [0] * rows, vocab=vocab)
 
     # --- of other threads
 
@@ -137,23 +133,23 @@ class Batch:
     def _drop_cancelled(self) -> None:
         for row in [row for row, request in self.live.items() if request.cancelled]:
             self._leave(row)
-        if self._begun is not None and self._begun.cancelled:
-            self._begun = self._reading = None
+        if self._reading is not None and self._reading[0].cancelled:
+            self._reading = None
 
     def _read_on(self) -> None:
         if self._reading is None and self.waiting and self.pool.free_rows:
-            self._begun = self.waiting.popleft()
-            self._reading = None if self._begun.cancelled else self._read(self._begun)
+            request = self.waiting.popleft()
+            self._reading = None if request.cancelled else (request, self._read(request))
         if self._reading is None:
             return
+        request, pieces = self._reading
         try:
-            next(self._reading)
+            next(pieces)
         except StopIteration:
-            self._reading = self._begun = None
+            self._reading = None
         except ValueError as error:
-            request, self._reading, self._begun = self._begun, None, None
-            if request is not None:
-                request.tell(error)
+            self._reading = None
+            request.tell(error)
 
     def _read(self, request: Request) -> Iterator[None]:
         """Piece by piece; then the first token is chosen, and the row is live."""
@@ -167,7 +163,7 @@ class Batch:
         assert last is not None
         check_finite(last)
         self._remember(request.ids, state, last)
-        self._make_room(max(state.lengths) + 1)
+        make_room(self.pool, max(state.lengths) + 1)
         (row,) = self.pool.join(state)
         self.live[row] = request
         self._step.sampler.assign(row, request.sampling, request.seed)
@@ -177,7 +173,7 @@ class Batch:
 
     def _write(self) -> None:
         rows = sorted(self.live)
-        self._make_room(max(self.pool.lengths) + 1)
+        make_room(self.pool, max(self.pool.lengths) + 1)
         self._told(dict(zip(rows, self._step(self.pool.at(rows)).tolist(), strict=True)))
 
     def _told(self, chosen: dict[int, int]) -> None:
@@ -203,10 +199,6 @@ class Batch:
         self.pool.leave([row])
         self._step.sampler.assign(row, Sampling(), 0)
 
-    def _make_room(self, longest: int) -> None:
-        if longest > self.pool.tokens:
-            self.pool.grow(2 * longest)
-
     def _remembered(self, ids: list[int]) -> tuple[int, ModelState, Tensor | None]:
         """The longest beginning of these tokens that a state is kept of; of all of them only with what the head reads next."""
         for n in sorted({len(known) for known in self._kept if len(known) <= len(ids)}, reverse=True):
@@ -227,10 +219,10 @@ class Batch:
     @torch.inference_mode()
     def _end_all(self, error: Exception) -> None:
         with self._asked:
-            told = {*self.live.values(), *([self._begun] if self._begun else []), *self.waiting}
+            told = {*self.live.values(), *(self._reading or ())[:1], *self.waiting}
             self.waiting.clear()
         self._kept.clear()
-        self._reading = self._begun = None
+        self._reading = None
         for row in list(self.live):
             self._leave(row)
         for request in told:

@@ -15,11 +15,13 @@ from tests.cli.test_chat import base  # noqa: F401 (a fixture)
 TIMEOUT = 120
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
-def test_it_answers_until_a_signal(base, how, code):  # noqa: F811
-    command = [sys.executable, "-m", "plait", "serve", str(base), "--port", "0", "--name", "me", "--json"]
+@pytest.mark.parametrize(
+    ("how", "code", "options", "name"), [(signal.SIGINT, 0, [], "base"), (signal.SIGTERM, 143, ["--name", "me"], "me")]
+)
+def test_it_answers_until_a_signal(base, how, code, options, name):  # noqa: F811
+    command = [sys.executable, "-m", "plait", "serve", str(base), "--port", "0", "--json", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
-        url = re.match(r"serving me at (\S+), 8 rows", process.stderr.readline())[1]
+        url = re.match(rf"serving {name} at (\S+), 8 rows", process.stderr.readline())[1]
         body = json.dumps({"prompt": "hello", "max_tokens": 3}).encode()
         with urllib.request.urlopen(f"{url}/completions", body, TIMEOUT) as answer:
             assert json.load(answer)["usage"]["prompt_tokens"] == 5

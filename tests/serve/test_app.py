@@ -152,6 +152,8 @@ def test_who_hangs_up_is_not_written_for(parts, stream):
         ("completions", {"prompt": [[1, 9999]]}, 400, "outside the model's vocabulary"),
         ("completions", {"prompt": "x", "n": 0}, 400, "n must be from 1 to 128, got 0"),
         ("completions", {"prompt": "x", "logprobs": 3}, 400, "logprobs cannot be done here"),
+        ("completions", {"prompt": "x", "logprobs": 0}, 400, "logprobs cannot be done here"),
+        ("completions", {"prompt": [1, "a"]}, 400, "prompt[0] is 1: expected a text, token ids, or a list of either"),
         ("completions", {"prompt": "x", "presence_penalty": 1}, 400, "repetition_penalty can"),
         ("completions", {"prompt": "x", "temperature": -1}, 400, "temperature must be 0 (greedy) or above"),
         ("completions", {"prompt": "x", "model": "other"}, 404, "no model 'other' here; there is 'tiny'"),

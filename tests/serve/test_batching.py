@@ -63,7 +63,7 @@ def test_requests_are_written_as_alone(pattern, monkeypatch):
             batch.turn()
         if n % 5 == 4:
             batch.cancel(told[-2][0])
-    while batch.live or batch.waiting or batch._begun:
+    while batch.live or batch.waiting or batch._reading:
         batch.turn()
     for request, heard in told:
         if not request.cancelled:
@@ -139,7 +139,7 @@ def test_what_is_not_finite_ends_its_own_request():
     while len(good) < 4:
         batch.turn()
     assert isinstance(bad[-1], ValueError) and "not finite" in str(bad[-1])
-    assert len(good.tokens) == 3 and batch.pool.free_rows == batch.rows
+    assert len(good.tokens) == 3 and batch.pool.free_rows == batch.pool.rows
 
 
 def test_without_memory_whoever_is_there_is_told_and_others_may_come(monkeypatch):
@@ -154,7 +154,7 @@ def test_without_memory_whoever_is_there_is_told_and_others_may_come(monkeypatch
     batch.submit(request)
     while len(later) < 4:
         batch.turn()
-    assert later.tokens == alone(batch.model, request) and batch.pool.free_rows == batch.rows
+    assert later.tokens == alone(batch.model, request) and batch.pool.free_rows == batch.pool.rows
 
 
 def test_closing_tells_those_who_wait():

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plait.ops.attention.paged.plan import plan, power
+from plait.ops.attention.paged.plan import plan
 from plait.ops.launch import kernel, launch
+from plait.ops.numbers import power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
 JOINED = 64  # splits that are joined at once, and channels of them
@@ -202,14 +203,14 @@ def run(
         attend, b * splits * G * blocks, q, k, v, table, lengths, sinks, out, parts, sums,
         scale * LOG2E.value / (softcap or 1.0), softcap and softcap * LOG2E.value,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], capacity, n, splits,
-        **sizes, K=K, PAGE=page, BM=chosen.BM, BK=max(16, power(K)), BV=max(16, power(V)),
+        **sizes, K=K, PAGE=page, BM=chosen.BM, BK=max(16, power_of_two(K)), BV=max(16, power_of_two(V)),
         STAGES=chosen.STAGES, num_warps=chosen.num_warps,
     )  # fmt: skip
     if splits > 1:
-        BV = min(JOINED, power(V))
+        BV = min(JOINED, power_of_two(V))
         launch(
             join, b * h * t * -(-V // BV), lengths, sinks, out, parts, sums, capacity, splits,
-            **sizes, BV=BV, BS=min(JOINED, power(splits)), num_warps=4,
+            **sizes, BV=BV, BS=min(JOINED, power_of_two(splits)), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -221,7 +222,7 @@ def write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, table: Tensor 
     launch(
         put, b * t, k_pages, v_pages, k, v, table, lengths,
         *k_pages.stride()[:3], *v_pages.stride()[:3], *k.stride()[:3], *v.stride()[:3], capacity, n,
-        T=t, G=G, K=K, V=V, PAGE=page, BLOCK=min(1024, power(G * max(K, V))), num_warps=4,
+        T=t, G=G, K=K, V=V, PAGE=page, BLOCK=min(1024, power_of_two(G * max(K, V))), num_warps=4,
     )  # fmt: skip
 
 
